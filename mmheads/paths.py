@@ -1,0 +1,51 @@
+"""Folders of the repository, the settings that name others, and files written whole."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pooch
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = ROOT / "notebooks"
+FIGURES = ROOT / "figures"
+PAPERS = ROOT / "data" / "papers"
+RUNS = ROOT / "runs"
+
+
+def cache() -> Path:
+    """Folder for downloads and results: `MMHEADS_CACHE`, else the user's cache folder."""
+    return Path(os.environ.get("MMHEADS_CACHE") or pooch.os_cache("mmheads")).expanduser()
+
+
+def published(folder: str | Path = "") -> Path | None:
+    """Folder that holds `MMRetHead/results/detection/`, or None where it must be downloaded.
+
+    The first of: `folder`, the setting `MMHEADS_PUBLISHED`, `../shared/published` if it exists.
+    """
+    named = folder or os.environ.get("MMHEADS_PUBLISHED")
+    if named:
+        return Path(named).expanduser().resolve()
+    beside = ROOT.parent / "shared" / "published"
+    return beside if beside.is_dir() else None
+
+
+@contextmanager
+def write_whole(path: Path) -> Iterator[Path]:
+    """Yield a temporary path that becomes `path` when the block ends without an exception.
+
+    Readers see the old file or the new one, never a half-written one. The temporary file keeps
+    the suffix of `path`, since savers choose their format by it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
