@@ -1,0 +1,124 @@
+"""Intervals and tests on scores: bootstrap, paired differences, Holm correction.
+
+scipy does the work; this module fixes the choices (percentile intervals, two-sided tests, seeds
+that are always given) so that every figure makes the same ones.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.stats
+from numpy.typing import ArrayLike, NDArray
+
+
+class Interval(NamedTuple):
+    """An estimate with the ends of its bootstrap interval, from `n` units."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+class PairedDifference(NamedTuple):
+    """Mean of `a - b` over `n` pairs, its bootstrap interval, and a two-sided p-value."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+    n: int
+
+
+def bootstrap_interval(
+    values: ArrayLike,
+    statistic: Callable[[NDArray[Any]], float] = np.mean,
+    *,
+    seed: int,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+) -> Interval:
+    """Percentile bootstrap interval of `statistic(values)`.
+
+    Args:
+        values: [unit, ...]; whole units (examples, models) are drawn with replacement.
+        statistic: Takes an array like `values` and returns one number.
+        seed: Seed of the resampling.
+        confidence: Coverage of the interval.
+        resamples: Number of resamples.
+
+    Raises:
+        ValueError: fewer than two units, or values that are not finite.
+    """
+    units = _finite(values)
+    result = scipy.stats.bootstrap(
+        (np.arange(len(units)),),
+        lambda rows: statistic(units[rows]),
+        vectorized=False,
+        method="percentile",
+        confidence_level=confidence,
+        n_resamples=resamples,
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Interval(float(statistic(units)), float(result.low), float(result.high), len(units))
+
+
+def paired_difference(
+    a: ArrayLike, b: ArrayLike, *, seed: int, confidence: float = 0.95, resamples: int = 10_000
+) -> PairedDifference:
+    """Mean difference of paired measurements, [unit] each.
+
+    The p-value is that of a two-sided sign-flip permutation test: exact where the 2^n sign
+    patterns are no more than `resamples`.
+
+    Raises:
+        ValueError: unequal lengths, fewer than two pairs, or values that are not finite.
+    """
+    first, second = _finite(a), _finite(b)
+    if first.shape != second.shape or first.ndim != 1:
+        raise ValueError(f"pairs expected, got shapes {first.shape} and {second.shape}")
+    difference = first - second
+    interval = bootstrap_interval(difference, seed=seed, confidence=confidence)
+    p = scipy.stats.permutation_test(
+        (difference,),
+        lambda flipped: float(np.mean(flipped)),
+        permutation_type="samples",
+        vectorized=False,
+        n_resamples=resamples,
+        rng=np.random.default_rng(seed),
+    ).pvalue
+    return PairedDifference(*interval[:3], float(p), interval.n)
+
+
+def draws_p_value(observed: float, draws: ArrayLike) -> float:
+    """Two-sided Monte-Carlo p-value of a value among random draws of the same statistic.
+
+    Twice the smaller tail, the observed value counted among the draws, at most 1.
+    """
+    reference = _finite(draws)
+    tails = ((reference <= observed).sum(), (reference >= observed).sum())
+    return float(min(1.0, 2 * (min(tails) + 1) / (len(reference) + 1)))
+
+
+def holm(p_values: ArrayLike) -> NDArray[np.float64]:
+    """Holm's step-down adjustment of p-values, [comparison], for one family of comparisons.
+
+    Raises:
+        ValueError: a p-value outside [0, 1] or not a number.
+    """
+    p = np.asarray(p_values, dtype=float)
+    if p.ndim != 1 or not ((p >= 0) & (p <= 1)).all():
+        raise ValueError(f"p-values in [0, 1] expected, got {p.tolist()}")
+    order = p.argsort(stable=True)
+    stepped = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(stepped, 1.0)
+    return adjusted
+
+
+def _finite(values: ArrayLike) -> NDArray[np.float64]:
+    units = np.asarray(values, dtype=float)
+    if units.ndim < 1 or len(units) < 2 or not np.isfinite(units).all():
+        raise ValueError(f"at least two finite values expected, got {units.tolist()}")
+    return units
