@@ -1,0 +1,258 @@
+"""Per-head scores that the authors of paper A released, as `HeadScores`; and printed numbers.
+
+120 files, one a (model, task, context length), of the null-calibrated retrieval score averaged
+over 120 prompts (arXiv 2605.27243). They are downloaded from the source at a fixed commit, or
+read from a folder, and always checked against their SHA-256. They are never copied into this
+repository.
+"""
+
+import hashlib
+import json
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pooch
+from tqdm import tqdm
+
+from mmheads import paths
+from mmheads.heads import HeadGeometry, HeadScores, Provenance, head_names
+
+COMMIT = "126112d6936b55f0ce7bc884ee4c87e567d89895"
+RELEASE = f"ab-cli/MMRetHead@{COMMIT}"
+SOURCE = f"https://raw.githubusercontent.com/ab-cli/MMRetHead/{COMMIT}/"
+TOP = "MMRetHead"
+"""Folder inside a published folder that holds `results/detection/<model>/...`."""
+
+HOW_TO_GET = (
+    "connect to the network and run again (12 MB are downloaded once), or set MMHEADS_PUBLISHED "
+    f"to a folder that holds {TOP}/results/detection/"
+)
+
+
+def _every_sixth(layers: int) -> tuple[int, ...]:
+    return tuple(range(5, layers, 6))
+
+
+GEOMETRIES = {
+    "Qwen2.5-VL-7B-Instruct": HeadGeometry(28, 28, 4),
+    "Qwen2.5-VL-32B-Instruct": HeadGeometry(64, 40, 8),
+    "Qwen3-VL-8B-Instruct": HeadGeometry(36, 32, 8),
+    "Qwen3-VL-32B-Instruct": HeadGeometry(64, 64, 8),
+    "gemma-3-12b-it": HeadGeometry(48, 16, 8, _every_sixth(48)),
+    "gemma-3-27b-it": HeadGeometry(62, 32, 16, _every_sixth(62)),
+}
+"""The released models. In Gemma 3 every sixth layer is global, the others slide."""
+
+MODELS = {
+    "Qwen2.5-VL-7B": "Qwen2.5-VL-7B-Instruct",
+    "Qwen2.5-VL-32B": "Qwen2.5-VL-32B-Instruct",
+    "Qwen3-VL-8B": "Qwen3-VL-8B-Instruct",
+    "Qwen3-VL-32B": "Qwen3-VL-32B-Instruct",
+    "Gemma3-12B": "gemma-3-12b-it",
+    "Gemma3-27B": "gemma-3-27b-it",
+}
+"""The paper's short name of each model, and its name on the hub."""
+
+TASKS = {
+    "text": "mm_niah_retrieval-text_retrieval-text",
+    "image": "mm_niah_retrieval-image_retrieval-image",
+    "rendered_text": "text_needle_image_retrieval-text",
+    "identical_image": "identical_retrieval-image_retrieval-image",
+}
+"""The four needle tasks, and how their file names begin."""
+
+LENGTHS = (8192, 16384, 32768, 65536, 131072)
+"""Nominal context lengths in tokens."""
+
+KNOWN_DEFECTIVE = ("Qwen2.5-VL-7B-Instruct",)
+"""Models whose released files hold values outside [-1, 1]."""
+
+
+REGISTRY = {
+    key: sha256
+    for sha256, key in map(
+        str.split, Path(__file__).with_name("published_sha256.txt").read_text().splitlines()
+    )
+}
+"""SHA-256 of every released file, by its path below `TOP`."""
+
+
+class NotAvailableError(FileNotFoundError):
+    """A released file is not in the folder, or cannot be downloaded."""
+
+
+class DefectiveFileError(ValueError):
+    """A released file is not what was released, or not what a score file must be."""
+
+
+class ImpossibleScoreWarning(UserWarning):
+    """A released file holds a score outside [-1, 1], as released."""
+
+
+def load(model: str, task: str, length: int | str, *, folder: str | Path = "") -> HeadScores:
+    """The released scores of one model, task and context length.
+
+    Args:
+        model: Short name, or name on the hub: "Qwen3-VL-8B", "Qwen/Qwen3-VL-8B-Instruct".
+        task: One of `TASKS`.
+        length: Context length in tokens, one of `LENGTHS`; "8K" means 8192.
+        folder: Read from this folder; by default from that of `paths.published`, and without
+            any, download.
+
+    Returns:
+        Values [1, layer, head]: the authors released means over their prompts, not prompts.
+        Gemma 3's sliding-window layers are ineligible.
+
+    Raises:
+        NotAvailableError: the file is missing in the folder, or cannot be downloaded.
+        DefectiveFileError: wrong checksum, no valid JSON, a head twice or missing, a score that
+            is not a number in [-1, 1].
+
+    Warns:
+        ImpossibleScoreWarning: a score outside [-1, 1] of a model that is known to have some.
+    """
+    name = MODELS.get(model, model.removeprefix("Qwen/").removeprefix("google/"))
+    if name not in GEOMETRIES:
+        raise ValueError(f"model is {model!r}, expected one of {', '.join(MODELS)}")
+    if task not in TASKS:
+        raise ValueError(f"task is {task!r}, expected one of {', '.join(TASKS)}")
+    tokens = _tokens(length)
+    key = (
+        f"results/detection/{name}/{TASKS[task]}_test_K{tokens // 1024}_dep6_in{tokens}"
+        "_size20_sampFalse_addnullTrue_42.json"
+    )
+    return parse(_fetch(key, folder), key, task=task, length=tokens)
+
+
+def load_all(
+    models: Iterable[str] = tuple(MODELS),
+    tasks: Iterable[str] = tuple(TASKS),
+    lengths: Iterable[int | str] = LENGTHS,
+    *,
+    folder: str | Path = "",
+) -> dict[tuple[str, str, int], HeadScores]:
+    """The released scores by (model, task, length), in the order given; or none of them.
+
+    If a file is not available, one line says which and how to get it, and the result is empty:
+    a figure is made from all that it needs, or left as it is.
+    """
+    keys = [(model, task, _tokens(n)) for model in models for task in tasks for n in lengths]
+    in_folder = paths.published(folder) is not None
+    try:
+        return {
+            key: load(*key, folder=folder)
+            for key in tqdm(keys, desc="released scores", leave=False, disable=in_folder)
+        }
+    except NotAvailableError as error:
+        print(f"Released scores skipped, committed figures stay as they are: {error}")
+        return {}
+
+
+def parse(raw: bytes, name: str, *, task: str, length: int) -> HeadScores:
+    """Scores from the bytes of a released file `name`, `.../<model>/<file>`. See `load`."""
+    model = name.split("/")[-2]
+    geometry = GEOMETRIES[model]
+    try:
+        content = json.loads(raw)
+        scores = [(tuple(map(int, h.split("-"))), float(s)) for h, s in content["head_score_list"]]
+        input_tokens = [int(tokens) for tokens in content["metrics"]["input_len"]]
+        model_id, seed = str(content["args"]["model_name_or_path"]), int(content["args"]["seed"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DefectiveFileError(
+            f"{name} is no released score file: {type(error).__name__} {error}"
+        ) from error
+
+    counts = Counter(head for head, _ in scores)
+    expected = set(np.ndindex(geometry.layers, geometry.heads))
+    for heads, problem in (
+        (expected - counts.keys(), "lacks the heads"),
+        (counts.keys() - expected, "holds heads that the model does not have:"),
+        ({head for head in counts if counts[head] > 1}, "holds more than one score of"),
+        ({head for head, score in scores if not np.isfinite(score)}, "has no number for"),
+    ):
+        if heads:
+            raise DefectiveFileError(f"{name} {problem} {head_names(sorted(heads))}")
+
+    values = np.empty((1, geometry.layers, geometry.heads), dtype=np.float32)
+    for (layer, head), score in scores:
+        values[0, layer, head] = score
+    result = HeadScores(
+        values,
+        geometry=geometry,
+        metadata=pd.DataFrame(
+            {
+                "task": [task],
+                "length": [length],
+                "depth": [np.nan],
+                "seed": [seed],
+                "prompts": [len(input_tokens)],
+                "mean_input_tokens": [float(np.mean(input_tokens))],
+            }
+        ),
+        provenance=Provenance(
+            model=model_id,
+            null_question=" ".join(["N/A"] * 5),
+            source=f"{RELEASE}/{name}",
+        ),
+    )
+    if impossible := result.outside(-1, 1):
+        message = (
+            f"{name}: calibrated scores of {head_names(impossible)} lie outside [-1, 1], where a "
+            "difference of two attention masses cannot lie"
+        )
+        if model not in KNOWN_DEFECTIVE:
+            raise DefectiveFileError(message)
+        warnings.warn(f"{model}: {message}", ImpossibleScoreWarning, stacklevel=3)
+    return result
+
+
+def paper(table: str) -> pd.DataFrame:
+    """A table of numbers printed in a paper, `data/papers/<table>.csv`."""
+    return pd.read_csv(paths.PAPERS / f"{table}.csv")
+
+
+def _tokens(length: int | str) -> int:
+    named = {f"{n // 1024}K": n for n in LENGTHS} | {n: n for n in LENGTHS}
+    if length not in named:
+        raise ValueError(f"length is {length!r}, expected one of {', '.join(map(str, named))}")
+    return named[length]
+
+
+def _fetch(key: str, folder: str | Path) -> bytes:
+    """The verified bytes of a released file, from the folder, the cache or the network."""
+    base = paths.published(folder)
+    sha256 = REGISTRY[key]
+    if base is None:
+        pooch.get_logger().setLevel("WARNING")
+        target = paths.cache() / "published" / TOP / key
+        try:
+            return Path(
+                pooch.retrieve(
+                    SOURCE + key,
+                    known_hash=sha256,
+                    path=target.parent,
+                    fname=target.name,
+                    downloader=pooch.HTTPDownloader(timeout=10),
+                )
+            ).read_bytes()
+        except OSError as error:
+            raise NotAvailableError(
+                f"{key} could not be downloaded ({type(error).__name__}); {HOW_TO_GET}"
+            ) from error
+        except ValueError as error:
+            raise DefectiveFileError(str(error)) from error
+    path = base / TOP / key
+    if not path.is_file():
+        raise NotAvailableError(f"{path} does not exist; {HOW_TO_GET}")
+    raw = path.read_bytes()
+    found = hashlib.sha256(raw).hexdigest()
+    if found != sha256:
+        raise DefectiveFileError(
+            f"{path} has SHA-256 {found[:12]}..., the released file has {sha256[:12]}...: "
+            "it is truncated or changed, get it again"
+        )
+    return raw
