@@ -1,0 +1,157 @@
+"""One style, one way to save a figure or a table, and the manifest of all of them.
+
+Files are byte-stable: the same data on the same versions give the same bytes, so provenance
+stands in `figures/manifest.json` and not in the files.
+"""
+
+import hashlib
+import json
+import platform
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import seaborn as sns
+from filelock import FileLock
+from matplotlib.figure import Figure
+
+from mmheads import paths
+
+PAGE = 5.5
+"""Width of a figure across the page, in inches."""
+COLUMN = 3.25
+"""Width of a figure in one column, in inches."""
+
+_PALETTE = sns.color_palette("colorblind")
+TASK_COLORS = dict(
+    zip(("text", "image", "rendered_text", "identical_image"), _PALETTE, strict=False)
+)
+TASK_NAMES = {
+    "text": "text",
+    "image": "image",
+    "rendered_text": "rendered text",
+    "identical_image": "identical image",
+}
+SET_COLORS = (_PALETTE[0], _PALETTE[3], "0.6")
+"""Heads of the first set only, of the second only, of both."""
+
+_NAME = re.compile(r"[ABX](_[a-z0-9]+)+_(released|live|gpu|paper)")
+_LIBRARIES = ("matplotlib", "mmheads", "numpy", "pandas", "scipy", "seaborn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What the manifest says of every file that one notebook makes.
+
+    Attributes:
+        notebook: Name without suffix, "03_sparsity_curves".
+        parameters: The notebook's parameters, by name.
+        seed: Seed of everything drawn at random.
+        models: Revision of each model shown, by model id.
+        folder: Where the files go.
+    """
+
+    notebook: str
+    parameters: Mapping[str, Any]
+    seed: int
+    models: Mapping[str, str] = field(default_factory=dict)
+    folder: Path = paths.FIGURES
+
+    def savefig(self, figure: Figure, name: str, data: pd.DataFrame) -> None:
+        """Write `<name>.pdf`, `.png`, and the data that the figure shows as `.csv`."""
+        writers = {
+            "pdf": lambda path: figure.savefig(path, metadata={"CreationDate": None}),
+            "png": lambda path: figure.savefig(path),
+            "csv": lambda path: _write_csv(data, path),
+        }
+        self._write(name, writers)
+
+    def save_table(
+        self, data: pd.DataFrame, name: str, *, layout: pd.DataFrame | None = None
+    ) -> None:
+        """Write `<name>.csv` in full precision, and `.md` and `.tex` (booktabs).
+
+        Args:
+            data: One observation a row.
+            name: `<paper>_<id>_<slug>_<source>`.
+            layout: What a reader sees in Markdown and LaTeX; by default `data`.
+        """
+        shown = data if layout is None else layout
+        writers = {
+            "csv": lambda path: _write_csv(data, path),
+            "md": lambda path: path.write_text(shown.to_markdown(index=False) + "\n"),
+            "tex": lambda path: path.write_text(shown.to_latex(index=False, escape=True)),
+        }
+        self._write(name, writers)
+
+    def _write(self, name: str, writers: Mapping[str, Any]) -> None:
+        if not _NAME.fullmatch(name):
+            raise ValueError(
+                f"figure name {name!r}: expected <paper>_<id>_<slug>_<source>, paper A, B or X, "
+                "source released, live, gpu or paper"
+            )
+        entries = {}
+        for suffix, write in writers.items():
+            path = self.folder / f"{name}.{suffix}"
+            with paths.write_whole(path) as temporary:
+                write(temporary)
+            entries[path.name] = self._entry(path)
+        paths.RUNS.mkdir(exist_ok=True)
+        with FileLock(paths.RUNS / "manifest.lock"):
+            merged = {entry["file"]: entry for entry in manifest(self.folder)} | entries
+            with paths.write_whole(self.folder / "manifest.json") as temporary:
+                ordered = [merged[file] for file in sorted(merged)]
+                temporary.write_text(json.dumps(ordered, indent=1) + "\n")
+
+    def _entry(self, path: Path) -> dict[str, Any]:
+        return {
+            "file": path.name,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "notebook": self.notebook,
+            "parameters": dict(self.parameters),
+            "seed": self.seed,
+            "models": dict(self.models),
+            "versions": {"python": platform.python_version()}
+            | {library: version(library) for library in _LIBRARIES},
+        }
+
+
+def manifest(folder: Path = paths.FIGURES) -> list[dict[str, Any]]:
+    """The entries of `manifest.json`, one a file, sorted by file name; none if there is none."""
+    path = folder / "manifest.json"
+    entries: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    return entries
+
+
+def set_style() -> None:
+    """The style of every figure: 8 to 9 pt text at final width, colour-blind palette."""
+    sns.set_theme(
+        context="paper",
+        style="ticks",
+        palette="colorblind",
+        rc={
+            "axes.labelsize": 8.5,
+            "axes.spines.right": False,
+            "axes.spines.top": False,
+            "axes.titlesize": 9,
+            "figure.constrained_layout.use": True,
+            "figure.dpi": 90,
+            "font.size": 8.5,
+            "legend.fontsize": 8,
+            "legend.frameon": False,
+            "legend.title_fontsize": 8,
+            "lines.linewidth": 1.2,
+            "pdf.fonttype": 42,
+            "savefig.dpi": 200,
+            "xtick.labelsize": 8,
+            "ytick.labelsize": 8,
+        },
+    )
+
+
+def _write_csv(data: pd.DataFrame, path: Path) -> None:
+    data.to_csv(path, index=False, lineterminator="\n")
