@@ -1,0 +1,33 @@
+# make figures   regenerate every figure and table
+# make test      lint, types, unit tests, notebooks
+# make notebooks execute the notebooks in place, to commit their outputs
+# make lint      ruff and mypy
+# Each creates .venv on first use. PYTHON names another interpreter (3.11 or newer).
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: figures test notebooks lint
+.DELETE_ON_ERROR:
+
+figures: $(INSTALLED)
+	$(BIN)/python reproduce.py
+
+notebooks: $(INSTALLED)
+	$(BIN)/python reproduce.py --in-place
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --nbval-lax --nbval-current-env notebooks
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@

@@ -1,0 +1,185 @@
+"""The one script, on small notebooks made here."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+import reproduce
+
+PARAMETERS = """\
+fraction = 0.05  # share of heads
+lengths = [1, 2]  # a list
+name = "text"  # a word
+quick = True  # a switch
+"""
+
+
+@pytest.fixture
+def notebooks(tmp_path: Path) -> Path:
+    """Two numbered notebooks that note what they ran with, and one that is not numbered."""
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    for stem in ("01_first", "02_second", "scratch"):
+        log = tmp_path / f"{stem}.log"
+        source = f"open({str(log)!r}, 'a').write(f'{{fraction}} {{lengths}} {{name}} {{quick}}\\n')"
+        cells = [
+            new_markdown_cell("# Title"),
+            new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
+            new_code_cell(source + "\nprint(fraction)"),
+        ]
+        write(folder / f"{stem}.ipynb", cells)
+    return folder
+
+
+def write(path: Path, cells: list) -> None:
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(new_notebook(cells=cells, metadata=kernel), path)
+
+
+@pytest.fixture
+def run(notebooks: Path, tmp_path: Path):
+    """Call the command line with these notebooks."""
+    return lambda *words: reproduce.main(words, notebooks=notebooks, runs=tmp_path / "runs")
+
+
+def log(notebooks: Path, stem: str) -> str:
+    path = notebooks.parent / f"{stem}.log"
+    return path.read_text() if path.exists() else ""
+
+
+DEFAULTS = "0.05 [1, 2] text True\n"
+
+
+def test_all_numbered_notebooks_run_with_their_defaults(run, notebooks, tmp_path, capsys):
+    assert run() == 0
+    assert [log(notebooks, stem) for stem in ("01_first", "02_second")] == [DEFAULTS] * 2
+    assert log(notebooks, "scratch") == ""
+    assert sorted(path.name for path in (tmp_path / "runs").glob("*.ipynb")) == [
+        "01_first.ipynb",
+        "02_second.ipynb",
+    ]
+    out, progress = capsys.readouterr()
+    assert "2 notebooks run, 0 failed" in out
+    del progress  # written by the workers, past this capture
+
+
+def test_only_some_notebooks_by_number_or_name(run, notebooks):
+    assert run("--only", "02", "--jobs", "2") == 0
+    assert (log(notebooks, "01_first"), log(notebooks, "02_second")) == ("", DEFAULTS)
+    assert run("--only", "01_first") == 0
+    assert log(notebooks, "01_first") == DEFAULTS
+
+
+def test_parameters_by_name(run, notebooks):
+    words = [
+        "-p",
+        "fraction",
+        "1",
+        "-p",
+        "lengths",
+        "[4]",
+        "-p",
+        "name",
+        "3",
+        "-p",
+        "quick",
+        "false",
+    ]
+    assert run("--only", "01", *words) == 0
+    assert log(notebooks, "01_first") == "1.0 [4] 3 False\n"
+
+
+def test_parameters_from_a_file_with_a_section_a_notebook(run, notebooks, tmp_path):
+    params = tmp_path / "params.yaml"
+    params.write_text("'01': {fraction: 0.1}\n02_second: {name: image}\n")
+    assert run("--params", str(params), "-p", "quick", "no") == 0
+    assert log(notebooks, "01_first") == "0.1 [1, 2] text False\n"
+    assert log(notebooks, "02_second") == "0.05 [1, 2] image False\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["-p", "fractoin", "0.1"], "no notebook has a parameter 'fractoin'; there are fraction"),
+        (["-p", "fraction", "many"], "parameter fraction is 'many', expected float"),
+        (["-p", "quick", "1"], "parameter quick is 1, expected bool"),
+        (["-p", "lengths", "3"], "parameter lengths is 3, expected list"),
+        (["--only", "07"], "no notebook 07; there are 01_first, 02_second"),
+        (["--jobs", "0"], "--jobs is 0"),
+        (["--params", "absent.yaml"], "absent.yaml: no such file"),
+        (["--in-place", "-p", "quick", "no"], "--in-place takes the default parameters"),
+    ],
+)
+def test_what_is_unknown_is_refused_before_anything_runs(run, notebooks, capsys, words, message):
+    assert run(*words) == 2
+    assert message in capsys.readouterr().err
+    assert log(notebooks, "01_first") == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("'09': {fraction: 0.1}", "no notebook '09'"),
+        ("'02': {speed: 1}", "02_second has no parameter 'speed'"),
+        ("'02': {fraction: fast}", "parameter fraction is 'fast', expected float"),
+        ("'02': [", "while parsing"),
+    ],
+)
+def test_a_bad_parameter_file_is_refused(run, notebooks, tmp_path, capsys, text, message):
+    params = tmp_path / "params.yaml"
+    params.write_text(text)
+    assert run("--params", str(params), "--only", "01") == 2
+    assert message in capsys.readouterr().err
+    assert log(notebooks, "01_first") == ""
+
+
+def test_a_failing_notebook_is_kept_and_named_and_the_others_run(run, notebooks, tmp_path, capsys):
+    write(notebooks / "01_first.ipynb", [new_code_cell("x = 1"), new_code_cell("x / 0")])
+    assert run() == 1
+    out = capsys.readouterr().out
+    (line,) = [line for line in out.splitlines() if line.startswith("FAILED")]
+    assert line.startswith("FAILED 01_first: ZeroDivisionError: division by zero")
+    assert str(tmp_path / "runs" / "01_first.ipynb") in line
+    kept = nbformat.read(tmp_path / "runs" / "01_first.ipynb", as_version=4)
+    outputs = [output for cell in kept.cells for output in cell.get("outputs", [])]
+    assert any(output.get("ename") == "ZeroDivisionError" for output in outputs)
+    assert log(notebooks, "02_second") == DEFAULTS
+
+
+def test_resume_runs_only_what_did_not_finish_with_these_parameters(run, notebooks, capsys):
+    assert run("--only", "01") == 0
+    assert run("--resume") == 0
+    assert log(notebooks, "01_first") == log(notebooks, "02_second") == DEFAULTS
+    assert "01_first: finished before, not run again" in capsys.readouterr().out
+    assert run("--resume", "--only", "01", "-p", "fraction", "0.2") == 0
+    assert log(notebooks, "01_first") == DEFAULTS + DEFAULTS.replace("0.05", "0.2")
+
+
+def test_list_shows_notebooks_and_parameters_and_runs_nothing(run, notebooks, capsys):
+    assert run("--list") == 0
+    out = capsys.readouterr().out
+    assert "01_first\n    fraction = 0.05\n    lengths = [1, 2]\n    name = 'text'" in out
+    assert "scratch" not in out
+    assert log(notebooks, "01_first") == ""
+
+
+def test_in_place_commits_outputs_without_traces_of_the_run(run, notebooks):
+    assert run("--in-place", "--only", "01") == 0
+    done = nbformat.read(notebooks / "01_first.ipynb", as_version=4)
+    assert done.cells[2].outputs[0]["text"] == "0.05\n"
+    assert [cell.execution_count for cell in done.cells[1:]] == [1, 2]
+    assert "papermill" not in done.metadata
+    assert not any({"papermill", "execution"} & cell.metadata.keys() for cell in done.cells)
+
+
+def test_in_place_keeps_a_checked_output_that_could_not_be_made_again(run, notebooks, capsys):
+    path = notebooks / "01_first.ipynb"
+    checked = new_code_cell("pass", metadata={"tags": ["nbval-check-output"]})
+    checked.outputs = [nbformat.v4.new_output("stream", text="0.06\n")]
+    write(path, [checked])
+    before = path.read_bytes()
+    assert run("--in-place", "--only", "01") == 0
+    assert "not written back: a checked output is empty now" in capsys.readouterr().out
+    assert path.read_bytes() == before
