@@ -1,5 +1,6 @@
 """Test settings: where the released scores are, and how nbval runs the notebooks."""
 
+import functools
 import os
 import shutil
 import tempfile
@@ -14,6 +15,7 @@ from mmheads.heads import HeadScores
 Released = dict[tuple[str, str, int], HeadScores]
 
 
+@functools.cache
 def released_folder() -> Path | None:
     """A folder with the released scores, if there is one: tests never download."""
     cached = paths.cache() / "published"
@@ -42,13 +44,14 @@ def released() -> Released:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Let nbval's kernels import a copy of the repository, so that no test writes to figures/."""
+    folder = released_folder()
     if config.option.nbval or config.option.nbval_lax:
         copy = Path(tempfile.mkdtemp(prefix="mmheads-nbval-"))
         config.add_cleanup(lambda: shutil.rmtree(copy))
         for name in ("mmheads", "data", "figures"):
             shutil.copytree(paths.ROOT / name, copy / name)
         os.environ["PYTHONPATH"] = str(copy)
-        os.environ["MMHEADS_PUBLISHED"] = str(released_folder() or copy / "no-released-scores")
+        os.environ["MMHEADS_PUBLISHED"] = str(folder or copy / "no-released-scores")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
