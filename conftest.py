@@ -1,6 +1,5 @@
 """Test settings: where the released scores are, and how nbval runs the notebooks."""
 
-import functools
 import os
 import shutil
 import tempfile
@@ -15,27 +14,20 @@ from mmheads.heads import HeadScores
 Released = dict[tuple[str, str, int], HeadScores]
 
 
-@functools.cache
-def released_folder() -> Path | None:
-    """A folder with the released scores, if there is one: tests never download."""
-    cached = paths.cache() / "published"
-    complete = all((cached / published.TOP / key).is_file() for key in published.REGISTRY)
-    return paths.published() or (cached if complete else None)
-
-
-NOT_HERE = f"released scores are not here: {published.HOW_TO_GET}"
+RELEASED = (paths.published() or paths.cache() / "published") if published.at_hand() else None
+"""The folder with all the released scores, if there is one: tests never download."""
+NOT_HERE = f"not all released scores are here: {published.HOW_TO_GET}"
 
 
 @pytest.fixture(scope="session")
 def released() -> Released:
     """All released scores."""
-    folder = released_folder()
-    if folder is None:
+    if RELEASED is None:
         pytest.skip(NOT_HERE)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", published.ImpossibleScoreWarning)
         return {
-            (model, task, length): published.load(model, task, length, folder=folder)
+            (model, task, length): published.load(model, task, length, folder=RELEASED)
             for model in published.MODELS
             for task in published.TASKS
             for length in published.LENGTHS
@@ -44,19 +36,18 @@ def released() -> Released:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Let nbval's kernels import a copy of the repository, so that no test writes to figures/."""
-    folder = released_folder()
     if config.option.nbval or config.option.nbval_lax:
         copy = Path(tempfile.mkdtemp(prefix="mmheads-nbval-"))
         config.add_cleanup(lambda: shutil.rmtree(copy))
         for name in ("mmheads", "data", "figures"):
             shutil.copytree(paths.ROOT / name, copy / name)
         os.environ["PYTHONPATH"] = str(copy)
-        os.environ["MMHEADS_PUBLISHED"] = str(folder or copy / "no-released-scores")
+        os.environ["MMHEADS_PUBLISHED"] = str(RELEASED or copy / "no-released-scores")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip the checked notebook outputs that need the released scores, where there are none."""
     for item in items:
         cell = getattr(item, "cell", None)
-        if cell and "needs-released" in cell.metadata.get("tags", []) and not released_folder():
+        if cell and "needs-released" in cell.metadata.get("tags", []) and not RELEASED:
             item.add_marker(pytest.mark.skip(reason=NOT_HERE))

@@ -260,6 +260,10 @@ class HeadScores:
         chosen = HeadSet(tuple(heads), self.geometry, self.provenance.model)
         return dataclasses.replace(self, eligible=self.eligible & ~chosen.mask)
 
+    def all_eligible(self) -> "HeadScores":
+        """The same scores with every head eligible, those of sliding-window layers too."""
+        return dataclasses.replace(self, eligible=np.ones_like(self.eligible))
+
     def top(self, fraction: float = 0.05, *, count: int | None = None) -> HeadSet:
         """The strongest eligible heads by mean score (paper A, Sec. 3).
 

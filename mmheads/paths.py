@@ -15,21 +15,25 @@ PAPERS = ROOT / "data" / "papers"
 RUNS = ROOT / "runs"
 
 
-def cache() -> Path:
-    """Folder for downloads and results: `MMHEADS_CACHE`, else the user's cache folder."""
-    return Path(os.environ.get("MMHEADS_CACHE") or pooch.os_cache("mmheads")).expanduser()
+def cache(folder: str | Path = "") -> Path:
+    """Folder for downloads and results.
+
+    The first of: `folder`, the setting `MMHEADS_CACHE`, the user's cache folder.
+    """
+    named = folder or os.environ.get("MMHEADS_CACHE") or pooch.os_cache("mmheads")
+    return Path(named).expanduser().resolve()
 
 
 def published(folder: str | Path = "") -> Path | None:
     """Folder that holds `MMRetHead/results/detection/`, or None where it must be downloaded.
 
-    The first of: `folder`, the setting `MMHEADS_PUBLISHED`, `../shared/published` if it exists.
+    The first of: `folder`, the setting `MMHEADS_PUBLISHED`, `../shared/published` if it holds any.
     """
     named = folder or os.environ.get("MMHEADS_PUBLISHED")
     if named:
         return Path(named).expanduser().resolve()
     beside = ROOT.parent / "shared" / "published"
-    return beside if beside.is_dir() else None
+    return beside if (beside / "MMRetHead").is_dir() else None
 
 
 @contextmanager

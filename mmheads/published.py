@@ -8,9 +8,10 @@ repository.
 
 import hashlib
 import json
+import statistics
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import pooch
 from tqdm import tqdm
 
 from mmheads import paths
-from mmheads.heads import HeadGeometry, HeadScores, Provenance, head_names
+from mmheads.heads import Head, HeadGeometry, HeadScores, Provenance, head_names
 
 COMMIT = "126112d6936b55f0ce7bc884ee4c87e567d89895"
 RELEASE = f"ab-cli/MMRetHead@{COMMIT}"
@@ -29,7 +30,7 @@ TOP = "MMRetHead"
 
 HOW_TO_GET = (
     "connect to the network and run again (12 MB are downloaded once), or set MMHEADS_PUBLISHED "
-    f"to a folder that holds {TOP}/results/detection/"
+    f"to a folder that holds all of {TOP}/results/detection/"
 )
 
 
@@ -93,7 +94,20 @@ class ImpossibleScoreWarning(UserWarning):
     """A released file holds a score outside [-1, 1], as released."""
 
 
-def load(model: str, task: str, length: int | str, *, folder: str | Path = "") -> HeadScores:
+def at_hand(*, folder: str | Path = "", cache: str | Path = "") -> bool:
+    """Whether every released file can be read without a download."""
+    base = paths.published(folder) or paths.cache(cache) / "published"
+    return all((base / TOP / key).is_file() for key in REGISTRY)
+
+
+def load(
+    model: str,
+    task: str,
+    length: int | str,
+    *,
+    folder: str | Path = "",
+    cache: str | Path = "",
+) -> HeadScores:
     """The released scores of one model, task and context length.
 
     Args:
@@ -102,6 +116,7 @@ def load(model: str, task: str, length: int | str, *, folder: str | Path = "") -
         length: Context length in tokens, one of `LENGTHS`; "8K" means 8192.
         folder: Read from this folder; by default from that of `paths.published`, and without
             any, download.
+        cache: Keep downloads here; by default in `paths.cache`.
 
     Returns:
         Values [1, layer, head]: the authors released means over their prompts, not prompts.
@@ -125,7 +140,7 @@ def load(model: str, task: str, length: int | str, *, folder: str | Path = "") -
         f"results/detection/{name}/{TASKS[task]}_test_K{tokens // 1024}_dep6_in{tokens}"
         "_size20_sampFalse_addnullTrue_42.json"
     )
-    return parse(_fetch(key, folder), key, task=task, length=tokens)
+    return parse(_fetch(key, folder, cache), key, task=task, length=tokens)
 
 
 def load_all(
@@ -134,6 +149,7 @@ def load_all(
     lengths: Iterable[int | str] = LENGTHS,
     *,
     folder: str | Path = "",
+    cache: str | Path = "",
 ) -> dict[tuple[str, str, int], HeadScores]:
     """The released scores by (model, task, length), in the order given; or none of them.
 
@@ -141,15 +157,25 @@ def load_all(
     a figure is made from all that it needs, or left as it is.
     """
     keys = [(model, task, _tokens(n)) for model in models for task in tasks for n in lengths]
-    in_folder = paths.published(folder) is not None
+    no_download = paths.published(folder) is not None or at_hand(cache=cache)
     try:
         return {
-            key: load(*key, folder=folder)
-            for key in tqdm(keys, desc="released scores", leave=False, disable=in_folder)
+            key: load(*key, folder=folder, cache=cache)
+            for key in tqdm(keys, desc="released scores", leave=False, disable=no_download)
         }
     except NotAvailableError as error:
-        print(f"Released scores skipped, committed figures stay as they are: {error}")
+        print(f"Skipped: released scores; committed figures stay as they are. {error}")
         return {}
+
+
+def impossible_heads(
+    released: Mapping[tuple[str, str, int], HeadScores],
+) -> dict[str, list[Head]]:
+    """Heads of each model with a score outside [-1, 1] in any of its files, by (layer, head)."""
+    found: dict[str, set[Head]] = {}
+    for (model, _, _), scores in released.items():
+        found.setdefault(model, set()).update(scores.outside(-1, 1))
+    return {model: sorted(heads) for model, heads in found.items()}
 
 
 def parse(raw: bytes, name: str, *, task: str, length: int) -> HeadScores:
@@ -158,8 +184,13 @@ def parse(raw: bytes, name: str, *, task: str, length: int) -> HeadScores:
     geometry = GEOMETRIES[model]
     try:
         content = json.loads(raw)
-        scores = [(tuple(map(int, h.split("-"))), float(s)) for h, s in content["head_score_list"]]
-        input_tokens = [int(tokens) for tokens in content["metrics"]["input_len"]]
+        scores = [
+            ((int(layer), int(head)), float(score))
+            for head_name, score in content["head_score_list"]
+            for layer, head in [head_name.split("-")]
+        ]
+        input_tokens = statistics.fmean(content["metrics"]["input_len"])
+        prompts = len(content["metrics"]["input_len"])
         model_id, seed = str(content["args"]["model_name_or_path"]), int(content["args"]["seed"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DefectiveFileError(
@@ -189,8 +220,8 @@ def parse(raw: bytes, name: str, *, task: str, length: int) -> HeadScores:
                 "length": [length],
                 "depth": [np.nan],
                 "seed": [seed],
-                "prompts": [len(input_tokens)],
-                "mean_input_tokens": [float(np.mean(input_tokens))],
+                "prompts": [prompts],
+                "mean_input_tokens": [input_tokens],
             }
         ),
         provenance=Provenance(
@@ -222,13 +253,13 @@ def _tokens(length: int | str) -> int:
     return named[length]
 
 
-def _fetch(key: str, folder: str | Path) -> bytes:
+def _fetch(key: str, folder: str | Path, cache: str | Path) -> bytes:
     """The verified bytes of a released file, from the folder, the cache or the network."""
     base = paths.published(folder)
     sha256 = REGISTRY[key]
     if base is None:
         pooch.get_logger().setLevel("WARNING")
-        target = paths.cache() / "published" / TOP / key
+        target = paths.cache(cache) / "published" / TOP / key
         try:
             return Path(
                 pooch.retrieve(
@@ -247,7 +278,9 @@ def _fetch(key: str, folder: str | Path) -> bytes:
             raise DefectiveFileError(str(error)) from error
     path = base / TOP / key
     if not path.is_file():
-        raise NotAvailableError(f"{path} does not exist; {HOW_TO_GET}")
+        raise NotAvailableError(
+            f"{path} does not exist; complete that folder, or unset MMHEADS_PUBLISHED to download"
+        )
     raw = path.read_bytes()
     found = hashlib.sha256(raw).hexdigest()
     if found != sha256:

@@ -203,6 +203,12 @@ def test_scores_outside_a_range_are_named():
     assert make().outside(-1, 1) == ()
 
 
+def test_every_head_can_be_made_eligible():
+    scores = make(geometry=HeadGeometry(2, 4, 2, (1,)))
+    assert str(scores.top(count=1)) == "L1H1"
+    assert str(scores.all_eligible().top(count=1)) == "L0H0"
+
+
 def test_excluded_heads_are_never_selected():
     assert str(make().exclude([Head(0, 0)]).top(count=1)) == "L1H1"
 

@@ -117,6 +117,8 @@ def set_score(made: dict, value: float) -> None:
         (lambda made: set_score(made, 1.5), "L1H1 lie outside"),
         (lambda made: set_score(made, "high"), "no released score file: ValueError"),
         (lambda made: made.pop("head_score_list"), "no released score file: KeyError"),
+        (lambda made: made["head_score_list"].append(["5", 0.5]), "score file: ValueError"),
+        (lambda made: made["metrics"]["input_len"].clear(), "score file: StatisticsError"),
         (lambda made: made.pop("args"), "no released score file: KeyError"),
     ],
 )
@@ -144,6 +146,11 @@ def test_impossible_scores_of_the_known_model_warn_with_model_file_and_heads():
     assert DEFECTIVE_KEY in message
     assert "L1H1 lie outside [-1, 1]" in message
     assert [str(head) for head in scores.outside(-1, 1)] == ["L1H1"]
+    files = {
+        ("Qwen2.5-VL-7B", "text", LENGTH): scores,
+        ("Gemma3-12B", "text", LENGTH): parse(content()),
+    }
+    assert published.impossible_heads(files) == {"Qwen2.5-VL-7B": [(1, 1)], "Gemma3-12B": []}
 
 
 def test_all_or_none_are_loaded_and_one_line_says_what_is_missing(folder, capsys):
@@ -153,7 +160,8 @@ def test_all_or_none_are_loaded_and_one_line_says_what_is_missing(folder, capsys
     line = capsys.readouterr().out
     assert line.count("\n") == 1
     assert "does not exist" in line
-    assert "set MMHEADS_PUBLISHED to a folder" in line
+    assert line.startswith("Skipped: released scores")
+    assert "complete that folder, or unset MMHEADS_PUBLISHED to download" in line
 
 
 def test_a_damaged_file_is_an_error_and_not_skipped(folder):
@@ -196,13 +204,21 @@ def test_a_download_with_another_checksum_is_refused_and_not_kept(server, folder
     assert not (tmp_path / "cache" / "published" / published.TOP / KEY).exists()
 
 
+def test_the_cache_can_be_named_by_argument(server, tmp_path):
+    assert not published.at_hand(cache=tmp_path / "mine")
+    published.load("Gemma3-12B", "text", LENGTH, cache=tmp_path / "mine")
+    assert (tmp_path / "mine" / "published" / published.TOP / KEY).is_file()
+    assert not (tmp_path / "cache").exists()
+
+
 def test_without_network_one_line_says_how_to_get_the_scores(server, capsys):
     server.shutdown()
     server.server_close()
     assert published.load_all(["Gemma3-12B"], ["text"], [LENGTH]) == {}
     line = capsys.readouterr().out
     assert line.count("\n") == 1
-    assert "could not be downloaded (ConnectionError)" in line
+    assert "could not be downloaded (ConnectionError); connect to the network" in line
+    assert "set MMHEADS_PUBLISHED to a folder" in line
 
 
 def test_every_released_file_is_registered():

@@ -14,7 +14,7 @@ from statistics import mean
 import pandas as pd
 import pytest
 
-from conftest import NOT_HERE, released_folder
+from conftest import NOT_HERE, RELEASED
 from mmheads import heads, paths, published
 
 MODELS, TASKS, LENGTHS = list(published.MODELS), list(published.TASKS), published.LENGTHS
@@ -23,14 +23,13 @@ MODELS, TASKS, LENGTHS = list(published.MODELS), list(published.TASKS), publishe
 @pytest.fixture(scope="session")
 def plain():
     """(model, task, length) -> [(layer, head, score)], strongest first, straight from the files."""
-    folder = released_folder()
-    if folder is None:
+    if RELEASED is None:
         pytest.skip(NOT_HERE)
     result = {}
     for model, name in published.MODELS.items():
         for task, prefix in published.TASKS.items():
             for length in LENGTHS:
-                directory = folder / "MMRetHead" / "results" / "detection" / name
+                directory = RELEASED / "MMRetHead" / "results" / "detection" / name
                 (path,) = directory.glob(f"{prefix}_test_K{length // 1024}_*.json")
                 pairs = json.loads(path.read_bytes())["head_score_list"]
                 result[model, task, length] = [(*map(int, h.split("-")), s) for h, s in pairs]
@@ -45,7 +44,7 @@ def plain_top(rows, model):
 
 def test_the_folder_holds_the_registered_files(released):
     for key, sha256 in published.REGISTRY.items():
-        path = released_folder() / published.TOP / key
+        path = RELEASED / published.TOP / key
         assert hashlib.sha256(path.read_bytes()).hexdigest() == sha256
 
 
@@ -123,16 +122,14 @@ def test_only_one_model_holds_impossible_scores_and_loading_warns(released):
         found[model] += bool(scores.outside(-1, 1))
     assert dict(found) == dict.fromkeys(MODELS, 0) | {"Qwen2.5-VL-7B": 11}
     with pytest.warns(published.ImpossibleScoreWarning, match=r"K16_.*L0H10, L27H7, L27H10 lie"):
-        published.load("Qwen2.5-VL-7B", "rendered_text", "16K", folder=released_folder())
+        published.load("Qwen2.5-VL-7B", "rendered_text", "16K", folder=RELEASED)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        published.load("Qwen3-VL-8B", "rendered_text", "16K", folder=released_folder())
+        published.load("Qwen3-VL-8B", "rendered_text", "16K", folder=RELEASED)
 
 
 def test_rank_correlation_hides_what_the_overlap_shows(released):
-    short, long = (
-        heads.HeadScores(released["Gemma3-12B", "image", n].values) for n in (8192, 131072)
-    )
+    short, long = (released["Gemma3-12B", "image", n].all_eligible() for n in (8192, 131072))
     agreement = heads.spearman(short, long)
     assert agreement == (pytest.approx(0.966, abs=5e-4), pytest.approx(0.15, abs=5e-3))
 
