@@ -9,6 +9,7 @@ import json
 import platform
 import re
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +37,7 @@ TASK_NAMES = {
     "rendered_text": "rendered text",
     "identical_image": "identical image",
 }
+MODEL_COLORS = sns.color_palette("Dark2", 6)
 SET_COLORS = (_PALETTE[0], _PALETTE[3], "0.6")
 """Heads of the first set only, of the second only, of both."""
 
@@ -52,14 +54,14 @@ class Run:
         parameters: The notebook's parameters, by name.
         seed: Seed of everything drawn at random.
         models: Revision of each model shown, by model id.
-        folder: Where the files go.
+        folder: Where the files go; empty: `figures/` of the repository.
     """
 
     notebook: str
     parameters: Mapping[str, Any]
     seed: int
     models: Mapping[str, str] = field(default_factory=dict)
-    folder: Path = paths.FIGURES
+    folder: str | Path = ""
 
     def savefig(self, figure: Figure, name: str, data: pd.DataFrame) -> None:
         """Write `<name>.pdf`, `.png`, and the data that the figure shows as `.csv`."""
@@ -84,7 +86,7 @@ class Run:
         writers = {
             "csv": lambda path: _write_csv(data, path),
             "md": lambda path: path.write_text(shown.to_markdown(index=False) + "\n"),
-            "tex": lambda path: path.write_text(shown.to_latex(index=False, escape=True)),
+            "tex": lambda path: path.write_text(_latex(shown)),
         }
         self._write(name, writers)
 
@@ -94,23 +96,23 @@ class Run:
                 f"figure name {name!r}: expected <paper>_<id>_<slug>_<source>, paper A, B or X, "
                 "source released, live, gpu or paper"
             )
-        entries = {}
-        for suffix, write in writers.items():
-            path = self.folder / f"{name}.{suffix}"
-            with paths.write_whole(path) as temporary:
-                write(temporary)
-            entries[path.name] = self._entry(path)
+        folder = Path(self.folder or paths.FIGURES)
         paths.RUNS.mkdir(exist_ok=True)
-        with FileLock(paths.RUNS / "manifest.lock"):
-            merged = {entry["file"]: entry for entry in manifest(self.folder)} | entries
-            with paths.write_whole(self.folder / "manifest.json") as temporary:
-                ordered = [merged[file] for file in sorted(merged)]
-                temporary.write_text(json.dumps(ordered, indent=1) + "\n")
+        with FileLock(paths.RUNS / "manifest.lock"), ExitStack() as all_or_none:
+            entries = {entry["file"]: entry for entry in manifest(folder)}
+            for suffix, write in writers.items():
+                path = folder / f"{name}.{suffix}"
+                temporary = all_or_none.enter_context(paths.write_whole(path))
+                write(temporary)
+                entries[path.name] = self._entry(path.name, temporary.read_bytes())
+            listing = all_or_none.enter_context(paths.write_whole(folder / "manifest.json"))
+            ordered = [entries[file] for file in sorted(entries)]
+            listing.write_text(json.dumps(ordered, indent=1) + "\n")
 
-    def _entry(self, path: Path) -> dict[str, Any]:
+    def _entry(self, file: str, content: bytes) -> dict[str, Any]:
         return {
-            "file": path.name,
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "file": file,
+            "sha256": hashlib.sha256(content).hexdigest(),
             "notebook": self.notebook,
             "parameters": dict(self.parameters),
             "seed": self.seed,
@@ -139,7 +141,7 @@ def set_style() -> None:
             "axes.spines.top": False,
             "axes.titlesize": 9,
             "figure.constrained_layout.use": True,
-            "figure.dpi": 90,
+            "figure.dpi": 85,
             "font.size": 8.5,
             "legend.fontsize": 8,
             "legend.frameon": False,
@@ -151,6 +153,10 @@ def set_style() -> None:
             "ytick.labelsize": 8,
         },
     )
+
+
+def _latex(table: pd.DataFrame) -> str:
+    return table.to_latex(index=False, escape=True, float_format=lambda x: f"{x:g}")
 
 
 def _write_csv(data: pd.DataFrame, path: Path) -> None:

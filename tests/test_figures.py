@@ -118,18 +118,18 @@ def test_a_figure_is_named_after_paper_id_and_source(make_run, tmp_path, name):
     assert not (tmp_path / "figures").exists()
 
 
-def test_a_failed_save_leaves_the_old_files(make_run, tmp_path):
+def test_a_failed_save_leaves_every_old_file(make_run, tmp_path, monkeypatch):
     run = make_run()
     run.savefig(draw(), "X_toy_released", DATA)
     before = {path.name: path.read_bytes() for path in (tmp_path / "figures").iterdir()}
 
-    class Broken:
-        def savefig(self, path, **_):
-            path.write_bytes(b"half")
-            raise OSError("disk full")
+    def fail(data, path):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
 
+    monkeypatch.setattr(figures, "_write_csv", fail)  # the last of the three
     with pytest.raises(OSError, match="disk full"):
-        run.savefig(Broken(), "X_toy_released", DATA)
+        run.savefig(plt.figure(), "X_toy_released", DATA)
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "figures").iterdir()}
 
 
