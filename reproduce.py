@@ -9,6 +9,7 @@ python reproduce.py --list                        notebooks and their parameters
 
 import argparse
 import ast
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -63,19 +64,28 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        """Whether this very job has been run to its end."""
+        """Whether this very job has been run to its end, with nothing skipped."""
         return self.marker.exists() and self.marker.read_text() == self.digest
 
     @property
     def digest(self) -> str:
-        """Of the notebook's source, its parameters and the package's code."""
+        """Of the notebook's source, its parameters, the package and the printed numbers."""
         cells = [cell.source for cell in read_cells(self.notebook)]
-        code = [path.read_text() for path in sorted((paths.ROOT / "mmheads").rglob("*.py"))]
-        content = json.dumps([cells, self.parameters, code], sort_keys=True)
+        sources = sorted([*(paths.ROOT / "mmheads").rglob("*.py"), *paths.PAPERS.glob("*.csv")])
+        texts = [path.read_text() for path in sources]
+        content = json.dumps([cells, self.parameters, texts], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
+
+    @property
+    def skipped(self) -> list[str]:
+        """What the executed notebook says it had to skip: its printed lines "Skipped: ..."."""
+        outputs = [output for cell in read_cells(self.output) for output in cell.get("outputs", [])]
+        lines = [line for output in outputs for line in output.get("text", "").splitlines()]
+        return [line for line in lines if line.startswith("Skipped: ")]
 
     def run(self, line: int) -> str:
         """Execute with a progress bar on this line of the screen; the error, or nothing."""
+        digest = self.digest
         self.marker.unlink(missing_ok=True)
         try:
             papermill.execute_notebook(
@@ -90,7 +100,8 @@ class Job:
             return f"{error.ename}: {error.evalue}".splitlines()[0]
         except Exception as error:
             return f"{type(error).__name__}: {error}".splitlines()[0]
-        self.marker.write_text(self.digest)
+        if not self.skipped:
+            self.marker.write_text(digest)
         return ""
 
 
@@ -126,49 +137,60 @@ def check(value: Any, default: Any, name: str) -> Any:
     return value
 
 
+def parse(text: str, default: Any) -> Any:
+    """The value that a word of the command line gives to a parameter with this default."""
+    if isinstance(default, float):
+        with contextlib.suppress(ValueError):
+            return float(text)
+    return text if isinstance(default, str) else yaml.safe_load(text)
+
+
 def overrides(
-    notebooks: list[Path], pairs: Sequence[Sequence[str]], file: Path | None
+    notebooks: list[Path],
+    selected: list[Path],
+    pairs: Sequence[Sequence[str]],
+    file: Path | None,
 ) -> dict[Path, dict[str, Any]]:
     """Parameters of each notebook that differ from its defaults; unknown ones are refused.
 
     Args:
-        notebooks: All notebooks, so that a section of one that is not run is checked too.
-        pairs: Name and value, for every notebook that has a parameter of that name.
+        notebooks: All notebooks: a section of one that is not run is checked too.
+        selected: Those that are run.
+        pairs: Name and value, for every selected notebook that has a parameter of that name.
         file: YAML with a section a notebook, named by its number or its name.
     """
     known = {path: defaults(path) for path in notebooks}
     chosen: dict[Path, dict[str, Any]] = {path: {} for path in notebooks}
-    sections = (yaml.safe_load(file.read_text()) or {}) if file else {}
+    sections = yaml.safe_load(file.read_text()) if file else {}
+    if not isinstance(sections, dict):
+        raise UsageError(f"{file}: expected a section of parameters a notebook")
     for section, values in sections.items():
-        path = next((p for p in notebooks if str(section) in (p.stem, p.stem[:2])), None)
+        label = f"{section:02d}" if isinstance(section, int) else section
+        path = next((p for p in notebooks if label in (p.stem, p.stem[:2])), None)
         if path is None:
             raise UsageError(f"{file}: no notebook {section!r}")
-        for name, value in (values or {}).items():
+        if not isinstance(values, dict):
+            raise UsageError(f"{file}: section {section} is {values!r}, expected name: value")
+        for name, value in values.items():
             if name not in known[path]:
                 raise UsageError(f"{file}: {path.stem} has no parameter {name!r}")
             chosen[path][name] = check(value, known[path][name], name)
     for name, text in pairs:
-        takers = [path for path in notebooks if name in known[path]]
+        takers = [path for path in selected if name in known[path]]
         if not takers:
-            every = sorted({name for values in known.values() for name in values})
+            every = sorted({name for path in selected for name in known[path]})
             raise UsageError(f"no notebook has a parameter {name!r}; there are {', '.join(every)}")
         for path in takers:
-            is_text = isinstance(known[path][name], str)
-            value = text if is_text else yaml.safe_load(text)
-            chosen[path][name] = check(value, known[path][name], name)
+            default = known[path][name]
+            chosen[path][name] = check(parse(text, default), default, name)
     return chosen
 
 
-def commit_outputs(job: Job) -> str:
-    """Write the executed notebook over its source, normalised; or say why not."""
-    for old, new in zip(read_cells(job.notebook), read_cells(job.output), strict=True):
-        checked = "nbval-check-output" in old.metadata.get("tags", [])
-        if checked and old.outputs and not new.outputs:
-            return "not written back: a checked output is empty now (something was skipped)"
+def commit_outputs(job: Job) -> None:
+    """Write the executed notebook over its source, normalised."""
     with paths.write_whole(job.notebook) as temporary:
         shutil.copy(job.output, temporary)
         subprocess.run([sys.executable, "-m", "nbstripout", *NORMALISE, str(temporary)], check=True)
-    return "written back"
 
 
 def execute(jobs: list[Job], workers: int) -> dict[str, str]:
@@ -219,7 +241,7 @@ def main(
                 for name, value in defaults(path).items():
                     print(f"    {name} = {value!r}")
             return 0
-        chosen = overrides(select(notebooks, []), options.p, options.params)
+        chosen = overrides(select(notebooks, []), selected, options.p, options.params)
     except (UsageError, yaml.YAMLError) as error:
         print(f"reproduce.py: {error}", file=sys.stderr)
         return 2
@@ -234,8 +256,10 @@ def main(
     for job in jobs:
         if failure := errors.get(job.notebook.stem):
             print(f"FAILED {job.notebook.stem}: {failure} (see {job.output})")
+        elif job.skipped:
+            print(f"{job.notebook.stem}: {' '.join(job.skipped)}")
         elif options.in_place:
-            print(f"{job.notebook.stem}: {commit_outputs(job)}")
+            commit_outputs(job)
     failed = sum(map(bool, errors.values()))
     seconds = time.monotonic() - started
     print(f"{len(errors) - failed} notebooks run, {failed} failed, in {seconds:.0f} s")

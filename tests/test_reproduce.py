@@ -24,9 +24,10 @@ def notebooks(tmp_path: Path) -> Path:
     for stem in ("01_first", "02_second", "scratch"):
         log = tmp_path / f"{stem}.log"
         source = f"open({str(log)!r}, 'a').write(f'{{fraction}} {{lengths}} {{name}} {{quick}}\\n')"
+        own = "other = 1  # a number\n" if stem == "02_second" else ""
         cells = [
             new_markdown_cell("# Title"),
-            new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
+            new_code_cell(PARAMETERS + own, metadata={"tags": ["parameters"]}),
             new_code_cell(source + "\nprint(fraction)"),
         ]
         write(folder / f"{stem}.ipynb", cells)
@@ -93,7 +94,7 @@ def test_parameters_by_name(run, notebooks):
 
 def test_parameters_from_a_file_with_a_section_a_notebook(run, notebooks, tmp_path):
     params = tmp_path / "params.yaml"
-    params.write_text("'01': {fraction: 0.1}\n02_second: {name: image}\n")
+    params.write_text("01: {fraction: 0.1}\n02_second: {name: image}\n")
     assert run("--params", str(params), "-p", "quick", "no") == 0
     assert log(notebooks, "01_first") == "0.1 [1, 2] text False\n"
     assert log(notebooks, "02_second") == "0.05 [1, 2] image False\n"
@@ -103,6 +104,7 @@ def test_parameters_from_a_file_with_a_section_a_notebook(run, notebooks, tmp_pa
     ("words", "message"),
     [
         (["-p", "fractoin", "0.1"], "no notebook has a parameter 'fractoin'; there are fraction"),
+        (["--only", "01", "-p", "other", "1"], "no notebook has a parameter 'other'"),
         (["-p", "fraction", "many"], "parameter fraction is 'many', expected float"),
         (["-p", "quick", "1"], "parameter quick is 1, expected bool"),
         (["-p", "lengths", "3"], "parameter lengths is 3, expected list"),
@@ -125,6 +127,8 @@ def test_what_is_unknown_is_refused_before_anything_runs(run, notebooks, capsys,
         ("'02': {speed: 1}", "02_second has no parameter 'speed'"),
         ("'02': {fraction: fast}", "parameter fraction is 'fast', expected float"),
         ("'02': [", "while parsing"),
+        ("'02': fast", "section 02 is 'fast', expected name: value"),
+        ("- fraction", "expected a section of parameters a notebook"),
     ],
 )
 def test_a_bad_parameter_file_is_refused(run, notebooks, tmp_path, capsys, text, message):
@@ -157,6 +161,15 @@ def test_resume_runs_only_what_did_not_finish_with_these_parameters(run, noteboo
     assert log(notebooks, "01_first") == DEFAULTS + DEFAULTS.replace("0.05", "0.2")
 
 
+def test_a_run_that_had_to_skip_something_is_not_finished(run, notebooks, capsys):
+    write(notebooks / "01_first.ipynb", [new_code_cell("print('Skipped: the data. Get them.')")])
+    for _ in range(2):
+        assert run("--only", "01", "--resume") == 0
+        out = capsys.readouterr().out
+        assert "01_first: Skipped: the data. Get them." in out
+        assert "1 notebooks run" in out
+
+
 def test_list_shows_notebooks_and_parameters_and_runs_nothing(run, notebooks, capsys):
     assert run("--list") == 0
     out = capsys.readouterr().out
@@ -174,12 +187,11 @@ def test_in_place_commits_outputs_without_traces_of_the_run(run, notebooks):
     assert not any({"papermill", "execution"} & cell.metadata.keys() for cell in done.cells)
 
 
-def test_in_place_keeps_a_checked_output_that_could_not_be_made_again(run, notebooks, capsys):
+def test_in_place_keeps_the_outputs_of_a_notebook_that_had_to_skip_something(run, notebooks):
     path = notebooks / "01_first.ipynb"
-    checked = new_code_cell("pass", metadata={"tags": ["nbval-check-output"]})
-    checked.outputs = [nbformat.v4.new_output("stream", text="0.06\n")]
-    write(path, [checked])
+    cell = new_code_cell("print('Skipped: the data')")
+    cell.outputs = [nbformat.v4.new_output("stream", text="0.06\n")]
+    write(path, [cell])
     before = path.read_bytes()
     assert run("--in-place", "--only", "01") == 0
-    assert "not written back: a checked output is empty now" in capsys.readouterr().out
     assert path.read_bytes() == before
