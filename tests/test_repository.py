@@ -97,7 +97,8 @@ def test_notebook_lists_exactly_the_figures_it_makes(notebook):
 
 def test_committed_figures_were_made_with_the_default_parameters(notebook):
     expected = reproduce.defaults(notebook)
-    expected.pop("published_folder", None)
+    for folder in ("published_folder", "figures_folder"):
+        expected.pop(folder)
     for entry in figures.manifest():
         if entry["notebook"] == notebook.stem:
             assert entry["parameters"] == expected
@@ -108,7 +109,7 @@ def test_manifest_and_figures_agree():
     entries = figures.manifest()
     listed = [entry["file"] for entry in entries]
     assert listed == sorted(set(listed))
-    there = {path.name for path in paths.FIGURES.iterdir()} - {"manifest.json"}
+    there = {path.name for path in paths.FIGURES.glob("[!.]*")} - {"manifest.json"}
     assert set(listed) == there
     for entry in entries:
         raw = (paths.FIGURES / entry["file"]).read_bytes()
@@ -171,7 +172,7 @@ def test_parameter_files_name_what_exists():
     files = sorted((paths.ROOT / "params").glob("*.yaml"))
     assert files
     for file in files:
-        assert any(reproduce.overrides(NOTEBOOKS, [], file).values())
+        assert any(reproduce.overrides(NOTEBOOKS, NOTEBOOKS, [], file).values())
 
 
 def test_both_papers_are_cited():
