@@ -28,15 +28,13 @@ COLUMN = 3.25
 """Width of a figure in one column, in inches."""
 
 _PALETTE = sns.color_palette("colorblind")
-TASK_COLORS = dict(
-    zip(("text", "image", "rendered_text", "identical_image"), _PALETTE, strict=False)
-)
 TASK_NAMES = {
     "text": "text",
     "image": "image",
     "rendered_text": "rendered text",
     "identical_image": "identical image",
 }
+TASK_COLORS = dict(zip(TASK_NAMES, _PALETTE, strict=False))
 MODEL_COLORS = sns.color_palette("Dark2", 6)
 SET_COLORS = (_PALETTE[0], _PALETTE[3], "0.6")
 """Heads of the first set only, of the second only, of both."""
