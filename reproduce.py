@@ -65,7 +65,8 @@ class Job:
     @property
     def finished(self) -> bool:
         """Whether this very job has been run to its end, with nothing skipped."""
-        return self.marker.exists() and self.marker.read_text() == self.digest
+        kept = self.output.exists() and self.marker.exists()
+        return kept and self.marker.read_text() == self.digest
 
     @property
     def digest(self) -> str:

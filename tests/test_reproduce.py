@@ -161,6 +161,13 @@ def test_resume_runs_only_what_did_not_finish_with_these_parameters(run, noteboo
     assert log(notebooks, "01_first") == DEFAULTS + DEFAULTS.replace("0.05", "0.2")
 
 
+def test_resume_runs_again_what_was_deleted(run, notebooks, tmp_path):
+    assert run("--only", "01") == 0
+    (tmp_path / "runs" / "01_first.ipynb").unlink()
+    assert run("--only", "01", "--resume") == 0
+    assert log(notebooks, "01_first") == DEFAULTS * 2
+
+
 def test_a_run_that_had_to_skip_something_is_not_finished(run, notebooks, capsys):
     write(notebooks / "01_first.ipynb", [new_code_cell("print('Skipped: the data. Get them.')")])
     for _ in range(2):
