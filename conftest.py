@@ -11,27 +11,19 @@ import pytest
 from mmheads import paths, published
 from mmheads.heads import HeadScores
 
-Released = dict[tuple[str, str, int], HeadScores]
-
-
-RELEASED = (paths.published() or paths.cache() / "published") if published.at_hand() else None
+RELEASED = published.complete_folder()
 """The folder with all the released scores, if there is one: tests never download."""
 NOT_HERE = f"not all released scores are here: {published.HOW_TO_GET}"
 
 
 @pytest.fixture(scope="session")
-def released() -> Released:
+def released() -> dict[tuple[str, str, int], HeadScores]:
     """All released scores."""
     if RELEASED is None:
         pytest.skip(NOT_HERE)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", published.ImpossibleScoreWarning)
-        return {
-            (model, task, length): published.load(model, task, length, folder=RELEASED)
-            for model in published.MODELS
-            for task in published.TASKS
-            for length in published.LENGTHS
-        }
+        return published.load_all(folder=RELEASED)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -72,7 +72,6 @@ LENGTHS = (8192, 16384, 32768, 65536, 131072)
 KNOWN_DEFECTIVE = ("Qwen2.5-VL-7B-Instruct",)
 """Models whose released files hold values outside [-1, 1]."""
 
-
 REGISTRY = {
     key: sha256
     for sha256, key in map(
@@ -94,10 +93,10 @@ class ImpossibleScoreWarning(UserWarning):
     """A released file holds a score outside [-1, 1], as released."""
 
 
-def at_hand(*, folder: str | Path = "", cache: str | Path = "") -> bool:
-    """Whether every released file can be read without a download."""
+def complete_folder(*, folder: str | Path = "", cache: str | Path = "") -> Path | None:
+    """The folder, or else the cache, if every released file can be read from it."""
     base = paths.published(folder) or paths.cache(cache) / "published"
-    return all((base / TOP / key).is_file() for key in REGISTRY)
+    return base if all((base / TOP / key).is_file() for key in REGISTRY) else None
 
 
 def load(
@@ -157,7 +156,7 @@ def load_all(
     a figure is made from all that it needs, or left as it is.
     """
     keys = [(model, task, _tokens(n)) for model in models for task in tasks for n in lengths]
-    no_download = paths.published(folder) is not None or at_hand(cache=cache)
+    no_download = bool(paths.published(folder) or complete_folder(cache=cache))
     try:
         return {
             key: load(*key, folder=folder, cache=cache)

@@ -205,7 +205,7 @@ def test_a_download_with_another_checksum_is_refused_and_not_kept(server, folder
 
 
 def test_the_cache_can_be_named_by_argument(server, tmp_path):
-    assert not published.at_hand(cache=tmp_path / "mine")
+    assert published.complete_folder(cache=tmp_path / "mine") is None
     published.load("Gemma3-12B", "text", LENGTH, cache=tmp_path / "mine")
     assert (tmp_path / "mine" / "published" / published.TOP / KEY).is_file()
     assert not (tmp_path / "cache").exists()
