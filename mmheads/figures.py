@@ -65,7 +65,7 @@ class Run:
         """Write `<name>.pdf`, `.png`, and the data that the figure shows as `.csv`."""
         writers = {
             "pdf": lambda path: figure.savefig(path, metadata={"CreationDate": None}),
-            "png": lambda path: figure.savefig(path),
+            "png": figure.savefig,
             "csv": lambda path: _write_csv(data, path),
         }
         self._write(name, writers)

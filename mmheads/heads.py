@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,7 +122,11 @@ class HeadSet:
         return iter(self.heads)
 
     def __contains__(self, head: object) -> bool:
-        return head in self.heads
+        return head in self._members
+
+    @cached_property
+    def _members(self) -> frozenset[Head]:
+        return frozenset(self.heads)
 
     def __str__(self) -> str:
         return " ".join(map(str, self.heads))
@@ -242,10 +247,12 @@ class HeadScores:
         object.__setattr__(self, "eligible", eligible)
         object.__setattr__(self, "metadata", metadata.reset_index(drop=True))
 
-    @property
+    @cached_property
     def mean(self) -> NDArray[np.float64]:
         """[layer, head], mean over examples."""
-        return np.asarray(self.values.mean(axis=0, dtype=np.float64))
+        mean = np.asarray(self.values.mean(axis=0, dtype=np.float64))
+        mean.flags.writeable = False
+        return mean
 
     def outside(self, low: float, high: float) -> tuple[Head, ...]:
         """Heads with a score below `low` or above `high` on some example.
@@ -300,8 +307,8 @@ class HeadScores:
         return [self._heads(rng.choice(pool, count, replace=False)) for _ in range(draws)]
 
     def _heads(self, flat: NDArray[np.intp]) -> HeadSet:
-        heads = (divmod(int(index), self.geometry.heads) for index in flat)
-        return HeadSet(tuple(Head(*head) for head in heads), self.geometry, self.provenance.model)
+        heads = tuple(Head(*divmod(int(index), self.geometry.heads)) for index in flat)
+        return HeadSet(heads, self.geometry, self.provenance.model)
 
     def cumulative_mass(self, *, eligible_only: bool = False) -> NDArray[np.float64]:
         """[head in rank order], share of the positive mean score held by the strongest heads.
