@@ -1,0 +1,445 @@
+"""The four needle tasks of paper A in miniature, a control without evidence, and small documents.
+
+A haystack interleaves text units (six sentences such as "B7 K .") and pages (four blocks, each an
+icon or a code beside a value). One sentence or block is the needle: its key stands nowhere else.
+Detection data of paper A (arXiv 2605.27243): MM-NIAH, five lengths, six depths, 20 pairs of
+question and evidence a condition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from mmheads.examples import Example, Part, Region
+from mmheads.tasks.pages import (
+    BLOCKS,
+    CELL,
+    CODES,
+    ICONS,
+    VALUES,
+    Block,
+    block_box,
+    option,
+    page,
+)
+
+if TYPE_CHECKING:
+    import datasets
+
+TASKS = ("text", "image", "rendered", "identical")
+CONTROL = "successor"
+"""Needs no evidence: "after J" is answered by K, from what the model knows."""
+LENGTHS = (128, 256, 512, 1024, 2048)
+DEPTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+PAIRS = 20
+SPLITS = ("detection", "heldout", "test")
+OPTIONS = ("a", "b", "c", "d")
+SENTENCES = 6
+UNIT_TOKENS = 3 * SENTENCES
+"""Tokens of a text unit, and of a page with its two wrappers, in the tiny models."""
+
+_SEED = 2605
+_KINDS = (*TASKS, CONTROL)
+_QUESTION_TOKENS = {"text": 2, "image": 18, "rendered": 2, "identical": 5, CONTROL: 2}
+_CHOICES = {
+    "text": VALUES,
+    "image": OPTIONS,
+    "rendered": VALUES,
+    "identical": ("yes", "no"),
+    CONTROL: VALUES,
+}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Six sentences of text, or the four blocks of a page."""
+
+    is_page: bool
+    records: tuple[Block, ...]
+
+    def part(self, rng: np.random.Generator) -> Part:
+        """The unit as an example's part; `rng` shifts the sprites of a page."""
+        if self.is_page:
+            return Image.fromarray(page(self.records, rng))
+        return " ".join(sentence(record) for record in self.records)
+
+    def replace(self, index: int, record: Block) -> Unit:
+        """The unit with another record at `index`."""
+        return Unit(self.is_page, (*self.records[:index], record, *self.records[index + 1 :]))
+
+    def region(self, part: int, index: int) -> Region:
+        """Where record `index` stands, if the unit is part `part` of a context."""
+        if self.is_page:
+            return Region(part=part, box=block_box(index))
+        first = sum(len(sentence(record)) + 1 for record in self.records[:index])
+        return Region(part=part, chars=(first, first + len(sentence(self.records[index]))))
+
+
+def sentence(record: Block) -> str:
+    """A record as text."""
+    return f"{record.key} {record.value} ."
+
+
+def make(
+    task: str,
+    length: int,
+    depth: float,
+    *,
+    pair: int = 0,
+    split: str = "detection",
+    image_ratio: float = 0.5,
+    needle: bool = True,
+    answer: str | None = None,
+) -> Example:
+    """Make one example.
+
+    The same `task`, `length`, `pair`, `split` and `image_ratio` give the same haystack and
+    question at every depth. No needle (key and value) occurs in two splits.
+
+    Args:
+        task: One of `TASKS`, or `CONTROL`.
+        length: Least number of tokens of the prompt in the tiny models; at most 17 are added, so
+            that it holds whole units.
+        depth: Where the needle stands, 0 (first unit) to 1 (last unit).
+        pair: Which question and evidence, from 0.
+        split: One of `SPLITS`.
+        image_ratio: Share of pages among the units, as near as whole units allow; the needle's
+            own unit is a page or text as its task demands.
+        needle: False puts another record where the needle stood: the question cannot be answered
+            any more, or is answered by "no" in the task identical.
+        answer: Make this the right answer, by changing the needle alone: its value (text,
+            rendered), which of the options is on the page (image), or whether it is there
+            (identical). By default the pair decides; identical has the needle.
+
+    Raises:
+        ValueError: A setting is unknown, out of range, or too small for the needle.
+    """
+    least = 1 + UNIT_TOKENS + _QUESTION_TOKENS.get(task, 0)
+    _expect(task in _KINDS, "task", task, f"one of {_KINDS}")
+    _expect(split in SPLITS, "split", split, f"one of {SPLITS}")
+    _expect(0 <= depth <= 1, "depth", depth, "a number from 0 to 1")
+    _expect(0 <= image_ratio <= 1, "image_ratio", image_ratio, "a number from 0 to 1")
+    _expect(length >= least, "length", length, f"at least {least} tokens for the task {task}")
+    _expect(pair >= 0, "pair", pair, "0 or more")
+    _expect(answer in (None, *_CHOICES[task]), "answer", answer, f"one of {_CHOICES[task]}")
+
+    seed = (_SEED, _KINDS.index(task), SPLITS.index(split), length, pair, round(1000 * image_ratio))
+    rng = np.random.default_rng(seed)
+    needle_record = _pair(task, split, length, pair)
+    shown = [needle_record.key, *_others(needle_record.key, rng)]
+    rng.shuffle(shown)
+    count = ceil((length - 1 - _QUESTION_TOKENS[task]) / UNIT_TOKENS)
+    pages = rng.permutation(np.arange(count) < round(image_ratio * count))
+    at = round(depth * (count - 1))
+    if task != CONTROL:
+        _make_room(pages, at, task != "text")
+    codes = [code for code in CODES if code != needle_record.key]
+    icons = [icon for icon in ICONS if icon not in shown]
+    texts = fill(np.zeros(count, bool), codes, icons, rng)
+    sheets = fill(np.ones(count, bool), codes, icons, rng)
+    units = [
+        sheet if is_page else text
+        for is_page, sheet, text in zip(pages, sheets, texts, strict=True)
+    ]
+    slot = int(rng.integers(SENTENCES if task == "text" else BLOCKS))
+
+    match task:
+        case "text" | "rendered":
+            right = answer or needle_record.value
+            needle_record = Block(needle_record.key, right)
+        case "image":
+            right = answer or OPTIONS[shown.index(needle_record.key)]
+            needle_record = Block(shown[OPTIONS.index(right)], needle_record.value)
+        case "identical":
+            needle = needle and answer != "no"
+            right = "yes" if needle else "no"
+        case _:
+            needle = False
+            right = VALUES[(VALUES.index(needle_record.value) + 1) % len(VALUES)]
+    if needle:
+        units[at] = units[at].replace(slot, needle_record)
+
+    context = tuple(unit.part(np.random.default_rng((*seed, i))) for i, unit in enumerate(units))
+    evidence = units[at].region(at, slot)
+    match task:
+        case "text" | "rendered":
+            question: tuple[Part, ...] = (f"? {needle_record.key}",)
+        case "image":
+            question = ("which",)
+            for letter, icon in zip(OPTIONS, shown, strict=True):
+                question += (Image.fromarray(option(icon, rng)), letter)
+            question = (*question[:-1], f"{question[-1]} ?")
+        case "identical":
+            image = Image.fromarray(option(needle_record.key, rng))
+            haystack = context[at]
+            if needle and evidence.box and isinstance(haystack, Image.Image):
+                left, top = evidence.box[:2]
+                image = haystack.crop((int(left), int(top), int(left) + CELL, int(top) + CELL))
+            question = ("seen", image, "?")
+        case _:
+            question = (f"after {needle_record.value}",)
+    return Example(
+        context=context,
+        question=question,
+        answer=right,
+        choices=_CHOICES[task],
+        evidence=(evidence,) if needle else None,
+        candidates={},
+        task=task,
+        length=length,
+        depth=None if task == CONTROL else float(depth),
+        seed=seed,
+        tokens=tokens(context, (evidence,)) if needle else (),
+    )
+
+
+def generate(
+    tasks: Sequence[str] = TASKS,
+    lengths: Sequence[int] = LENGTHS,
+    depths: Sequence[float] = DEPTHS,
+    pairs: int = PAIRS,
+    **settings: Any,
+) -> Iterator[Example]:
+    """Make every example of a grid, pairs innermost; `settings` go to `make`."""
+    for task, length, depth, pair in product(tasks, lengths, depths, range(pairs)):
+        yield make(task, length, depth, pair=pair, **settings)
+
+
+def document(
+    pages: int, *, question: str = "rendered", index: int = 0, split: str = "detection"
+) -> Example:
+    """Make a document of pages, one of which answers the question.
+
+    Candidates to rank are the pages ("page") and all their blocks ("layout"); the evidence is
+    one block.
+
+    Args:
+        pages: Number of pages.
+        question: "rendered" asks for the value beside a code, "icon" for that beside an icon,
+            which the question shows.
+        index: Which document, from 0.
+        split: One of `SPLITS`.
+
+    Raises:
+        ValueError: A setting is unknown or out of range.
+    """
+    _expect(pages >= 1, "pages", pages, "1 or more")
+    _expect(question in ("rendered", "icon"), "question", question, "rendered or icon")
+    _expect(split in SPLITS, "split", split, f"one of {SPLITS}")
+    _expect(index >= 0, "index", index, "0 or more")
+    seed = (_SEED, len(_KINDS) + (question == "icon"), SPLITS.index(split), pages, index)
+    rng = np.random.default_rng(seed)
+    record = _pair("image" if question == "icon" else "rendered", split, pages, index)
+    units = fill(
+        np.ones(pages, bool),
+        [code for code in CODES if code != record.key],
+        [icon for icon in ICONS if icon != record.key],
+        rng,
+    )
+    at, slot = int(rng.integers(pages)), int(rng.integers(BLOCKS))
+    units[at] = units[at].replace(slot, record)
+    context = tuple(unit.part(rng) for unit in units)
+    evidence = units[at].region(at, slot)
+    asked: tuple[Part, ...] = (f"? {record.key}",)
+    if question == "icon":
+        asked = ("?", Image.fromarray(option(record.key, rng)))
+    return Example(
+        context=context,
+        question=asked,
+        answer=record.value,
+        choices=VALUES,
+        evidence=(evidence,),
+        candidates={
+            "page": tuple(Region(part=part) for part in range(pages)),
+            "layout": tuple(
+                Region(part=part, box=block_box(block))
+                for part, block in product(range(pages), range(BLOCKS))
+            ),
+        },
+        task=f"document-{question}",
+        length=pages * UNIT_TOKENS,
+        depth=at / max(1, pages - 1),
+        seed=seed,
+        tokens=tokens(context, (evidence,)),
+    )
+
+
+def fill(
+    pages: Sequence[bool] | np.ndarray,
+    codes: Sequence[str],
+    icons: Sequence[str],
+    rng: np.random.Generator,
+) -> list[Unit]:
+    """Fill a haystack of pages (True) and text units with records of these keys."""
+    units = []
+    for is_page in pages:
+        count = BLOCKS if is_page else SENTENCES
+        on_code = rng.random(count) < 0.5 if is_page else np.ones(count, bool)
+        keys = np.where(on_code, rng.choice(codes, count), rng.choice(icons, count))
+        values = rng.choice(VALUES, count)
+        records = (Block(str(k), str(v)) for k, v in zip(keys, values, strict=True))
+        units.append(Unit(bool(is_page), tuple(records)))
+    return units
+
+
+def count_tokens(parts: Sequence[Part]) -> int:
+    """Number of tokens of these parts in the prompt of the tiny models."""
+    return sum(
+        len(part.split())
+        if isinstance(part, str)
+        else (part.width // CELL) * (part.height // CELL) + 2
+        for part in parts
+    )
+
+
+def tokens(context: Sequence[Part], regions: Sequence[Region]) -> tuple[tuple[int, int], ...]:
+    """Token intervals of regions in the prompt of the tiny models.
+
+    There the prompt starts with one token, a word is one, an image has one a cell of 16 x 16 px
+    between two wrappers. This is how the task itself counts; `evidence.encode` finds the same
+    in any model's prompt.
+    """
+    starts = [1]
+    for part in context:
+        starts.append(starts[-1] + count_tokens([part]))
+    intervals = []
+    for region in regions:
+        part, start = context[region.part], starts[region.part]
+        if isinstance(part, str):
+            first, last = region.chars or (0, len(part))
+            before = len(part[:first].split())
+            intervals.append((start + before, start + before + len(part[first:last].split())))
+        else:
+            columns = part.width // CELL
+            box = (int(edge) // CELL for edge in region.box or (0, 0, *part.size))
+            left, top, right, bottom = box
+            first = start + 1 + columns * top
+            intervals += [
+                (first + columns * row + left, first + columns * row + right)
+                for row in range(bottom - top)
+            ]
+    return tuple(intervals)
+
+
+def dataset(examples: Sequence[Example] | Iterator[Example]) -> datasets.Dataset:
+    """Examples as a Hugging Face data set: images, texts, boxes and metadata, a row an example.
+
+    In `context` and `question` every image is written `<image>`; `images` holds them in order.
+    `from_row` turns a row back into an example.
+    """
+    import datasets
+
+    box = datasets.Sequence(datasets.Value("float32"))
+    interval = datasets.Sequence(datasets.Value("int32"))
+    region = {"part": datasets.Value("int32"), "chars": interval, "box": box}
+    text = datasets.Value("string")
+    features = datasets.Features(
+        {
+            "images": datasets.Sequence(datasets.Image()),
+            "context": datasets.Sequence(text),
+            "question": datasets.Sequence(text),
+            "answer": text,
+            "choices": datasets.Sequence(text),
+            "evidence": [region],
+            "candidates": [{"kind": text, "regions": [region]}],
+            "tokens": datasets.Sequence(interval),
+            "task": text,
+            "length": datasets.Value("int32"),
+            "depth": datasets.Value("float32"),
+            "seed": interval,
+        }
+    )
+    return datasets.Dataset.from_list([_row(example) for example in examples], features=features)
+
+
+def from_row(row: dict[str, Any]) -> Example:
+    """The example of a data set's row."""
+    images = iter(row["images"])
+
+    def parts(texts: list[str]) -> tuple[Part, ...]:
+        return tuple(next(images) if text == _IMAGE else text for text in texts)
+
+    def regions(rows: list[dict[str, Any]]) -> tuple[Region, ...]:
+        return tuple(
+            Region(part=r["part"], chars=tuple(r["chars"]) or None, box=tuple(r["box"]) or None)
+            for r in rows
+        )
+
+    return Example(
+        context=parts(row["context"]),
+        question=parts(row["question"]),
+        answer=row["answer"],
+        choices=tuple(row["choices"]),
+        evidence=regions(row["evidence"]) or None,
+        candidates={c["kind"]: regions(c["regions"]) for c in row["candidates"]},
+        task=row["task"],
+        length=row["length"],
+        depth=row["depth"],
+        seed=tuple(row["seed"]),
+        tokens=tuple((first, last) for first, last in row["tokens"]),
+    )
+
+
+_IMAGE = "<image>"
+
+
+def _row(example: Example) -> dict[str, Any]:
+    def texts(parts: tuple[Part, ...]) -> list[str]:
+        return [part if isinstance(part, str) else _IMAGE for part in parts]
+
+    def regions(given: tuple[Region, ...]) -> list[dict[str, Any]]:
+        return [{"part": r.part, "chars": r.chars or (), "box": r.box or ()} for r in given]
+
+    return {
+        "images": example.images(),
+        "context": texts(example.context),
+        "question": texts(example.question),
+        "answer": example.answer,
+        "choices": example.choices,
+        "evidence": regions(example.evidence or ()),
+        "candidates": [
+            {"kind": kind, "regions": regions(r)} for kind, r in example.candidates.items()
+        ],
+        "tokens": example.tokens,
+        "task": example.task,
+        "length": example.length,
+        "depth": example.depth,
+        "seed": example.seed,
+    }
+
+
+def _pair(task: str, split: str, length: int, pair: int) -> Block:
+    """The pair's key and value; no two splits share one."""
+    keys = ICONS if task in ("image", "identical") else CODES
+    pairs = list(product(keys, VALUES))
+    share = np.random.default_rng(_SEED).permutation(len(pairs))
+    share = share[SPLITS.index(split) :: len(SPLITS)]
+    order = np.random.default_rng((_SEED, _KINDS.index(task), length)).permutation(share)
+    return Block(*pairs[order[pair % len(order)]])
+
+
+def _others(key: str, rng: np.random.Generator) -> list[str]:
+    """Icons that stand beside `key` in a question with options."""
+    others = [icon for icon in ICONS if icon != key]
+    return [str(icon) for icon in rng.choice(others, len(OPTIONS) - 1, replace=False)]
+
+
+def _make_room(pages: np.ndarray, at: int, is_page: bool) -> None:
+    """Let unit `at` be a page or not, in exchange with the nearest unit that is as wanted."""
+    if pages[at] != is_page:
+        wanted = np.flatnonzero(pages == is_page)
+        if len(wanted):
+            pages[wanted[np.abs(wanted - at).argmin()]] = not is_page
+        pages[at] = is_page
+
+
+def _expect(holds: bool, name: str, value: object, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} is {value!r}; expected {expected}")

@@ -1,0 +1,114 @@
+"""Small pages: blocks with a key (a coloured icon, or a code such as B7) and a value (a letter).
+
+A page is 64 x 64 px, two by two blocks of 32 px, each of two by two cells of 16 px. The key stands
+in a block's upper left cell, the value in its lower right one. A cell is one visual token of the
+tiny models.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+Pixels = npt.NDArray[np.uint8]
+Box = tuple[int, int, int, int]
+"""Left, top, right, bottom in pixels; right and bottom lie outside."""
+
+PAGE, BLOCK, CELL, SPRITE = 64, 32, 16, 14
+BLOCKS = (PAGE // BLOCK) ** 2
+
+CODES = tuple(letter + digit for letter, digit in product("ABCDEFGH", "12345678"))
+VALUES = tuple("JKLMNPQRSTUVWXYZ")
+COLORS = {
+    "red": (220, 40, 40),
+    "green": (40, 160, 60),
+    "blue": (50, 80, 220),
+    "yellow": (230, 180, 30),
+    "purple": (160, 60, 190),
+    "cyan": (30, 190, 200),
+    "orange": (240, 130, 30),
+    "brown": (120, 80, 40),
+}
+SHAPES = ("disc", "square", "triangle", "diamond", "cross", "ring", "wedge", "frame")
+ICONS = tuple(f"{color}-{shape}" for color, shape in product(COLORS, SHAPES))
+
+
+@dataclass(frozen=True)
+class Block:
+    """A key and its value: `key` is one of `CODES` or of `ICONS`, `value` one of `VALUES`."""
+
+    key: str
+    value: str
+
+
+@cache
+def sprite(name: str) -> Pixels:
+    """Draw an icon, a code or a value -> [14, 14, 3]."""
+    if name in ICONS:
+        return _icon(*name.split("-"))
+    return np.hstack([_glyph(character, SPRITE // len(name)) for character in name])
+
+
+def page(blocks: Sequence[Block], rng: np.random.Generator) -> Pixels:
+    """Draw four blocks, row by row, each sprite shifted by 0 to 2 px inside its cell -> [64, 64, 3]."""
+    pixels = np.full((PAGE, PAGE, 3), 255, np.uint8)
+    for index, block in enumerate(blocks):
+        left, top, right, bottom = block_box(index)
+        _put(pixels, left, top, block.key, rng)
+        _put(pixels, right - CELL, bottom - CELL, block.value, rng)
+    return pixels
+
+
+def option(icon: str, rng: np.random.Generator) -> Pixels:
+    """Draw one icon alone -> [16, 16, 3]."""
+    pixels = np.full((CELL, CELL, 3), 255, np.uint8)
+    _put(pixels, 0, 0, icon, rng)
+    return pixels
+
+
+def block_box(index: int) -> Box:
+    """Box of a page's block, counted row by row."""
+    row, column = divmod(index, PAGE // BLOCK)
+    return (column * BLOCK, row * BLOCK, (column + 1) * BLOCK, (row + 1) * BLOCK)
+
+
+def _put(pixels: Pixels, left: int, top: int, name: str, rng: np.random.Generator) -> None:
+    x, y = rng.integers(0, CELL - SPRITE + 1, 2) + (left, top)
+    pixels[y : y + SPRITE, x : x + SPRITE] = sprite(name)
+
+
+def _icon(color: str, shape: str) -> Pixels:
+    image = Image.new("RGB", (64, 64), "white")
+    draw, fill, a, b = ImageDraw.Draw(image), COLORS[color], 6, 58
+    match shape:
+        case "disc":
+            draw.ellipse((a, a, b, b), fill=fill)
+        case "square":
+            draw.rectangle((a, a, b, b), fill=fill)
+        case "triangle":
+            draw.polygon([(32, a), (b, b), (a, b)], fill=fill)
+        case "diamond":
+            draw.polygon([(32, a), (b, 32), (32, b), (a, 32)], fill=fill)
+        case "cross":
+            draw.rectangle((a, 24, b, 40), fill=fill)
+            draw.rectangle((24, a, 40, b), fill=fill)
+        case "ring":
+            draw.ellipse((a, a, b, b), outline=fill, width=12)
+        case "wedge":
+            draw.polygon([(a, a), (b, a), (32, b)], fill=fill)
+        case "frame":
+            draw.rectangle((a, a, b, b), outline=fill, width=12)
+    return np.asarray(image.resize((SPRITE, SPRITE), Image.Resampling.LANCZOS))
+
+
+def _glyph(character: str, width: int) -> Pixels:
+    """Draw a black character that fills a white rectangle -> [14, width, 3]."""
+    font = ImageFont.load_default(size=60)
+    left, top, right, bottom = (round(edge) for edge in font.getbbox(character))
+    image = Image.new("RGB", (right - left + 6, bottom - top + 6), "white")
+    ImageDraw.Draw(image).text((3 - left, 3 - top), character, fill="black", font=font)
+    return np.asarray(image.resize((width, SPRITE), Image.Resampling.LANCZOS))
