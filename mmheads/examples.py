@@ -37,8 +37,8 @@ class Example:
         candidates: Regions to rank, by kind ("page", "layout"); empty where nothing is ranked.
         task: Name of the task.
         length: Nominal length of the prompt in tokens.
-        depth: Where the evidence stands, 0 (start of the context) to 1 (its end); None without a
-            needle.
+        depth: Where the evidence stands (or stood, before it was removed), 0 (start of the
+            context) to 1 (its end); None for a task without evidence.
         seed: What the example was drawn from.
         tokens: Evidence as [first, last + 1) token intervals in the prompt of the tiny models,
             written down by the task that placed it; empty where there is none.
@@ -124,10 +124,7 @@ def _draw(example: Example, width: int, scale: int) -> Image.Image:
 
     places, x, y, row = [], _MARGIN, _MARGIN, 0
     for index, (piece, _) in enumerate(pieces):
-        if isinstance(piece, str):
-            size = (round(font.getlength(piece)), 18)
-        else:
-            size = piece.size
+        size = (round(font.getlength(piece)), 18) if isinstance(piece, str) else piece.size
         if index == rule or (x > _MARGIN and x + size[0] > width - _MARGIN):
             x, y, row = _MARGIN, y + row + (2 * _MARGIN if index == rule else _MARGIN // 2), 0
         places.append((x, y))

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
 FIGURES = ROOT / "figures"
 PAPERS = ROOT / "data" / "papers"
+MODELS = ROOT / "data" / "models"
 RUNS = ROOT / "runs"
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from PIL import Image, ImageChops
+from reading import cells, sprites
 
 from mmheads.examples import Example, Region
 from mmheads.tasks import needles, pages
@@ -25,24 +26,17 @@ def same(a: Image.Image, b: Image.Image) -> bool:
     return ImageChops.difference(a, b).getbbox() is None
 
 
-def sprites(cell: Image.Image) -> set[str]:
-    """The icons, codes and values that a cell of 16 x 16 px could show, wherever they stand."""
-    pixels = np.asarray(cell)
-    shifts = itertools.product(range(pages.CELL - pages.SPRITE + 1), repeat=2)
-    views = [pixels[y : y + pages.SPRITE, x : x + pages.SPRITE] for y, x in shifts]
-    names = (*pages.CODES, *pages.ICONS, *pages.VALUES)
-    return {n for n in names if any(np.array_equal(pages.sprite(n), view) for view in views)}
+def same_parts(a: tuple, b: tuple) -> bool:
+    return len(a) == len(b) and all(
+        x == y if isinstance(x, str) or isinstance(y, str) else same(x, y)
+        for x, y in zip(a, b, strict=True)
+    )
 
 
 def shown(example: Example) -> Counter[str]:
     """How often each sprite stands on the pages of the context."""
-    counts: Counter[str] = Counter()
-    for part in example.context:
-        if isinstance(part, Image.Image):
-            for top, left in itertools.product(range(0, pages.PAGE, pages.CELL), repeat=2):
-                cell = part.crop((left, top, left + pages.CELL, top + pages.CELL))
-                counts.update(sprites(cell))
-    return counts
+    images = [part for part in example.context if isinstance(part, Image.Image)]
+    return Counter(name for image in images for name in cells(image))
 
 
 @pytest.mark.parametrize("depth", needles.DEPTHS)
@@ -88,6 +82,7 @@ def test_identical_image_is_cut_out_of_the_page():
     (evidence,) = example.evidence
     assert example.answer == "yes"
     assert same(example.question[1], crop(example, evidence).crop((0, 0, 16, 16)))
+    assert shown(example)[key_of(example)] == 1
 
 
 @pytest.mark.parametrize("task", needles.TASKS)
@@ -96,6 +91,7 @@ def test_removing_the_needle_changes_its_record_alone(task):
     without = needles.make(task, 256, 0.4, pair=3, needle=False)
     assert without.evidence is None
     assert without.tokens == ()
+    assert same_parts(without.question, whole.question)
     assert without.answer == ("no" if task == "identical" else whole.answer)
     (evidence,) = whole.evidence
     for index, (a, b) in enumerate(zip(whole.context, without.context, strict=True)):
@@ -119,40 +115,43 @@ def test_an_answer_can_be_demanded_without_changing_the_question():
         plain = needles.make(task, 256, 0.4, pair=5)
         asked = needles.make(task, 256, 0.4, pair=5, answer=other)
         assert asked.answer == other
-        for a, b in zip(plain.question, asked.question, strict=True):
-            assert isinstance(a, Image.Image) or a == b
+        assert same_parts(asked.question, plain.question)
     image = needles.make("image", 256, 0.4, pair=5, answer="c")
     on_page = sprites(crop(image, image.evidence[0]).crop((0, 0, 16, 16)))
     assert sprites(image.question[5]) == on_page
 
 
-def test_depths_of_a_pair_share_haystack_and_question():
-    a, b = (needles.make("rendered", 512, depth, pair=7) for depth in (0.0, 1.0))
-    assert a.question == b.question
-    differing = sum(
-        x != y if isinstance(x, str) or isinstance(y, str) else not same(x, y)
-        for x, y in zip(a.context, b.context, strict=True)
-    )
-    assert differing <= 4
+@pytest.mark.parametrize("task", needles.TASKS)
+def test_depths_of_a_pair_share_haystack_and_question(task):
+    a, b = (needles.make(task, 512, depth, pair=7) for depth in (0.0, 1.0))
+    assert same_parts(a.question, b.question)
+    differing = sum(not same_parts((x,), (y,)) for x, y in zip(a.context, b.context, strict=True))
+    assert differing <= 4, "the two needles' units, and two that made room for them"
 
 
-def test_splits_share_no_needle_and_pairs_of_a_condition_differ():
-    for task in needles.TASKS:
-        drawn = {
-            split: [needles._pair(task, split, 1024, pair) for pair in range(needles.PAIRS)]
-            for split in needles.SPLITS
-        }
-        assert all(len(set(records)) == needles.PAIRS for records in drawn.values())
-        everything = {
-            split: {
-                needles._pair(task, split, length, pair)
-                for length in needles.LENGTHS
-                for pair in range(needles.PAIRS)
-            }
-            for split in needles.SPLITS
-        }
-        for a, b in itertools.combinations(needles.SPLITS, 2):
-            assert not everything[a] & everything[b]
+def key_of(example: Example) -> str:
+    (evidence,) = example.evidence
+    part = example.context[evidence.part]
+    if isinstance(part, str):
+        return part[slice(*evidence.chars)].split()[0]
+    (key,) = sprites(crop(example, evidence).crop((0, 0, 16, 16)))
+    return key
+
+
+@pytest.mark.parametrize("task", needles.TASKS)
+def test_pairs_ask_for_different_keys_and_splits_for_none_of_each_others(task):
+    asked = {
+        (split, length): [
+            key_of(needles.make(task, length, 0.4, pair=pair, split=split))
+            for pair in range(needles.PAIRS)
+        ]
+        for split in needles.SPLITS
+        for length in (64, 128)
+    }
+    assert all(len(set(keys)) == needles.PAIRS for keys in asked.values())
+    for (a, _), (b, _) in itertools.combinations(asked, 2):
+        if a != b:
+            assert not {*asked[a, 64], *asked[a, 128]} & {*asked[b, 64], *asked[b, 128]}
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.4, 1.0])
@@ -169,15 +168,13 @@ def test_image_ratio_is_the_share_of_pages(ratio):
 def test_same_settings_give_the_same_example():
     a, b = (needles.make("image", 256, 0.4, pair=2, split="test") for _ in range(2))
     assert a.seed == b.seed
-    assert all(
-        x == y if isinstance(x, str) else same(x, y)
-        for x, y in zip((*a.context, *a.question), (*b.context, *b.question), strict=True)
-    )
+    assert same_parts((*a.context, *a.question), (*b.context, *b.question))
 
 
-def test_control_needs_no_evidence():
-    example = needles.make(needles.CONTROL, 256, 0.0, image_ratio=0.0)
+def test_control_is_text_alone_and_needs_no_evidence():
+    example = needles.make(needles.CONTROL, 256, 0.0)
     assert example.evidence is None
+    assert not example.images()
     asked = example.question[0].removeprefix("after ")
     values = pages.VALUES
     assert example.answer == values[(values.index(asked) + 1) % len(values)]
@@ -217,10 +214,8 @@ def test_data_set_gives_back_the_examples(tmp_path):
         for name in ("answer", "choices", "evidence", "candidates", "tokens", "task", "length"):
             assert getattr(back, name) == getattr(example, name), name
         assert back.depth == pytest.approx(example.depth)
-        for a, b in zip(
-            (*back.context, *back.question), (*example.context, *example.question), strict=True
-        ):
-            assert a == b if isinstance(a, str) else same(a, b)
+        assert same_parts(back.context, example.context)
+        assert same_parts(back.question, example.question)
 
 
 def test_picture_outlines_the_evidence():
@@ -244,6 +239,9 @@ def test_picture_outlines_the_evidence():
         ({"image_ratio": 2}, "image_ratio is 2"),
         ({"pair": -1}, "pair is -1"),
         ({"answer": "A"}, "answer is 'A'; expected one of"),
+        ({"answer": "K", "needle": False}, "answer is 'K'; expected None"),
+        ({"task": "successor", "answer": "K"}, "answer is 'K'; expected None"),
+        ({"task": "identical", "answer": "yes", "needle": False}, "answer is 'yes'; expected None"),
     ],
 )
 def test_bad_settings_are_named(settings, message):

@@ -8,7 +8,7 @@ question and evidence a condition.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import ceil
@@ -25,6 +25,7 @@ from mmheads.tasks.pages import (
     ICONS,
     VALUES,
     Block,
+    Pixels,
     block_box,
     option,
     page,
@@ -101,7 +102,9 @@ def make(
     """Make one example.
 
     The same `task`, `length`, `pair`, `split` and `image_ratio` give the same haystack and
-    question at every depth. No needle (key and value) occurs in two splits.
+    question at every depth. Pairs of a condition differ in their key up to 21 pairs, and no key
+    is asked for in two splits. The evidence is the needle's whole record: a sentence, or a block
+    with key and value.
 
     Args:
         task: One of `TASKS`, or `CONTROL`.
@@ -111,12 +114,12 @@ def make(
         pair: Which question and evidence, from 0.
         split: One of `SPLITS`.
         image_ratio: Share of pages among the units, as near as whole units allow; the needle's
-            own unit is a page or text as its task demands.
+            own unit is a page or text as its task demands. The control has text alone.
         needle: False puts another record where the needle stood: the question cannot be answered
-            any more, or is answered by "no" in the task identical.
+            any more, or is answered by "no" in the task identical. The control has no needle.
         answer: Make this the right answer, by changing the needle alone: its value (text,
             rendered), which of the options is on the page (image), or whether it is there
-            (identical). By default the pair decides; identical has the needle.
+            (identical). By default the seed decides; identical has the needle.
 
     Raises:
         ValueError: A setting is unknown, out of range, or too small for the needle.
@@ -130,61 +133,61 @@ def make(
     _expect(pair >= 0, "pair", pair, "0 or more")
     _expect(answer in (None, *_CHOICES[task]), "answer", answer, f"one of {_CHOICES[task]}")
 
+    fits = answer is None or (task != CONTROL and (needle or (task, answer) == ("identical", "no")))
+    _expect(fits, "answer", answer, "None where the needle cannot change it")
+
     seed = (_SEED, _KINDS.index(task), SPLITS.index(split), length, pair, round(1000 * image_ratio))
     rng = np.random.default_rng(seed)
-    needle_record = _pair(task, split, length, pair)
-    shown = [needle_record.key, *_others(needle_record.key, rng)]
+    key = _key(task, split, length, pair)
+    value = str(rng.choice(VALUES))
+    others = [icon for icon in ICONS if icon != key]
+    shown = [key, *(str(icon) for icon in rng.choice(others, len(OPTIONS) - 1, replace=False))]
     rng.shuffle(shown)
+    icons = {icon: option(icon, rng) for icon in shown}
     count = ceil((length - 1 - _QUESTION_TOKENS[task]) / UNIT_TOKENS)
     pages = rng.permutation(np.arange(count) < round(image_ratio * count))
     at = round(depth * (count - 1))
-    if task != CONTROL:
+    if task == CONTROL:
+        pages[:], needle = False, False
+    else:
         _make_room(pages, at, task != "text")
-    codes = [code for code in CODES if code != needle_record.key]
-    icons = [icon for icon in ICONS if icon not in shown]
-    texts = fill(np.zeros(count, bool), codes, icons, rng)
-    sheets = fill(np.ones(count, bool), codes, icons, rng)
+    free = [code for code in CODES if code != key], [icon for icon in ICONS if icon not in shown]
+    texts = fill(np.zeros(count, bool), *free, rng)
+    sheets = fill(np.ones(count, bool), *free, rng)
     units = [
         sheet if is_page else text
         for is_page, sheet, text in zip(pages, sheets, texts, strict=True)
     ]
     slot = int(rng.integers(SENTENCES if task == "text" else BLOCKS))
 
+    question: tuple[Part, ...]
     match task:
         case "text" | "rendered":
-            right = answer or needle_record.value
-            needle_record = Block(needle_record.key, right)
+            right = value = answer or value
+            question = (f"? {key}",)
         case "image":
-            right = answer or OPTIONS[shown.index(needle_record.key)]
-            needle_record = Block(shown[OPTIONS.index(right)], needle_record.value)
+            right = answer or OPTIONS[shown.index(key)]
+            key = shown[OPTIONS.index(right)]
+            pairs = zip(icons.values(), (*OPTIONS[:-1], f"{OPTIONS[-1]} ?"), strict=True)
+            question = (
+                "which",
+                *(p for icon, word in pairs for p in (Image.fromarray(icon), word)),
+            )
         case "identical":
             needle = needle and answer != "no"
             right = "yes" if needle else "no"
+            question = ("seen", Image.fromarray(icons[key]), "?")
         case _:
-            needle = False
-            right = VALUES[(VALUES.index(needle_record.value) + 1) % len(VALUES)]
+            right = VALUES[(VALUES.index(value) + 1) % len(VALUES)]
+            question = (f"after {value}",)
     if needle:
-        units[at] = units[at].replace(slot, needle_record)
+        units[at] = units[at].replace(slot, Block(key, value))
 
-    context = tuple(unit.part(np.random.default_rng((*seed, i))) for i, unit in enumerate(units))
+    drawn = [unit.part(np.random.default_rng((*seed, i))) for i, unit in enumerate(units)]
     evidence = units[at].region(at, slot)
-    match task:
-        case "text" | "rendered":
-            question: tuple[Part, ...] = (f"? {needle_record.key}",)
-        case "image":
-            question = ("which",)
-            for letter, icon in zip(OPTIONS, shown, strict=True):
-                question += (Image.fromarray(option(icon, rng)), letter)
-            question = (*question[:-1], f"{question[-1]} ?")
-        case "identical":
-            image = Image.fromarray(option(needle_record.key, rng))
-            haystack = context[at]
-            if needle and evidence.box and isinstance(haystack, Image.Image):
-                left, top = evidence.box[:2]
-                image = haystack.crop((int(left), int(top), int(left) + CELL, int(top) + CELL))
-            question = ("seen", image, "?")
-        case _:
-            question = (f"after {needle_record.value}",)
+    if needle and evidence.box and task == "identical":
+        drawn[at] = _pasted(drawn[at], icons[key], evidence.box)
+    context = tuple(drawn)
     return Example(
         context=context,
         question=question,
@@ -236,7 +239,8 @@ def document(
     _expect(index >= 0, "index", index, "0 or more")
     seed = (_SEED, len(_KINDS) + (question == "icon"), SPLITS.index(split), pages, index)
     rng = np.random.default_rng(seed)
-    record = _pair("image" if question == "icon" else "rendered", split, pages, index)
+    key = _key("image" if question == "icon" else "rendered", split, pages, index)
+    record = Block(key, str(rng.choice(VALUES)))
     units = fill(
         np.ones(pages, bool),
         [code for code in CODES if code != record.key],
@@ -328,7 +332,7 @@ def tokens(context: Sequence[Part], regions: Sequence[Region]) -> tuple[tuple[in
     return tuple(intervals)
 
 
-def dataset(examples: Sequence[Example] | Iterator[Example]) -> datasets.Dataset:
+def dataset(examples: Iterable[Example]) -> datasets.Dataset:
     """Examples as a Hugging Face data set: images, texts, boxes and metadata, a row an example.
 
     In `context` and `question` every image is written `<image>`; `images` holds them in order.
@@ -415,20 +419,20 @@ def _row(example: Example) -> dict[str, Any]:
     }
 
 
-def _pair(task: str, split: str, length: int, pair: int) -> Block:
-    """The pair's key and value; no two splits share one."""
+def _key(task: str, split: str, length: int, pair: int) -> str:
+    """The pair's key; no two splits share one."""
     keys = ICONS if task in ("image", "identical") else CODES
-    pairs = list(product(keys, VALUES))
-    share = np.random.default_rng(_SEED).permutation(len(pairs))
-    share = share[SPLITS.index(split) :: len(SPLITS)]
+    share = np.random.default_rng(_SEED).permutation(keys)[SPLITS.index(split) :: len(SPLITS)]
     order = np.random.default_rng((_SEED, _KINDS.index(task), length)).permutation(share)
-    return Block(*pairs[order[pair % len(order)]])
+    return str(order[pair % len(order)])
 
 
-def _others(key: str, rng: np.random.Generator) -> list[str]:
-    """Icons that stand beside `key` in a question with options."""
-    others = [icon for icon in ICONS if icon != key]
-    return [str(icon) for icon in rng.choice(others, len(OPTIONS) - 1, replace=False)]
+def _pasted(page: Part, icon: Pixels, box: tuple[float, float, float, float]) -> Image.Image:
+    """The page with this very image in the upper left cell of a block."""
+    if isinstance(page, str):
+        raise TypeError("an image cannot be pasted into text")
+    page.paste(Image.fromarray(icon), (int(box[0]), int(box[1])))
+    return page
 
 
 def _make_room(pages: np.ndarray, at: int, is_page: bool) -> None:

@@ -54,7 +54,7 @@ def sprite(name: str) -> Pixels:
 
 
 def page(blocks: Sequence[Block], rng: np.random.Generator) -> Pixels:
-    """Draw four blocks, row by row, each sprite shifted by 0 to 2 px inside its cell -> [64, 64, 3]."""
+    """Draw four blocks, row by row -> [64, 64, 3]; `rng` shifts each sprite by 0 to 2 px."""
     pixels = np.full((PAGE, PAGE, 3), 255, np.uint8)
     for index, block in enumerate(blocks):
         left, top, right, bottom = block_box(index)
@@ -77,7 +77,7 @@ def block_box(index: int) -> Box:
 
 
 def _put(pixels: Pixels, left: int, top: int, name: str, rng: np.random.Generator) -> None:
-    x, y = rng.integers(0, CELL - SPRITE + 1, 2) + (left, top)
+    x, y = np.array([left, top]) + rng.integers(0, CELL - SPRITE + 1, 2)
     pixels[y : y + SPRITE, x : x + SPRITE] = sprite(name)
 
 

@@ -1,0 +1,1 @@
+"""Tiny vision-language models, trained from scratch on generated documents."""
