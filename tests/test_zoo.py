@@ -121,10 +121,16 @@ def test_growing_and_adapting_change_no_output():
     small = architectures.qwen3(2, heads=4, kv_heads=2, width=64).eval()
     ids = torch.randint(8, 100, (2, 30))
     grown = architectures.grow(small, [0, 1]).eval()
-    vision = architectures.adapt(grown).eval()
     assert grown.config.num_hidden_layers == 4
     assert torch.equal(small(ids).logits, grown(ids).logits)
-    torch.testing.assert_close(vision(ids).logits, small(ids).logits, rtol=0, atol=1e-6)
+    wide = architectures.widen(grown).eval()
+    assert wide.config.vocab_size == len(architectures.VOCABULARY) > grown.config.vocab_size
+    assert torch.equal(wide(ids).logits[..., : grown.config.vocab_size], grown(ids).logits)
+    stretched = architectures.stretch(wide, 5e6).eval()
+    assert_same(weights_of(wide), weights_of(stretched))
+    assert not torch.allclose(wide(ids).logits, stretched(ids).logits, atol=1e-5)
+    vision = architectures.adapt(stretched).eval()
+    torch.testing.assert_close(vision(ids).logits, stretched(ids).logits, rtol=0, atol=1e-6)
 
 
 # --- samples
@@ -161,6 +167,7 @@ def test_questions_are_about_needles_that_stand_once():
         sample = samples.ask(6, (0.3, 0.7), 8, mix)(np.random.default_rng(seed))
         words, images = spoken(sample), [cells(image) for image in sample.images]
         start = 1 + 6 * needles.UNIT_TOKENS
+        assert set(words[:start]) & set(needles.NOUNS)
         on_pages = [cell for image in images if len(image) == 16 for cell in image]
         values = {
             image[corner]: image[corner + 5]
@@ -233,7 +240,7 @@ def test_padding_changes_no_loss():
 def recipes(monkeypatch):
     def stages(*names):
         first = Source(1, 4, samples.recall(2, 4, 2))
-        more = Source(1, 2, samples.ask(2, 0.0, 3, {"text": 1}))
+        more = Source(1, 2, samples.ask(2, 0.0, 3, {"text": 1}, prose=0.0))
         return tuple(
             Stage(
                 name=n,
@@ -241,6 +248,7 @@ def recipes(monkeypatch):
                 steps=4,
                 goals={"text": 0.9},
                 grow=(0,) if n == "two" else (),
+                widen=n == "two",
             )
             for n in names
         )

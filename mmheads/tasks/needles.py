@@ -1,7 +1,8 @@
 """The four needle tasks of paper A in miniature, a control without evidence, and small documents.
 
-A haystack interleaves text units (six sentences such as "B7 K .") and pages (four blocks, each an
-icon or a code beside a value). One sentence or block is the needle: its key stands nowhere else.
+A haystack interleaves text units (six sentences, some of them records such as "B7 K .", most of
+them prose such as "rain falls .") and pages (four blocks, each an icon or a code beside a value).
+One sentence or block is the needle: its key stands nowhere else.
 Detection data of paper A (arXiv 2605.27243): MM-NIAH, five lengths, six depths, 20 pairs of
 question and evidence a condition.
 """
@@ -42,6 +43,16 @@ DEPTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 PAIRS = 20
 SPLITS = ("detection", "heldout", "test")
 OPTIONS = ("a", "b", "c", "d")
+NOUNS = (
+    *("rain", "wind", "snow", "smoke", "light", "water", "music", "bread"),
+    *("birds", "boats", "bells", "trees", "children", "horses", "rivers", "stars"),
+)
+VERBS = (
+    *("falls", "comes", "stays", "ends", "changes", "returns", "waits", "turns"),
+    *("moves", "rests", "rises", "passes", "begins", "grows", "fades", "shines"),
+)
+PROSE = 0.75
+"""Share of prose among the sentences of a haystack."""
 SENTENCES = 6
 UNIT_TOKENS = 3 * SENTENCES
 """Tokens of a text unit, and of a page with its two wrappers, in the tiny models."""
@@ -280,14 +291,19 @@ def fill(
     codes: Sequence[str],
     icons: Sequence[str],
     rng: np.random.Generator,
+    prose: float = PROSE,
 ) -> list[Unit]:
-    """Fill a haystack of pages (True) and text units with records of these keys."""
+    """Fill a haystack of pages (True) and text units with records of these keys, and prose."""
     units = []
     for is_page in pages:
         count = BLOCKS if is_page else SENTENCES
         on_code = rng.random(count) < 0.5 if is_page else np.ones(count, bool)
         keys = np.where(on_code, rng.choice(codes, count), rng.choice(icons, count))
         values = rng.choice(VALUES, count)
+        if prose and not is_page:
+            told = rng.random(count) < prose
+            keys = np.where(told, rng.choice(NOUNS, count), keys)
+            values = np.where(told, rng.choice(VERBS, count), values)
         records = (Block(str(k), str(v)) for k, v in zip(keys, values, strict=True))
         units.append(Unit(bool(is_page), tuple(records)))
     return units

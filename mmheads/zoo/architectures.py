@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,7 +23,7 @@ from transformers import (
 
 from mmheads import paths
 from mmheads.models import without_video
-from mmheads.tasks.needles import OPTIONS
+from mmheads.tasks.needles import NOUNS, OPTIONS, VERBS
 from mmheads.tasks.pages import CELL, CODES, ICONS, PAGE, VALUES
 
 PATCH, MERGE = 8, 2
@@ -37,8 +38,11 @@ SPECIAL = (
     "<|video_pad|>",
 )
 WORDS = (".", "?", "which", "seen", "after", "N/A", "yes", "no", "blank", *OPTIONS)
-VOCABULARY = {word: index for index, word in enumerate((*SPECIAL, *WORDS, *CODES, *VALUES, *ICONS))}
+_RECORDS = (*SPECIAL, *WORDS, *CODES, *VALUES, *ICONS)
+VOCABULARY = {word: index for index, word in enumerate((*_RECORDS, *NOUNS, *VERBS))}
 """A word is a token. Icons are named only where training asks what a cell of a page shows."""
+RECORD_WORDS = len(_RECORDS)
+"""The words of records and questions, without those of prose, come first."""
 
 _PARTS = (
     "{% for c in m['content'] %}{% if c['type'] == 'image' %}"
@@ -111,10 +115,16 @@ def save_processor(model: PreTrainedModel, folder: Path) -> None:
 
 
 def qwen3(layers: int, heads: int = 16, kv_heads: int = 4, width: int = 128) -> Qwen3ForCausalLM:
-    """A text-only model with random weights."""
-    return Qwen3ForCausalLM(
-        Qwen3Config(**_text(layers, heads, kv_heads, width), rope_parameters=dict(_ROPE))
-    )
+    """A text-only model with random weights, which knows the words of records alone."""
+    text = {**_text(layers, heads, kv_heads, width), "vocab_size": RECORD_WORDS}
+    return Qwen3ForCausalLM(Qwen3Config(**text, rope_parameters=dict(_ROPE)))
+
+
+def widen(model: Qwen3ForCausalLM) -> Qwen3ForCausalLM:
+    """The same model with all words, the new ones with random embeddings."""
+    widened = copy.deepcopy(model)
+    widened.resize_token_embeddings(len(VOCABULARY), mean_resizing=False)
+    return widened
 
 
 def grow(model: Qwen3ForCausalLM, after: Iterable[int]) -> Qwen3ForCausalLM:
@@ -167,12 +177,13 @@ def stretch(model: Qwen3ForCausalLM, rope_theta: float) -> Qwen3ForCausalLM:
 def adapt(text: Qwen3ForCausalLM) -> Qwen3VLForConditionalGeneration:
     """A vision-language model that starts from a text model, with a vision tower of its own."""
     config = text.config
+    rope: dict[str, Any] = dict(config.rope_parameters or {})
     model = qwen3_vl(
         config.num_hidden_layers,
         config.num_attention_heads,
         config.num_key_value_heads or config.num_attention_heads,
         config.hidden_size,
-        config.rope_parameters["rope_theta"],
+        rope["rope_theta"],
     )
     model.model.language_model.load_state_dict(text.model.state_dict())
     model.lm_head.load_state_dict(text.lm_head.state_dict())

@@ -31,6 +31,7 @@ class Stage:
         decay: Let the learning rate fall to 0 over `steps`.
         grow: Layers after which a new one is inserted before the stage.
         rope_theta: New base of the rotary position embedding from this stage on; 0 keeps it.
+        widen: Let all words into the vocabulary before the stage, not those of records alone.
         norm_rate: Factor on the learning rate of the norms of queries and keys, which bound how
             sharply a head can attend: among many keys a head must be sharper.
     """
@@ -44,6 +45,7 @@ class Stage:
     decay: bool = False
     grow: tuple[int, ...] = ()
     rope_theta: float = 0.0
+    widen: bool = False
     norm_rate: float = 1.0
 
 
@@ -64,8 +66,8 @@ class Recipe:
     seed: int = 0
 
 
-def _text(units: int, asks: int) -> Sampler:
-    return ask(units, 0.0, asks, {"text": 1, "successor": 0.08, "nothing": 0.04})
+def _text(units: int, asks: int, prose: float = 0.0) -> Sampler:
+    return ask(units, 0.0, asks, {"text": 1, "successor": 0.08, "nothing": 0.04}, prose)
 
 
 def _recall(batch: int, *settings: int) -> tuple[Source]:
@@ -79,6 +81,18 @@ _UNITS = (4, 5, 7, 9, 11, 14, 18, 22, 28, 36, 45, 57, 72, 90, 114)
 def _at_most(tokens: int, units: int) -> int:
     """Samples of so many units, and questions of some 100 tokens, that hold so many tokens."""
     return max(1, tokens // (units * needles.UNIT_TOKENS + 100))
+
+
+def _prose(share: float, tokens: int) -> tuple[Source, ...]:
+    """Text of every length, most of it prose."""
+    return tuple(
+        Source(
+            share / len(_UNITS),
+            _at_most(tokens, units),
+            _text(units, min(3 * units, 32), needles.PROSE),
+        )
+        for units in _UNITS
+    )
 
 
 _TEXT_STAGES = (
@@ -122,13 +136,19 @@ _TEXT_STAGES = (
         rate=1.5e-3,
         decay=True,
     ),
+    Stage(
+        name="prose between the records",
+        sources=_prose(1, 7000),
+        steps=200,
+        rate=1.5e-3,
+        decay=True,
+        widen=True,
+    ),
 )
 
 _READ = {"rendered": 1.0, "image": 0.5, "identical": 1.0, "icon": 1.0}
 _ALL = {"text": 1.0, **_READ, "image": 1.0, "icon": 0.5, "successor": 0.1, "nothing": 0.05}
-_TEXT_TOO = tuple(
-    Source(0.15 / len(_UNITS), _at_most(4000, units), _text(units, 24)) for units in _UNITS
-)
+_TEXT_TOO = _prose(0.15, 4000)
 """Text is forgotten unless it is trained on meanwhile."""
 
 

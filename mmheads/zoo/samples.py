@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from mmheads.tasks.needles import OPTIONS, Unit, fill
+from mmheads.tasks.needles import OPTIONS, PROSE, Unit, fill
 from mmheads.tasks.pages import (
     CELL,
     CODES,
@@ -133,7 +133,11 @@ def look(bind: float) -> Sampler:
 
 
 def ask(
-    units: int, pages: float | tuple[float, float], asks: int, mix: Mapping[str, float]
+    units: int,
+    pages: float | tuple[float, float],
+    asks: int,
+    mix: Mapping[str, float],
+    prose: float = PROSE,
 ) -> Sampler:
     """A haystack of text units and pages, and questions of several kinds.
 
@@ -145,6 +149,7 @@ def ask(
         pages: Share of pages; with two numbers, every sample draws its share between them.
         asks: Number of questions; those for which the haystack has no room are left out.
         mix: How often each kind is asked.
+        prose: Share of prose among the sentences.
     """
     names = list(mix)
     shares = np.array(list(mix.values())) / sum(mix.values())
@@ -157,7 +162,7 @@ def ask(
         needle_codes = [codes.pop() for _ in range(asks)]
         needle_icons = [icons.pop() for _ in range(asks)]
         share = rng.uniform(*pages) if isinstance(pages, tuple) else pages
-        haystack = fill(rng.random(units) < share, codes, icons, rng)
+        haystack = fill(rng.random(units) < share, codes, icons, rng, prose)
         free = {
             is_page: [
                 (index, slot)

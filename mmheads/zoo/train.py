@@ -109,7 +109,7 @@ def train(
 def _run_stage(state: State, name: str, folder: Path) -> None:
     recipe = RECIPES[name]
     stage = recipe.stages[state.stage]
-    if state.step == 0 and (stage.grow or stage.rope_theta):
+    if state.step == 0 and (stage.grow or stage.rope_theta or stage.widen):
         if not isinstance(state.model, Qwen3ForCausalLM):
             raise TypeError(f"only text models are changed, not {type(state.model).__name__}")
         torch.manual_seed(recipe.seed + 1)
@@ -117,6 +117,8 @@ def _run_stage(state: State, name: str, folder: Path) -> None:
             state.model = architectures.grow(state.model, stage.grow)
         if stage.rope_theta:
             state.model = architectures.stretch(state.model, stage.rope_theta)
+        if stage.widen:
+            state.model = architectures.widen(state.model)
         state.optimizer = _optimizer(state.model)
     seed = (recipe.seed, state.stage)
     shares = np.array([source.share for source in stage.sources])
