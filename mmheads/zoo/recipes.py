@@ -1,6 +1,6 @@
 """How each tiny model is trained: where it starts, and its stages."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mmheads.tasks import needles
@@ -83,15 +83,15 @@ def _at_most(tokens: int, units: int) -> int:
     return max(1, tokens // (units * needles.UNIT_TOKENS + 100))
 
 
-def _prose(share: float, tokens: int) -> tuple[Source, ...]:
-    """Text of every length, most of it prose."""
+def _prose(share: float, tokens: int, lengths: Sequence[int] = _UNITS) -> tuple[Source, ...]:
+    """Text of these lengths, most of it prose."""
     return tuple(
         Source(
-            share / len(_UNITS),
+            share / len(lengths),
             _at_most(tokens, units),
             _text(units, min(3 * units, 32), needles.PROSE),
         )
-        for units in _UNITS
+        for units in lengths
     )
 
 
@@ -144,24 +144,30 @@ _TEXT_STAGES = (
         decay=True,
         widen=True,
     ),
+    Stage(
+        name="long texts",
+        sources=_prose(0.3, 7000, _UNITS[:8]) + _prose(0.7, 7000, _UNITS[8:]),
+        steps=150,
+        rate=1.5e-3,
+        decay=True,
+    ),
 )
 
 _READ = {"rendered": 1.0, "image": 0.5, "identical": 1.0, "icon": 1.0}
 _ALL = {"text": 1.0, **_READ, "image": 1.0, "icon": 0.5, "successor": 0.1, "nothing": 0.05}
+_SLOW = {**_ALL, "rendered": 3.0, "identical": 0.5, "icon": 0.25}
+"""Rendered text is learned last: its key is read on a page and asked for in words."""
+_CODES = {"rendered": 4.0, "text": 0.5, "image": 0.3}
 _TEXT_TOO = _prose(0.15, 4000)
 """Text is forgotten unless it is trained on meanwhile."""
 
 
-def _mixed(*lengths: int) -> tuple[Source, ...]:
+def _mixed(mix: Mapping[str, float], *lengths: int) -> tuple[Source, ...]:
     """Haystacks of text and pages in any ratio, of so many units."""
     return tuple(
-        Source(1, _at_most(6000, units), ask(units, (0.0, 1.0), min(2 * units, 20), _ALL))
+        Source(1, _at_most(6000, units), ask(units, (0.0, 1.0), min(2 * units, 20), mix))
         for units in lengths
     )
-
-
-def _four(goal: float) -> dict[str, float]:
-    return dict.fromkeys(needles.TASKS, goal)
 
 
 _VISION_STAGES = (
@@ -183,12 +189,22 @@ _VISION_STAGES = (
             *_TEXT_TOO,
         ),
         goals={"rendered": 0.9, "icon": 0.9, "option": 0.9},
-        steps=3000,
+        steps=750,
     ),
-    Stage(name="to 160 tokens", sources=_mixed(*_UNITS[:4]), goals=_four(0.92)),
-    Stage(name="to 500 tokens", sources=_mixed(*_UNITS[2:9]), goals=_four(0.94)),
-    Stage(name="to 1300 tokens", sources=_mixed(*_UNITS[4:13]), goals=_four(0.94), steps=300),
-    Stage(name="any length", sources=_mixed(*_UNITS), steps=300, decay=True),
+    Stage(name="to 160 tokens", sources=_mixed(_ALL, *_UNITS[:4]), steps=250),
+    Stage(
+        name="codes on pages",
+        sources=tuple(
+            Source(3, _at_most(6000, units), ask(units, (0.5, 1.0), 3 * units, _CODES))
+            for units in (2, 3, 4, 6, 8)
+        )
+        + _mixed(_ALL, *_UNITS[2:9]),
+        goals={"rendered": 0.85},
+        steps=400,
+    ),
+    Stage(name="to 500 tokens", sources=_mixed(_SLOW, *_UNITS[:9]), steps=140),
+    Stage(name="to 1300 tokens", sources=_mixed(_SLOW, *_UNITS[2:13]), steps=120),
+    Stage(name="any length", sources=_mixed(_SLOW, *_UNITS), steps=240, decay=True),
 )
 
 RECIPES = {
