@@ -95,23 +95,31 @@ def accuracy(
     for task, needle, length in tqdm(conditions, desc=f"{Path(folder).name}: answers"):
         if task == needles.CONTROL and not needle:
             continue
-        settings: dict[str, Any] = {
-            "split": SPLIT,
-            "needle": needle,
-            "image_ratio": image_ratio(model),
-        }
-        examples = list(needles.generate([task], [length], pairs=pairs, **settings))
+        control = task == needles.CONTROL  # has no depth: as many examples, all at one
+        depths, count = (
+            ((0.0,), len(needles.DEPTHS) * pairs) if control else (needles.DEPTHS, pairs)
+        )
+        grid = needles.generate(
+            [task],
+            [length],
+            depths,
+            count,
+            split=SPLIT,
+            needle=needle,
+            image_ratio=image_ratio(model),
+        )
+        examples = list(grid)
         given = answers(model, processor, examples)
         right = np.array([a == e.answer for a, e in zip(given, examples, strict=True)])
-        for depth, hits in zip(needles.DEPTHS, right.reshape(-1, pairs), strict=True):
+        for depth, hits in zip(depths, right.reshape(-1, count), strict=True):
             rows.append(
                 {
                     "model": Path(folder).name,
                     "task": task,
                     "needle": "present" if needle else "removed",
                     "length": length,
-                    "depth": depth,
-                    "n": pairs,
+                    "depth": None if control else depth,
+                    "n": count,
                     "right": int(hits.sum()),
                     "chance": 1 / len(examples[0].choices),
                 }
@@ -137,7 +145,9 @@ def evidence_mass(
         examples = needles.generate([task], [length], pairs=pairs, split=SPLIT, image_ratio=ratio)
         masses = np.stack([mass(model, processor, example) for example in examples])
         for layer, head in np.ndindex(masses.shape[1:]):
-            interval = statistics.bootstrap_interval(masses[:, layer, head], seed=seed)
+            interval = statistics.bootstrap_interval(
+                masses[:, layer, head], seed=seed, resamples=1000
+            )
             rows.append(
                 {
                     "model": Path(folder).name,
