@@ -406,7 +406,15 @@ def test_shipped_model_cannot_answer_without_the_needle(shipped):
             assert right <= scipy.stats.binom.isf(1e-3, 20, chance), task
 
 
-SHORT = {"tiny-qwen3-m": ["text, needle present, 2048 tokens"], "tiny-qwen3-vl-m": []}
+SHORT = {
+    "tiny-qwen3-m": ["text, needle present, 2048 tokens"],
+    "tiny-qwen3-vl-m": [
+        "text, needle present, 1024 tokens",
+        "text, needle present, 2048 tokens",
+        "rendered, needle present, 2048 tokens",
+        "identical, needle present, 2048 tokens",
+    ],
+}
 """Where a model is known not to reach what it should; its card says so too."""
 
 

@@ -24,7 +24,7 @@ def write(folder: str | Path, pairs: int = 10) -> Path:
     folder = Path(folder)
     tables = {
         "accuracy": measure.accuracy(folder, pairs),
-        "attention": measure.evidence_mass(folder),
+        "attention": measure.evidence_mass(folder, pairs=max(1, pairs // 5)),
     }
     for name, table in tables.items():
         with paths.write_whole(folder / f"{name}.csv") as path:

@@ -82,7 +82,8 @@ def accuracy(
     """Accuracy on unseen examples by task, needle present or removed, length and depth.
 
     A row a condition, with the number of right answers among `n`. With the needle removed, the
-    answer counts that was right with it, except in the task identical, where "no" does.
+    answer counts that was right with it, except in the task identical, where "no" does; and each
+    depth has pairs of its own, since a model guesses the same at every depth.
 
     Raises:
         ValueError: `pairs` is less than 1.
@@ -95,20 +96,22 @@ def accuracy(
     for task, needle, length in tqdm(conditions, desc=f"{Path(folder).name}: answers"):
         if task == needles.CONTROL and not needle:
             continue
-        control = task == needles.CONTROL  # has no depth: as many examples, all at one
-        depths, count = (
-            ((0.0,), len(needles.DEPTHS) * pairs) if control else (needles.DEPTHS, pairs)
-        )
-        grid = needles.generate(
-            [task],
-            [length],
-            depths,
-            count,
-            split=SPLIT,
-            needle=needle,
-            image_ratio=image_ratio(model),
-        )
-        examples = list(grid)
+        control = task == needles.CONTROL
+        depths = needles.DEPTHS[:1] if control else needles.DEPTHS
+        count = pairs * len(needles.DEPTHS) // len(depths)
+        examples = [
+            needles.make(
+                task,
+                length,
+                depth,
+                pair=pair if needle else pair + count * index,
+                split=SPLIT,
+                needle=needle,
+                image_ratio=image_ratio(model),
+            )
+            for index, depth in enumerate(depths)
+            for pair in range(count)
+        ]
         given = answers(model, processor, examples)
         right = np.array([a == e.answer for a, e in zip(given, examples, strict=True)])
         for depth, hits in zip(depths, right.reshape(-1, count), strict=True):

@@ -157,6 +157,7 @@ _READ = {"rendered": 1.0, "image": 0.5, "identical": 1.0, "icon": 1.0}
 _ALL = {"text": 1.0, **_READ, "image": 1.0, "icon": 0.5, "successor": 0.1, "nothing": 0.05}
 _SLOW = {**_ALL, "rendered": 3.0, "identical": 0.5, "icon": 0.25}
 """Rendered text is learned last: its key is read on a page and asked for in words."""
+_WORDS = {**_ALL, "text": 5.0, "rendered": 1.5, "image": 0.7, "identical": 0.5}
 _CODES = {"rendered": 4.0, "text": 0.5, "image": 0.3}
 _TEXT_TOO = _prose(0.15, 4000)
 """Text is forgotten unless it is trained on meanwhile."""
@@ -205,6 +206,13 @@ _VISION_STAGES = (
     Stage(name="to 500 tokens", sources=_mixed(_SLOW, *_UNITS[:9]), steps=140),
     Stage(name="to 1300 tokens", sources=_mixed(_SLOW, *_UNITS[2:13]), steps=120),
     Stage(name="any length", sources=_mixed(_SLOW, *_UNITS), steps=240, decay=True),
+    Stage(
+        name="text again",
+        sources=_mixed(_WORDS, *_UNITS),
+        steps=160,
+        rate=1.5e-3,
+        decay=True,
+    ),
 )
 
 RECIPES = {
