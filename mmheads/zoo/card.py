@@ -79,8 +79,9 @@ python -m mmheads.zoo train {facts["name"]} --out data/models/{facts["name"]}
 python -m mmheads.zoo report data/models/{facts["name"]}
 ```
 
-The first command repeats the weights up to rounding, which differs between machines and numbers
-of threads; the second wrote this card.
+The first command trains it again by the same stages and seed. These weights were made in several
+sittings, resumed between stages; a run in one go has not been compared with them. The second
+command wrote this card.
 
 ```python
 import torch

@@ -94,9 +94,9 @@ def accuracy(
     rows = []
     conditions = list(product(tasks(model), (True, False), lengths))
     for task, needle, length in tqdm(conditions, desc=f"{Path(folder).name}: answers"):
-        if task == needles.CONTROL and not needle:
-            continue
         control = task == needles.CONTROL
+        if control and not needle:
+            continue
         depths = needles.DEPTHS[:1] if control else needles.DEPTHS
         count = pairs * len(needles.DEPTHS) // len(depths)
         examples = [

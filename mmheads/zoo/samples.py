@@ -121,12 +121,12 @@ def look(bind: float) -> Sampler:
     def sample(rng: Generator) -> Sample:
         (unit,) = fill([True], CODES, ICONS, rng)
         result = Sample().show(page(unit.records, rng))
-        for token, block, words in _cells(unit):
+        for position, block, shown in _cells(unit):
             if rng.random() < bind:
                 word = block.key if rng.random() < 0.5 else block.value
-                result.expect(word, "bind", token - TOKENS - 1)
+                result.expect(word, "bind", position)
             else:
-                result.expect(words, "cell", token - TOKENS - 1)
+                result.expect(shown, "cell", position)
         return result
 
     return sample
@@ -214,9 +214,9 @@ def _context(result: Sample, unit: Unit, rng: Generator) -> None:
             result.say(record.key, record.value, ".")
         return
     result.show(page(unit.records, rng))
-    for token, block, _ in _cells(unit):
+    for position, block, _ in _cells(unit):
         word = block.key if rng.random() < 0.5 else block.value
-        result.expect(word, "bind_context", token - TOKENS - 1)
+        result.expect(word, "bind_context", position)
 
 
 def _question(
@@ -250,14 +250,14 @@ def _question(
 
 
 def _cells(unit: Unit) -> list[tuple[int, Block, str]]:
-    """Of each visual token of a page: its index, its block, and what its cell shows."""
+    """Of each visual token of a page shown last: its position from the end, its block, its cell."""
     cells = []
     for token in range(TOKENS):
         row, column = divmod(token, COLUMNS)
         block = unit.records[2 * (row // 2) + column // 2]
         corner = (row % 2, column % 2)
         word = {(0, 0): block.key, (1, 1): block.value}.get(corner, "blank")
-        cells.append((token, block, word))
+        cells.append((token - TOKENS - 1, block, word))
     return cells
 
 
