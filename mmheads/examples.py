@@ -1,11 +1,30 @@
 """An example: interleaved text and images, a question, its answer, and where the evidence is."""
 
+import hashlib
+import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-Part = str | Image.Image
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Video:
+    """Frames of one size.
+
+    Attributes:
+        frames: In order.
+        fps: Frames a second.
+    """
+
+    frames: tuple[Image.Image, ...]
+    fps: float = 1.0
+
+
+Part = str | Image.Image | Video
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,12 +34,14 @@ class Region:
     Attributes:
         part: Index into `Example.context`.
         chars: First and last + 1 character of a piece of text, or None.
-        box: Left, top, right, bottom of a piece of an image, in its pixels, or None.
+        box: Left, top, right, bottom of a piece of an image or of frames, in its pixels, or None.
+        frames: First and last + 1 frame of a piece of a video, or None.
     """
 
     part: int
     chars: tuple[int, int] | None = None
     box: tuple[float, float, float, float] | None = None
+    frames: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,6 +56,7 @@ class Example:
         evidence: Where the answer stands. None marks an example that has no evidence: it can be
             answered, not scored.
         candidates: Regions to rank, by kind ("page", "layout"); empty where nothing is ranked.
+        instruction: Said after the question, how to answer it; no part of the question.
         task: Name of the task.
         length: Nominal length of the prompt in tokens.
         depth: Where the evidence stands (or stood, before it was removed), 0 (start of the
@@ -46,14 +68,15 @@ class Example:
 
     context: tuple[Part, ...]
     question: tuple[Part, ...]
-    answer: str
-    choices: tuple[str, ...]
-    evidence: tuple[Region, ...] | None
-    candidates: dict[str, tuple[Region, ...]]
-    task: str
-    length: int
-    depth: float | None
-    seed: tuple[int, ...]
+    answer: str = ""
+    choices: tuple[str, ...] = ()
+    evidence: tuple[Region, ...] | None = None
+    candidates: Mapping[str, tuple[Region, ...]] = field(default_factory=dict)
+    instruction: str = ""
+    task: str = ""
+    length: int = 0
+    depth: float | None = None
+    seed: tuple[int, ...] = ()
     tokens: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
@@ -63,17 +86,31 @@ class Example:
 
     def messages(self) -> list[dict[str, object]]:
         """The example as one user message, for a processor's `apply_chat_template`."""
-        content = [
-            {"type": "text", "text": part}
-            if isinstance(part, str)
-            else {"type": "image", "image": part}
-            for part in (*self.context, *self.question)
-        ]
-        return [{"role": "user", "content": content}]
+        return [{"role": "user", "content": [_content(part) for part in self.parts()]}]
+
+    def parts(self) -> tuple[Part, ...]:
+        """All parts in the order of the prompt: context, question, instruction."""
+        return (*self.context, *self.question, *filter(None, (self.instruction,)))
 
     def images(self) -> list[Image.Image]:
         """Images of the context, then of the question."""
-        return [p for p in (*self.context, *self.question) if isinstance(p, Image.Image)]
+        return [part for part in self.parts() if isinstance(part, Image.Image)]
+
+    def videos(self) -> list[Video]:
+        """Videos of the context, then of the question."""
+        return [part for part in self.parts() if isinstance(part, Video)]
+
+    def fingerprint(self) -> str:
+        """Hash of all that the scores of the example depend on."""
+        digest = hashlib.sha256()
+        for part in self.parts():
+            for piece in part.frames if isinstance(part, Video) else (part,):
+                if isinstance(piece, str):
+                    digest.update(piece.encode() + b"\0")
+                else:
+                    digest.update(f"{piece.mode}{piece.size}".encode() + piece.tobytes())
+        digest.update(repr((len(self.context), self.evidence)).encode())
+        return digest.hexdigest()[:16]
 
     def picture(self, width: int = 640, scale: int = 2) -> Image.Image:
         """Lay the example out as a page to look at: evidence outlined, the question below."""
@@ -86,13 +123,84 @@ def _check(region: Region, context: tuple[Part, ...]) -> None:
     part = context[region.part]
     if isinstance(part, str):
         first, last = region.chars or (0, len(part))
-        if region.box or not 0 <= first < last <= len(part):
+        if region.box or region.frames or not 0 <= first < last <= len(part):
             raise ValueError(f"{region} does not lie in its text of {len(part)} characters")
-    else:
-        left, top, right, bottom = region.box or (0, 0, *part.size)
-        inside = 0 <= left < right <= part.width and 0 <= top < bottom <= part.height
-        if region.chars or not inside:
-            raise ValueError(f"{region} does not lie in its image of {part.size} pixels")
+        return
+    frames = part.frames if isinstance(part, Video) else (part,)
+    first, last = region.frames or (0, len(frames))
+    if not 0 <= first < last <= len(frames) or (region.frames and isinstance(part, Image.Image)):
+        raise ValueError(f"{region} does not lie in its {len(frames)} frames")
+    width, height = frames[0].size
+    left, top, right, bottom = region.box or (0, 0, width, height)
+    if region.chars or not (0 <= left < right <= width and 0 <= top < bottom <= height):
+        raise ValueError(f"{region} does not lie in its image of {(width, height)} pixels")
+
+
+def _content(part: Part) -> dict[str, object]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    if isinstance(part, Video):
+        return {"type": "video", "video": part}
+    return {"type": "image", "image": part}
+
+
+def read(path: str | Path) -> list[Example]:
+    """Examples of a JSON Lines file, or of `examples.jsonl` in a folder.
+
+    A line holds `context` and `question`, each a list of parts: a text, or `{"image": "page.png"}`
+    with a path relative to the file. Further fields are those of `Example`; an evidence region is
+    `{"part": 0}`, with `"chars": [12, 20]`, `"box": [left, top, right, bottom]`, or `"text"`: a
+    text that occurs once in the part.
+
+    Raises:
+        ValueError: A line is no example; the message names file and line.
+    """
+    path = Path(path)
+    path = path / "examples.jsonl" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; expected a .jsonl file, or a folder with one")
+    found = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            found.append(_parse(json.loads(line), path.parent))
+        except (ValueError, TypeError, KeyError, OSError) as error:
+            raise ValueError(
+                f"{path}, line {number}: {type(error).__name__}: {error}; expected an object with "
+                "context, question and evidence (see mmheads.examples.read)"
+            ) from error
+    if not found:
+        raise ValueError(f"{path} holds no example")
+    return found
+
+
+def _parse(row: dict[str, Any], folder: Path) -> Example:
+    def parts(name: str) -> tuple[Part, ...]:
+        given = row.pop(name)
+        return tuple(
+            part if isinstance(part, str) else Image.open(folder / part["image"]).convert("RGB")
+            for part in ([given] if isinstance(given, str) else given)
+        )
+
+    context, question = parts("context"), parts("question")
+    evidence = row.pop("evidence", None)
+    if evidence is not None:
+        evidence = tuple(_region(region, context) for region in evidence)
+    for name in ("choices", "seed"):
+        row[name] = tuple(row.get(name, ()))
+    return Example(context=context, question=question, evidence=evidence, **row)
+
+
+def _region(region: dict[str, Any], context: tuple[Part, ...]) -> Region:
+    given: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in region.items()}
+    text = given.pop("text", None)
+    if text is not None:
+        part = context[given["part"]]
+        if not isinstance(part, str) or part.count(text) != 1:
+            raise ValueError(f"{text!r} does not occur once in part {given['part']}; give chars")
+        given["chars"] = (part.index(text), part.index(text) + len(text))
+    return Region(**given)
 
 
 _EVIDENCE = (213, 94, 0)
@@ -114,13 +222,13 @@ def _draw(example: Example, width: int, scale: int) -> Image.Image:
                 hit = any(first < word.end() and word.start() < last for first, last in spans)
                 pieces.append((word.group(), hit))
         else:
-            pieces.append((_enlarged(part, scale, regions), False))
+            pieces += [(picture, False) for picture in _pictures(part, scale, regions)]
     rule = len(pieces)
     for part in (*example.question, f"= {example.answer}"):
         if isinstance(part, str):
             pieces += [(word, False) for word in part.split()]
         else:
-            pieces.append((_enlarged(part, scale, []), False))
+            pieces += [(picture, False) for picture in _pictures(part, scale, [])]
 
     places, x, y, row = [], _MARGIN, _MARGIN, 0
     for index, (piece, _) in enumerate(pieces):
@@ -140,6 +248,19 @@ def _draw(example: Example, width: int, scale: int) -> Image.Image:
     above = places[rule][1] - _MARGIN
     draw.line((_MARGIN, above, width - _MARGIN, above), fill="grey")
     return canvas
+
+
+def _pictures(part: Image.Image | Video, scale: int, regions: list[Region]) -> list[Image.Image]:
+    if isinstance(part, Image.Image):
+        return [_enlarged(part, scale, regions)]
+    return [
+        _enlarged(
+            frame,
+            scale,
+            [r for r in regions if index in range(*(r.frames or (0, len(part.frames))))],
+        )
+        for index, frame in enumerate(part.frames)
+    ]
 
 
 def _enlarged(image: Image.Image, scale: int, regions: list[Region]) -> Image.Image:

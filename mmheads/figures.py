@@ -15,10 +15,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import seaborn as sns
 from filelock import FileLock
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from numpy.typing import NDArray
 
 from mmheads import paths
 
@@ -150,6 +154,30 @@ def set_style() -> None:
             "xtick.labelsize": 8,
             "ytick.labelsize": 8,
         },
+    )
+
+
+def heat_map(
+    axis: Axes, values: NDArray[np.floating[Any]], *, limit: float | None = None
+) -> AxesImage:
+    """Draw [layer, head] values, layer 0 at the bottom; a map centred on 0 if any is negative.
+
+    Args:
+        axis: Where to draw.
+        values: [layer, head].
+        limit: Value of the strongest colour, by default the largest absolute value.
+    """
+    limit = limit or float(np.abs(values).max())
+    signed = bool((values < 0).any())
+    axis.set(xlabel="head", ylabel="layer")
+    return axis.imshow(
+        values,
+        cmap="RdBu_r" if signed else "Blues",
+        vmin=-limit if signed else 0,
+        vmax=limit,
+        aspect="auto",
+        origin="lower",
+        interpolation="nearest",
     )
 
 

@@ -21,8 +21,10 @@ from numpy.typing import NDArray
 
 from mmheads.paths import write_whole
 
-FORMAT = 1
+FORMAT = 2
 """Version of the score files; `HeadScores.load` refuses every other one."""
+
+_SCORES = "scores"
 
 METADATA = ("task", "length", "depth", "seed")
 """Columns that every example carries: task, context length in tokens, depth in [0, 1], seed."""
@@ -180,6 +182,7 @@ class Provenance:
         template: Chat template, or its hash.
         null_question: The uninformative question that calibrates the scores.
         versions: Library versions.
+        settings: Whatever else the scores depend on.
         source: Where the scores come from: this code, or a file of other authors.
     """
 
@@ -189,6 +192,7 @@ class Provenance:
     template: str = ""
     null_question: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
 
 
@@ -202,6 +206,8 @@ class HeadScores:
         eligible: [layer, head] bool, the heads that may be selected; by default those of the
             geometry's global layers.
         metadata: One row an example, with the columns of `METADATA`.
+        quantities: Further quantities of the same heads and examples, [example, layer, head] by
+            name; `scores["raw"]` gives one of them as scores.
         provenance: How the scores were made.
 
     Raises:
@@ -213,6 +219,7 @@ class HeadScores:
     geometry: HeadGeometry = None  # type: ignore[assignment]
     eligible: NDArray[np.bool_] = None  # type: ignore[assignment]
     metadata: pd.DataFrame = None  # type: ignore[assignment]
+    quantities: Mapping[str, NDArray[np.floating[Any]]] = field(default_factory=dict)
     provenance: Provenance = field(default_factory=Provenance)
 
     def __post_init__(self) -> None:
@@ -226,9 +233,14 @@ class HeadScores:
                 f"values of {layers} layers x {width} heads, but the model has "
                 f"{geometry.layers} x {geometry.heads}"
             )
-        if not np.isfinite(values).all():
-            heads = [Head(*where) for where in np.argwhere(~np.isfinite(values).all(axis=0))]
-            raise ValueError(f"scores of {head_names(heads)} are not finite")
+        quantities = {n: np.array(q, dtype=np.float32) for n, q in self.quantities.items()}
+        for name, array in {"scores": values, **quantities}.items():
+            if array.shape != values.shape:
+                raise ValueError(f"{name} has shape {array.shape}, expected {values.shape}")
+            if not np.isfinite(array).all():
+                heads = [Head(*where) for where in np.argwhere(~np.isfinite(array).all(axis=0))]
+                raise ValueError(f"{name} of {head_names(heads)} are not finite")
+            array.flags.writeable = False
         eligible = geometry.eligible if self.eligible is None else np.array(self.eligible, bool)
         if eligible.shape != (layers, width):
             raise ValueError(f"eligible has shape {eligible.shape}, expected {(layers, width)}")
@@ -241,8 +253,9 @@ class HeadScores:
                 f"metadata has {len(metadata)} rows for {examples} examples"
                 + (f" and lacks the columns {missing}" if missing else "")
             )
-        values.flags.writeable = eligible.flags.writeable = False
+        eligible.flags.writeable = False
         object.__setattr__(self, "values", values)
+        object.__setattr__(self, "quantities", quantities)
         object.__setattr__(self, "geometry", geometry)
         object.__setattr__(self, "eligible", eligible)
         object.__setattr__(self, "metadata", metadata.reset_index(drop=True))
@@ -261,6 +274,25 @@ class HeadScores:
         """
         wrong = ((self.values < low) | (self.values > high)).any(axis=0)
         return tuple(Head(int(layer), int(head)) for layer, head in np.argwhere(wrong))
+
+    def __getitem__(self, quantity: str) -> "HeadScores":
+        """Another quantity of the same heads and examples as scores.
+
+        Raises:
+            KeyError: There is no such quantity.
+        """
+        if quantity not in self.quantities:
+            raise KeyError(f"{quantity!r} was not recorded; there are {', '.join(self.quantities)}")
+        return dataclasses.replace(self, values=self.quantities[quantity])
+
+    def take(self, rows: NDArray[np.bool_] | NDArray[np.intp]) -> "HeadScores":
+        """The scores of some examples: a mask over them, or their indices."""
+        return dataclasses.replace(
+            self,
+            values=self.values[rows],
+            metadata=self.metadata.iloc[np.arange(len(self.values))[rows]],
+            quantities={name: array[rows] for name, array in self.quantities.items()},
+        )
 
     def exclude(self, heads: Iterable[Head]) -> "HeadScores":
         """The same scores with these heads ineligible."""
@@ -360,20 +392,52 @@ class HeadScores:
             values=(values * weights).sum(axis=-1) / weights.sum(axis=-1),
             geometry=dataclasses.replace(self.geometry, heads=groups),
             eligible=np.asarray(eligible.any(axis=-1)),
+            quantities={},
         )
+
+    def table(self) -> pd.DataFrame:
+        """One row an example and head: metadata, layer, head, score and every quantity."""
+        examples, layers, heads = self.values.shape
+        each = layers * heads
+        table = self.metadata.loc[self.metadata.index.repeat(each)].reset_index(drop=True)
+        table["layer"] = np.tile(np.repeat(np.arange(layers), heads), examples)
+        table["head"] = np.tile(np.arange(heads), examples * layers)
+        table["eligible"] = np.tile(self.eligible.ravel(), examples)
+        table["score"] = self.values.ravel()
+        for name, array in self.quantities.items():
+            table[name] = array.ravel()
+        return table
+
+    def released_format(self) -> dict[str, Any]:
+        """Mean scores as paper A's authors release them: `head_score_list`, best first."""
+        order = np.argsort(-self.mean, axis=None, kind="stable")
+        tokens = self.metadata.get("tokens", self.metadata["length"]).tolist()
+        return {
+            "args": {"model_name_or_path": self.provenance.model, "seed": 0}
+            | dict(self.provenance.settings),
+            "head_score_list": [
+                [f"{layer}-{head}", float(self.mean[layer, head])]
+                for layer, head in (divmod(int(i), self.geometry.heads) for i in order)
+            ],
+            "metrics": {"input_len": tokens},
+            "averaged_metrics": {"input_len": float(np.mean(tokens))},
+        }
 
     def save(self, path: str | Path) -> None:
         """Write a parquet file: a row an example, with its metadata and its scores."""
-        rows = self.values.reshape(len(self.values), -1)
-        scores = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), rows.shape[1])
         about = {
             "format": FORMAT,
             "geometry": dataclasses.asdict(self.geometry),
             "eligible": self.eligible.astype(int).tolist(),
+            "quantities": list(self.quantities),
             "provenance": dataclasses.asdict(self.provenance),
         }
         table = pa.Table.from_pandas(self.metadata, preserve_index=False)
-        table = table.append_column("scores", scores)
+        for name, array in {_SCORES: self.values, **self.quantities}.items():
+            flat = pa.array(array.ravel())
+            table = table.append_column(
+                name, pa.FixedSizeListArray.from_arrays(flat, self.geometry.size)
+            )
         table = table.replace_schema_metadata({"mmheads": json.dumps(about)})
         with write_whole(Path(path)) as temporary:
             pq.write_table(table, temporary)
@@ -398,16 +462,21 @@ class HeadScores:
         provenance = Provenance(**about["provenance"])
         if model is not None and provenance.model != model:
             raise ValueError(f"{path} holds scores of {provenance.model!r}, not of {model!r}")
-        shape = about["geometry"]
-        if shape["global_layers"] is not None:
-            shape["global_layers"] = tuple(shape["global_layers"])
-        geometry = HeadGeometry(**shape)
-        flat = table.column("scores").combine_chunks().flatten().to_numpy()
+        heads = about["geometry"]
+        if heads["global_layers"] is not None:
+            heads["global_layers"] = tuple(heads["global_layers"])
+        geometry = HeadGeometry(**heads)
+        shape = (len(table), geometry.layers, geometry.heads)
+        arrays = {
+            name: table.column(name).combine_chunks().flatten().to_numpy().reshape(shape)
+            for name in (_SCORES, *about["quantities"])
+        }
         return cls(
-            flat.reshape(len(table), geometry.layers, geometry.heads),
+            arrays.pop(_SCORES),
             geometry=geometry,
             eligible=np.array(about["eligible"], dtype=bool),
-            metadata=table.drop_columns(["scores"]).to_pandas(),
+            metadata=table.drop_columns([_SCORES, *arrays]).to_pandas(),
+            quantities=arrays,
             provenance=provenance,
         )
 

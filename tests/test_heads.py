@@ -269,9 +269,9 @@ def test_files_of_another_format_are_refused(tmp_path):
         HeadScores.load(path)
     saved(path)
     table = pq.read_table(path)
-    newer = table.schema.metadata[b"mmheads"].replace(b'"format": 1', b'"format": 99')
+    newer = table.schema.metadata[b"mmheads"].replace(b'"format": 2', b'"format": 99')
     pq.write_table(table.replace_schema_metadata({"mmheads": newer}), path)
-    with pytest.raises(ValueError, match="score format 99, this version reads 1"):
+    with pytest.raises(ValueError, match="score format 99, this version reads 2"):
         HeadScores.load(path)
 
 

@@ -314,7 +314,7 @@ def count_tokens(parts: Sequence[Part]) -> int:
     return sum(
         len(part.split())
         if isinstance(part, str)
-        else (part.width // CELL) * (part.height // CELL) + 2
+        else (_image(part).width // CELL) * (_image(part).height // CELL) + 2
         for part in parts
     )
 
@@ -337,8 +337,9 @@ def tokens(context: Sequence[Part], regions: Sequence[Region]) -> tuple[tuple[in
             before = len(part[:first].split())
             intervals.append((start + before, start + before + len(part[first:last].split())))
         else:
-            columns = part.width // CELL
-            box = (int(edge) // CELL for edge in region.box or (0, 0, *part.size))
+            image = _image(part)
+            columns = image.width // CELL
+            box = (int(edge) // CELL for edge in region.box or (0, 0, *image.size))
             left, top, right, bottom = box
             first = start + 1 + columns * top
             intervals += [
@@ -445,10 +446,15 @@ def _key(task: str, split: str, length: int, pair: int) -> str:
 
 def _pasted(page: Part, icon: Pixels, box: tuple[float, float, float, float]) -> Image.Image:
     """The page with this very image in the upper left cell of a block."""
-    if isinstance(page, str):
-        raise TypeError("an image cannot be pasted into text")
-    page.paste(Image.fromarray(icon), (int(box[0]), int(box[1])))
-    return page
+    image = _image(page)
+    image.paste(Image.fromarray(icon), (int(box[0]), int(box[1])))
+    return image
+
+
+def _image(part: Part) -> Image.Image:
+    if not isinstance(part, Image.Image):
+        raise TypeError(f"needle tasks hold text and images, here is a {type(part).__name__}")
+    return part
 
 
 def _make_room(pages: np.ndarray, at: int, is_page: bool) -> None:

@@ -1,0 +1,703 @@
+"""Find the tokens of a question, of its evidence and of candidates in a model's prompt.
+
+Text is found by character offsets, images by the processor's own record of what it replaced, boxes
+by the place of every visual token on its image. Paper B's three procedures (arXiv 2606.05843,
+appendix) find a whole target in other ways, as a check.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from mmheads.examples import Example, Part, Region, Video
+from mmheads.models import VLM
+
+OPEN, CLOSE = "\ue0f0", "\ue0f1"
+"""Private-use characters around each text while the chat template is rendered."""
+NULL_QUESTION = " ".join(["N/A"] * 5)
+"""Says nothing (paper A, detection)."""
+TAGS = ("<GT_START>", "<GT_END>")
+
+Boxes = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Span:
+    """Tokens of a prompt, and how much of each belongs.
+
+    Attributes:
+        tokens: [n] indices, ascending.
+        weights: [n] share of the token inside, in (0, 1]; below 1 where a box cuts a token.
+    """
+
+    tokens: NDArray[np.int64]
+    weights: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prompt:
+    """An example as a model reads it.
+
+    Attributes:
+        example: What was encoded.
+        inputs: Model inputs, a batch of one, on the CPU.
+        question: [n] indices of the question's tokens, its images included.
+        parts: A span a part of the context; a part of white space alone has none.
+        evidence: A span a region; empty where the example has no evidence.
+        candidates: Spans to rank, by kind.
+        boxes: By image of the context (index of the part), [token, (left, top, right, bottom)] in
+            its pixels, of the tokens of its span; nan for a token without a place.
+        replacements: What the processor put for each image and video, in order.
+    """
+
+    example: Example
+    inputs: Mapping[str, torch.Tensor]
+    question: NDArray[np.int64]
+    parts: tuple[Span | None, ...]
+    evidence: tuple[Span, ...]
+    candidates: Mapping[str, tuple[Span, ...]]
+    boxes: Mapping[int, Boxes]
+    replacements: tuple[str, ...]
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """[token] token ids."""
+        return self.inputs["input_ids"][0]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def weights(self, spans: Iterable[Span]) -> NDArray[np.float32]:
+        """[token] share of each token that lies in any of the spans."""
+        weights = np.zeros(len(self), dtype=np.float32)
+        for span in spans:
+            weights[span.tokens] = np.maximum(weights[span.tokens], span.weights)
+        return weights
+
+
+def encode(vlm: VLM, example: Example, *, max_tokens: int = 0) -> Prompt:
+    """Render an example with the model's chat template and find its question and evidence.
+
+    Args:
+        vlm: The model.
+        example: One without evidence can be encoded too.
+        max_tokens: Longest prompt allowed; by default what the model's positions allow.
+
+    Raises:
+        ValueError: The template does not keep the parts in order, a text holds a placeholder of
+            the model, a region has no token, or the prompt is too long.
+    """
+    text, places = _render(vlm, example)
+    images, videos = example.images(), example.videos()
+    encoding = _tokenize(vlm, text, images, videos)
+    offsets = encoding.pop("offset_mapping")[0].numpy()
+    found = encoding.pop("text_replacement_offsets", [[]])[0]
+    if len(found) != len(images) + len(videos):
+        raise ValueError(
+            f"the processor replaced {len(found)} placeholders for {len(images)} images and "
+            f"{len(videos)} videos"
+        )
+    prompt = Prompt(
+        example=example,
+        inputs={name: value for name, value in encoding.items() if torch.is_tensor(value)},
+        question=np.empty(0, np.int64),
+        parts=(),
+        evidence=(),
+        candidates={},
+        boxes={},
+        replacements=tuple(entry["replacement"] for entry in found),
+    )
+    _check_length(vlm, prompt, max_tokens)
+    return _locate(vlm, prompt, offsets, _expand(places, found), found)
+
+
+def with_question(vlm: VLM, prompt: Prompt, question: Sequence[Part]) -> Prompt:
+    """The same prompt with another question on the same images, without processing them again.
+
+    Raises:
+        ValueError: The question's images are not those of the prompt's question, in their order.
+    """
+    example = dataclasses.replace(prompt.example, question=tuple(question))
+    if example.images() != prompt.example.images() or example.videos() != prompt.example.videos():
+        raise ValueError("another question must hold the same images in the same order")
+    text, places = _render(vlm, example)
+    found = list(_replaced(vlm, text, prompt.replacements))
+    expanded = _expand(places, found)
+    pieces, at = [], 0
+    for entry in found:
+        pieces += [text[at : entry["span"][0]], entry["replacement"]]
+        at = entry["span"][1]
+    encoding = vlm.tokenizer(
+        ["".join([*pieces, text[at:]])],
+        return_tensors="pt",
+        return_offsets_mapping=True,
+        add_special_tokens=_adds_special_tokens(vlm, text),
+    )
+    ids = encoding["input_ids"]
+    inputs = dict(prompt.inputs) | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    for name in ("mm_token_type_ids", "token_type_ids"):
+        if name in inputs:
+            kinds = _token_types(vlm, ids)
+            shared = common_prefix(ids[0], prompt.ids)
+            kinds[:, :shared] = inputs[name][:, :shared]
+            inputs[name] = kinds
+    changed = dataclasses.replace(prompt, example=example, inputs=inputs)
+    return _locate(vlm, changed, encoding["offset_mapping"][0].numpy(), expanded, found)
+
+
+def null_question(question: Sequence[Part], text: str = NULL_QUESTION) -> tuple[Part, ...]:
+    """A question that says nothing, with the images of `question` in its place (paper A)."""
+    images = [part for part in question if not isinstance(part, str)]
+    first = next((i for i, part in enumerate(question) if isinstance(part, str)), len(images))
+    return (*images[:first], text, *images[first:])
+
+
+def shuffled_question(question: Sequence[Part], seed: int) -> tuple[Part, ...]:
+    """The question with its words in another order, its images where they are."""
+    texts = [part.split() for part in question if isinstance(part, str)]
+    words = [word for text in texts for word in text]
+    rng = np.random.default_rng(seed)
+    order = np.arange(len(words))
+    while len(set(words)) > 1 and [words[i] for i in order] == words:
+        order = rng.permutation(len(words))
+    shuffled = iter([words[i] for i in order])
+    counts = iter([len(text) for text in texts])
+    return tuple(
+        " ".join(next(shuffled) for _ in range(next(counts))) if isinstance(part, str) else part
+        for part in question
+    )
+
+
+def common_prefix(a: torch.Tensor, b: torch.Tensor) -> int:
+    """Number of leading tokens that two prompts share."""
+    shortest = min(len(a), len(b))
+    different = (a[:shortest] != b[:shortest]).nonzero()
+    return int(different[0]) if len(different) else shortest
+
+
+def _token_types(vlm: VLM, ids: torch.Tensor) -> torch.Tensor:
+    """0 for text, 1 for an image, 2 for a video."""
+    config = vlm.model.config
+    kinds = torch.zeros_like(ids)
+    kinds[ids == config.image_token_id] = 1
+    kinds[ids == getattr(config, "video_token_id", -1)] = 2
+    return kinds
+
+
+# Rendering ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Characters of a text part, or the index of an image or a video; None for white space."""
+
+    chars: tuple[int, int] | None = None
+    visual: int | None = None
+
+
+def _render(vlm: VLM, example: Example) -> tuple[str, list[_Place]]:
+    """The prompt as text, with placeholders for images, and where each part stands in it."""
+    parts = example.parts()
+    tokens = _placeholders(vlm)
+    for part in parts:
+        if isinstance(part, str):
+            if held := [mark for mark in (*tokens.values(), OPEN, CLOSE) if mark in part]:
+                raise ValueError(f"the text {part[:80]!r} holds {held[0]!r}, which marks images")
+        elif not tokens:
+            raise ValueError(f"{vlm.model_id or vlm.family} reads text alone, not images")
+    expected = [
+        OPEN if isinstance(part, str) else "visual"
+        for part in parts
+        if not isinstance(part, str) or part.strip()
+    ]
+    pattern = re.compile("|".join([OPEN, *(re.escape(token) for token in tokens.values())]))
+    for messages in _contents(parts, tokens, vlm.is_text_only):
+        try:
+            marked = _apply(vlm, messages(True))
+            plain = _apply(vlm, messages(False))
+        except (TypeError, ValueError, jinja2.TemplateError):
+            continue
+        order = [m.group() if m.group() == OPEN else "visual" for m in pattern.finditer(marked)]
+        if order == expected and marked.replace(OPEN, "").replace(CLOSE, "") == plain:
+            return plain, list(_places(parts, marked))
+    raise ValueError(
+        f"the chat template of {vlm.model_id or vlm.family} does not keep the parts of a message "
+        "whole and in order"
+    )
+
+
+def _contents(parts: Sequence[Part], tokens: Mapping[type, str], text_only: bool) -> Iterator[Any]:
+    """Ways to give the parts to a template: as a list, or as one text with placeholders."""
+
+    def piece(part: Part, marked: bool) -> str:
+        if not isinstance(part, str):
+            return tokens[type(part) if isinstance(part, Video) else Image.Image]
+        core = part.strip()
+        return part.replace(core, OPEN + core + CLOSE) if marked and core else part
+
+    def listed(marked: bool) -> list[dict[str, Any]]:
+        return [
+            {"type": "text", "text": piece(part, marked)}
+            if isinstance(part, str)
+            else {"type": "video" if isinstance(part, Video) else "image"}
+            for part in parts
+        ]
+
+    def joined(marked: bool) -> str:
+        texts = [isinstance(part, str) for part in parts]
+        apart = ["\n" if a and b else "" for a, b in zip(texts, [*texts[1:], False], strict=True)]
+        return "".join(piece(p, marked) + end for p, end in zip(parts, apart, strict=True))
+
+    yield listed
+    if text_only:
+        yield joined
+    else:
+        yield lambda marked: [{"type": "text", "text": joined(marked)}]
+
+
+def _apply(vlm: VLM, content: Any) -> str:
+    text: str = vlm.processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
+    return text
+
+
+def _places(parts: Sequence[Part], marked: str) -> Iterator[_Place]:
+    opened = [m.start() - 2 * i for i, m in enumerate(re.finditer(OPEN, marked))]
+    closed = [m.start() - 2 * i - 1 for i, m in enumerate(re.finditer(CLOSE, marked))]
+    texts, visuals = zip(opened, closed, strict=True), iter(range(len(parts)))
+    for part in parts:
+        if not isinstance(part, str):
+            yield _Place(visual=next(visuals))
+        elif part.strip():
+            yield _Place(chars=next(texts))
+        else:
+            yield _Place()
+
+
+def _placeholders(vlm: VLM) -> dict[type, str]:
+    """What stands for an image and for a video in the rendered text."""
+    named = {Image.Image: "image_token", Video: "video_token"}
+    found = {kind: getattr(vlm.processor, name, None) for kind, name in named.items()}
+    return {kind: str(token) for kind, token in found.items() if token and not vlm.is_text_only}
+
+
+def _replaced(vlm: VLM, text: str, replacements: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """As the processor records it: each placeholder's characters before and after expansion."""
+    pattern = re.compile("|".join(map(re.escape, _placeholders(vlm).values())) or "$^")
+    grown = 0
+    for match, replacement in zip(pattern.finditer(text), replacements, strict=True):
+        first, last = match.span()
+        new = (first + grown, first + grown + len(replacement))
+        grown += len(replacement) - (last - first)
+        yield {"span": (first, last), "new_span": new, "replacement": replacement}
+
+
+def _expand(places: Iterable[_Place], found: Sequence[Mapping[str, Any]]) -> list[_Place]:
+    """Places in the rendered text -> characters in the text after expansion."""
+
+    def moved(at: int) -> int:
+        grown = 0
+        for entry in found:
+            if entry["span"][1] <= at:
+                grown = entry["new_span"][1] - entry["span"][1]
+        return at + grown
+
+    return [
+        _Place(chars=tuple(found[place.visual]["new_span"]), visual=place.visual)
+        if place.visual is not None
+        else _Place(chars=place.chars and (moved(place.chars[0]), moved(place.chars[1])))
+        for place in places
+    ]
+
+
+def _adds_special_tokens(vlm: VLM, text: str) -> bool:
+    begin = vlm.tokenizer.bos_token
+    return not (begin and text.startswith(begin))
+
+
+def _tokenize(
+    vlm: VLM, text: str, images: Sequence[Image.Image], videos: Sequence[Video]
+) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "return_tensors": "pt",
+        "return_offsets_mapping": True,
+        "add_special_tokens": _adds_special_tokens(vlm, text),
+    }
+    if vlm.is_text_only:
+        return dict(vlm.tokenizer([text], **settings))
+    if images:
+        settings["images"] = [list(images)]
+    if videos:
+        if not callable(getattr(vlm.processor, "video_processor", None)):
+            raise ValueError(
+                f"the processor of {vlm.model_id or vlm.family} has no video part here: install "
+                "torchvision, or give the frames as images"
+            )
+        settings["videos"] = [[np.stack([np.asarray(f) for f in v.frames]) for v in videos]]
+        settings["video_metadata"] = [
+            [
+                {
+                    "fps": video.fps,
+                    "total_num_frames": len(video.frames),
+                    "frames_indices": list(range(len(video.frames))),
+                }
+                for video in videos
+            ]
+        ]
+        settings["do_sample_frames"] = False
+    return dict(vlm.processor(text=[text], return_text_replacement_offsets=True, **settings))
+
+
+def _check_length(vlm: VLM, prompt: Prompt, max_tokens: int) -> None:
+    allowed = max_tokens or getattr(vlm.text_config, "max_position_embeddings", None)
+    if allowed and len(prompt) > allowed:
+        raise ValueError(
+            f"the prompt has {len(prompt)} tokens, {vlm.model_id or vlm.family} takes {allowed}; a "
+            "cut-off context could lack its evidence: give a shorter one, or set max_tokens"
+        )
+
+
+# Locating -------------------------------------------------------------------------------------
+
+
+def _locate(
+    vlm: VLM,
+    prompt: Prompt,
+    offsets: NDArray[np.int64],
+    places: Sequence[_Place],
+    found: Sequence[Mapping[str, Any]],
+) -> Prompt:
+    """Fill in question, parts, evidence, candidates and boxes."""
+    example = prompt.example
+    ids = prompt.ids.numpy()
+    visual = np.isin(ids, list(vlm.visual_ids))
+
+    def tokens(chars: tuple[int, int]) -> NDArray[np.int64]:
+        first, last = chars
+        return np.flatnonzero(
+            (offsets[:, 0] < last) & (offsets[:, 1] > first) & (offsets[:, 1] > offsets[:, 0])
+        )
+
+    parts: list[Span | None] = []
+    boxes: dict[int, Boxes] = {}
+    starts: list[int] = []
+    """Character of the expanded text at which a text part begins."""
+    for index, (part, place) in enumerate(zip(example.context, places, strict=False)):
+        starts.append(0)
+        if place.chars is None:
+            parts.append(None)
+            continue
+        span = tokens(place.chars)
+        if isinstance(part, str):
+            starts[-1] = place.chars[0] - (len(part) - len(part.lstrip()))
+        else:
+            span = span[visual[span]]
+            grid = _token_boxes(
+                vlm, prompt, index, len(span), str(found[place.visual or 0]["replacement"])
+            )
+            if grid is not None:
+                boxes[index] = grid
+        parts.append(Span(span, np.ones(len(span), np.float32)))
+
+    def region_span(region: Region) -> Span:
+        whole, part = parts[region.part], example.context[region.part]
+        if whole is not None and isinstance(part, str) and region.chars:
+            first, last = region.chars
+            span = tokens((starts[region.part] + first, starts[region.part] + last))
+            whole = Span(span, np.ones(len(span), np.float32))
+        elif whole is not None and not isinstance(part, str):
+            whole = _visual_span(vlm, whole, region, part, boxes.get(region.part))
+        if whole is None or not len(whole):
+            raise ValueError(f"{region} of {_describe(part)} covers no token of the prompt")
+        return whole
+
+    asked = [p.chars for p in places[len(example.context) :][: len(example.question)] if p.chars]
+    if not asked:
+        raise ValueError("the question is empty; expected text or an image")
+    question = tokens((min(first for first, _ in asked), max(last for _, last in asked)))
+    if not len(question):
+        raise ValueError(f"the question {example.question!r} has no token in the prompt")
+    return dataclasses.replace(
+        prompt,
+        question=question,
+        parts=tuple(parts),
+        evidence=tuple(region_span(region) for region in example.evidence or ()),
+        candidates={
+            kind: tuple(region_span(region) for region in regions)
+            for kind, regions in example.candidates.items()
+        },
+        boxes=boxes,
+    )
+
+
+def _describe(part: Part) -> str:
+    if isinstance(part, str):
+        return repr(part[:60])
+    size = part.frames[0].size if isinstance(part, Video) else part.size
+    return f"a {type(part).__name__.lower()} of {size[0]} x {size[1]} pixels"
+
+
+def _visual_span(
+    vlm: VLM, whole: Span, region: Region, part: Image.Image | Video, boxes: Boxes | None
+) -> Span:
+    """The tokens of a box, of some frames, or of all of an image or a video."""
+    if region.box is None and region.frames is None:
+        return whole
+    if boxes is None:
+        raise ValueError(
+            f"where the visual tokens of a {vlm.family} model lie on an image is not known; give "
+            "the whole image as evidence"
+        )
+    weights = np.ones(len(whole))
+    if region.box is not None:
+        weights *= box_shares(boxes, region.box)
+    if isinstance(part, Video) and region.frames is not None:
+        weights *= _frame_shares(vlm, part, region.frames, len(whole))
+    inside = weights > 0
+    return Span(whole.tokens[inside], weights[inside].astype(np.float32))
+
+
+def box_shares(boxes: Boxes, box: tuple[float, float, float, float]) -> NDArray[np.float64]:
+    """[token] share of each token's area that lies in `box`; 0 for a token without a place."""
+    left, top, right, bottom = box
+    width = np.minimum(boxes[:, 2], right) - np.maximum(boxes[:, 0], left)
+    height = np.minimum(boxes[:, 3], bottom) - np.maximum(boxes[:, 1], top)
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    inside: Boxes = np.clip(width, 0, None) * np.clip(height, 0, None) / area
+    return np.nan_to_num(inside)
+
+
+def _frame_shares(
+    vlm: VLM, video: Video, frames: tuple[int, int], tokens: int
+) -> NDArray[np.float64]:
+    """[token] share of each token's frames that are asked for; a token may cover several."""
+    step = getattr(vlm.processor.video_processor, "temporal_patch_size", 1)
+    slots = math.ceil(len(video.frames) / step)
+    shares = [
+        np.mean(
+            [frames[0] <= min(f, len(video.frames) - 1) < frames[1] for f in range(s, s + step)]
+        )
+        for s in range(0, slots * step, step)
+    ]
+    return np.repeat(shares, tokens // slots)
+
+
+# Where visual tokens lie ----------------------------------------------------------------------
+
+
+def _grid(rows: int, columns: int, area: tuple[float, float, float, float]) -> Boxes:
+    """[row x column, 4] boxes that tile an area, row by row."""
+    x = np.linspace(area[0], area[2], columns + 1)
+    y = np.linspace(area[1], area[3], rows + 1)
+    top, left = np.meshgrid(y[:-1], x[:-1], indexing="ij")
+    bottom, right = np.meshgrid(y[1:], x[1:], indexing="ij")
+    return np.stack([left, top, right, bottom], axis=-1).reshape(-1, 4)
+
+
+def _tiles(rows: int, columns: int, side: int, width: float, height: float) -> list[Boxes]:
+    """Boxes of an image cut into tiles of side x side tokens, tile by tile."""
+    return [_grid(side, side, tuple(tile)) for tile in _grid(rows, columns, (0, 0, width, height))]
+
+
+def _token_boxes(
+    vlm: VLM, prompt: Prompt, index: int, tokens: int, replacement: str
+) -> Boxes | None:
+    """Boxes of an image's or a video's tokens in its pixels; None for a family not known."""
+    part = prompt.example.context[index]
+    assert not isinstance(part, str)
+    frames = part.frames if isinstance(part, Video) else (part,)
+    width, height = frames[0].size
+    whole = (0.0, 0.0, float(width), float(height))
+    earlier = sum(isinstance(p, type(part)) for p in prompt.example.context[:index])
+    family, processor = vlm.family, vlm.processor
+    if family.startswith(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")):
+        name = "video_grid_thw" if isinstance(part, Video) else "image_grid_thw"
+        slots, rows, columns = prompt.inputs[name][earlier].tolist()
+        merge = vlm.model.config.vision_config.spatial_merge_size
+        boxes = np.tile(_grid(rows // merge, columns // merge, whole), (slots, 1))
+    elif isinstance(part, Video):
+        return None
+    elif family == "internvl":
+        side = math.isqrt(processor.image_seq_length)
+        columns, rows = _internvl_tiles(vlm, part)
+        grids = _tiles(rows, columns, side, width, height)
+        boxes = np.concatenate([*grids, _grid(side, side, whole)] if len(grids) > 1 else grids)
+    elif family == "gemma3":
+        if getattr(processor.image_processor, "do_pan_and_scan", False):
+            return None
+        side = math.isqrt(processor.image_seq_length)
+        boxes = _grid(side, side, whole)
+    elif family in ("idefics3", "smolvlm"):
+        side = math.isqrt(processor.image_seq_len)
+        names = re.findall(r"<row_(\d+)_col_(\d+)>", replacement)
+        rows = max((int(row) for row, _ in names), default=0)
+        columns = max((int(column) for _, column in names), default=0)
+        grids = _tiles(rows, columns, side, width, height) if names else []
+        boxes = np.concatenate([*grids, _grid(side, side, whole)])
+    elif family == "llava_onevision":
+        boxes = _llava_boxes(vlm, prompt.example, part, tokens)
+    else:
+        return None
+    if len(boxes) != tokens:
+        raise ValueError(
+            f"image {earlier} has {tokens} visual tokens, but {len(boxes)} places were computed "
+            f"for a {family} model"
+        )
+    return boxes
+
+
+def _internvl_tiles(vlm: VLM, image: Image.Image) -> tuple[int, int]:
+    """Columns and rows of tiles; an image in one tile has no thumbnail."""
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
+
+    settings = vlm.processor.image_processor
+    columns, rows = get_optimal_tiled_canvas(
+        (image.height, image.width),
+        (settings.size["height"], settings.size["width"]),
+        settings.min_patches,
+        settings.max_patches,
+    )
+    return int(columns), int(rows)
+
+
+def _llava_boxes(vlm: VLM, example: Example, image: Image.Image, tokens: int) -> Boxes:
+    """One image: a base grid and a fine one with a newline a row. Several: each padded square."""
+    from transformers.image_processing_utils import select_best_resolution
+
+    processor = vlm.processor
+    width, height = image.size
+    side = math.isqrt(processor.num_image_tokens)
+    if len(example.images()) > 1:
+        edge = max(width, height)
+        x, y = (edge - width) / 2, (edge - height) / 2
+        square = _grid(side, side, (-x, -y, edge - x, edge - y))
+        return np.concatenate([square, np.full((1, 4), np.nan)])
+    size = processor.image_processor.size
+    tile = size.get("height") or size["shortest_edge"]
+    best = select_best_resolution((height, width), processor.image_processor.image_grid_pinpoints)
+    fine, rows = processor._get_unpadded_features(
+        height, width, side, side, best[0] // tile, best[1] // tile
+    )
+    columns = fine // rows
+    grid = _grid(rows, columns, (0, 0, width, height)).reshape(rows, columns, 4)
+    newline = np.full((rows, 1, 4), np.nan)
+    base = _grid(side, side, (0, 0, width, height))
+    return np.concatenate([base, np.concatenate([grid, newline], axis=1).reshape(-1, 4)])
+
+
+# Paper B's three procedures -------------------------------------------------------------------
+
+
+def find_by_tags(
+    vlm: VLM, example: Example, part: int, tags: tuple[str, str] = TAGS
+) -> NDArray[np.int64]:
+    """Context tagging: rebuild the context with two markers, scan for them -> [n] tokens.
+
+    Everything between the markers is the target; of an image, its visual tokens. Indices are
+    those of the prompt without markers.
+
+    Raises:
+        ValueError: A marker is not found in the tokens, or more than once.
+    """
+    context = list(example.context)
+    context[part : part + 1] = [tags[0], context[part], tags[1]]
+    tagged = encode(
+        vlm, dataclasses.replace(example, context=tuple(context), evidence=None, candidates={})
+    )
+    start, end = (_scan(vlm, tagged.ids.tolist(), tag) for tag in tags)
+    plain = encode(vlm, dataclasses.replace(example, evidence=None, candidates={}))
+    if not isinstance(example.context[part], str):
+        everywhere = _all_visual(vlm, tagged)
+        inside = (everywhere >= start[1]) & (everywhere < end[0])
+        return _all_visual(vlm, plain)[inside]
+    between = np.arange(start[1], end[0])
+    tokens = between - (start[1] - start[0])
+    if not torch.equal(plain.ids[tokens], tagged.ids[between]):
+        raise ValueError(f"the markers {tags} change how their neighbours become tokens")
+    return tokens
+
+
+def _scan(vlm: VLM, ids: list[int], tag: str) -> tuple[int, int]:
+    wanted = vlm.tokenizer(tag, add_special_tokens=False)["input_ids"]
+    width = len(wanted)
+    hits = [i for i in range(len(ids) - width + 1) if ids[i : i + width] == wanted]
+    if len(hits) != 1:
+        raise ValueError(
+            f"the marker {tag!r} (token ids {wanted}) stands {len(hits)} times in the prompt, "
+            "expected once; choose a marker that this tokenizer keeps apart"
+        )
+    return hits[0], hits[0] + width
+
+
+def find_by_slicing(vlm: VLM, prompt: Prompt, part: int) -> NDArray[np.int64]:
+    """Uniform expansion: all visual tokens in as many equal slices as images -> [n] tokens.
+
+    Raises:
+        ValueError: The part is no image, or the visual tokens do not divide evenly.
+    """
+    everywhere = _all_visual(vlm, prompt)
+    images = len(prompt.example.images())
+    which = _image_number(prompt.example, part)
+    if len(everywhere) % images:
+        raise ValueError(
+            f"{len(everywhere)} visual tokens do not divide into {images} images of one size"
+        )
+    each = len(everywhere) // images
+    return everywhere[which * each : (which + 1) * each]
+
+
+def find_by_offsets(vlm: VLM, prompt: Prompt, part: int) -> NDArray[np.int64]:
+    """Dynamic patches: tokens of each image from its size, added up -> [n] tokens.
+
+    Raises:
+        ValueError: The part is no image, or the model does not tell an image's tokens from its
+            size.
+    """
+    everywhere = _all_visual(vlm, prompt)
+    counts = [_count_tokens(vlm, image) for image in prompt.example.images()]
+    if sum(counts) != len(everywhere):
+        raise ValueError(
+            f"images of {sum(counts)} tokens by their sizes, but the prompt holds "
+            f"{len(everywhere)}; cumulative offsets do not apply"
+        )
+    which = _image_number(prompt.example, part)
+    first = sum(counts[:which])
+    return everywhere[first : first + counts[which]]
+
+
+def _all_visual(vlm: VLM, prompt: Prompt) -> NDArray[np.int64]:
+    return np.flatnonzero(np.isin(prompt.ids.numpy(), list(vlm.visual_ids)))
+
+
+def _image_number(example: Example, part: int) -> int:
+    if not isinstance(example.context[part], Image.Image):
+        raise ValueError(f"part {part} of the context is {_describe(example.context[part])}")
+    return sum(isinstance(p, Image.Image) for p in example.context[:part])
+
+
+def _count_tokens(vlm: VLM, image: Image.Image) -> int:
+    """Visual tokens of an image alone, by its size."""
+    processor, size = vlm.processor, (image.height, image.width)
+    if vlm.family == "internvl":
+        tiles = processor.image_processor.get_number_of_image_patches(*size, {})
+        return int(tiles) * int(processor.image_seq_length)
+    if vlm.family in ("idefics3", "smolvlm"):
+        tiles, *_ = processor.image_processor.get_number_of_image_patches(*size, {})
+        return int(tiles) * int(processor.image_seq_len)
+    counts = processor._get_num_multimodal_tokens(image_sizes=[size])
+    return int(counts["num_image_tokens"][0])
