@@ -407,9 +407,10 @@ def _locate(
             starts[-1] = place.chars[0] - (len(part) - len(part.lstrip()))
         else:
             span = span[visual[span]]
-            grid = _token_boxes(
-                vlm, prompt, index, len(span), str(found[place.visual or 0]["replacement"])
-            )
+            grid = prompt.boxes.get(index)
+            if grid is None:
+                replacement = str(found[place.visual or 0]["replacement"])
+                grid = _token_boxes(vlm, prompt, index, len(span), replacement)
             if grid is not None:
                 boxes[index] = grid
         parts.append(Span(span, np.ones(len(span), np.float32)))

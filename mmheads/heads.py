@@ -6,7 +6,7 @@ Arrays are [example, layer, head]. A head is (layer, head), 0-based, printed L8H
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -292,6 +292,40 @@ class HeadScores:
             values=self.values[rows],
             metadata=self.metadata.iloc[np.arange(len(self.values))[rows]],
             quantities={name: array[rows] for name, array in self.quantities.items()},
+        )
+
+    def where(self, **columns: object) -> "HeadScores":
+        """The examples whose metadata have these values: `scores.where(task="text", length=512)`.
+
+        Raises:
+            ValueError: There is no such example.
+        """
+        rows = np.ones(len(self.values), dtype=bool)
+        for name, value in columns.items():
+            rows &= (self.metadata[name] == value).to_numpy()
+        if not rows.any():
+            held = {name: sorted(set(self.metadata[name])) for name in columns}
+            raise ValueError(f"no example has {columns}; there are {held}")
+        return self.take(rows)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["HeadScores"]) -> "HeadScores":
+        """The examples of several score sets of one model, made alike.
+
+        Raises:
+            ValueError: Their models, versions or settings differ.
+        """
+        first = parts[0]
+        if any(part.provenance != first.provenance for part in parts):
+            raise ValueError("scores that were made otherwise cannot be joined")
+        return dataclasses.replace(
+            first,
+            values=np.concatenate([part.values for part in parts]),
+            metadata=pd.concat([part.metadata for part in parts], ignore_index=True),
+            quantities={
+                name: np.concatenate([part.quantities[name] for part in parts])
+                for name in first.quantities
+            },
         )
 
     def exclude(self, heads: Iterable[Head]) -> "HeadScores":

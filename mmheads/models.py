@@ -28,6 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils.import_utils import is_torchvision_available
 
+from mmheads import paths
 from mmheads.heads import HeadGeometry
 
 
@@ -153,7 +154,7 @@ def load(
     InternVL, LLaVA-OneVision, Gemma 3, SmolVLM, Idefics3, ...), and text-only causal models.
 
     Args:
-        model_id: Folder, or name on the hub.
+        model_id: Folder, name of a shipped model ("tiny-qwen3-vl-m"), or name on the hub.
         device: "cpu", "cuda:0", or "auto" for all GPUs; by default a GPU if there is one.
         dtype: By default float32 on a CPU, else that of the checkpoint.
         revision: Branch, tag or commit on the hub.
@@ -165,7 +166,8 @@ def load(
     device = str(device) or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None:
         dtype = torch.float32 if device == "cpu" else "auto"
-    source = str(model_id)
+    shipped = paths.MODELS / model_id
+    source = str(shipped if shipped.is_dir() else model_id)
     try:
         config = AutoConfig.from_pretrained(source, revision=revision)
         vision = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -185,7 +187,7 @@ def load(
         ) from error
     if device != "auto":
         model.to(device)  # type: ignore[arg-type]
-    folder = Path(model_id)
+    folder = Path(source)
     commit = _weights_hash(folder) if folder.is_dir() else getattr(config, "_commit_hash", "") or ""
     return VLM(model=model.eval(), processor=processor, model_id=_name(folder), revision=commit)
 

@@ -37,6 +37,18 @@ def published(folder: str | Path = "") -> Path | None:
     return beside if (beside / "MMRetHead").is_dir() else None
 
 
+def real_docs(folder: str | Path = "") -> Path | None:
+    """Folder that holds `pdfs/` and `MMDocIR_annotations.jsonl`, or None if there is none.
+
+    The first of: `folder`, the setting `MMHEADS_REAL_DOCS`, `../shared/real_docs` if it is there.
+    """
+    named = folder or os.environ.get("MMHEADS_REAL_DOCS")
+    if named:
+        return Path(named).expanduser().resolve()
+    beside = ROOT.parent / "shared" / "real_docs"
+    return beside if (beside / "pdfs").is_dir() else None
+
+
 @contextmanager
 def write_whole(path: Path) -> Iterator[Path]:
     """Yield a temporary path that becomes `path` when the block ends without an exception.

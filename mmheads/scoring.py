@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from mmheads.examples import Example
 from mmheads.heads import HeadScores, Provenance, head_names
 from mmheads.models import VLM, load
 from mmheads.prefix import Prefix, prefill
+from mmheads.tasks import needles
 
 QUANTITIES = {
     "raw": "attention from a question token to the evidence, summed over it (paper A's S; RAM)",
@@ -111,6 +113,38 @@ def score_heads(
         scores.save(target)
         _partial(target).unlink(missing_ok=True)
     return scores
+
+
+def score_needles(
+    vlm: VLM,
+    *,
+    tasks: Sequence[str] = needles.TASKS,
+    lengths: Sequence[int] = needles.LENGTHS,
+    pairs: int = needles.PAIRS,
+    split: str = "detection",
+    image_ratio: float = 0.5,
+    folder: str | Path = "",
+    progress: bool = True,
+) -> HeadScores:
+    """Scores on the needle tasks, at all six depths x `pairs` examples a condition.
+
+    They are kept in `folder` (default `runs/scores`), so that notebooks share them; scores of
+    another model, version or setting have another file there.
+
+    Raises:
+        ValueError: As `needles.generate` and `score_heads` do.
+    """
+    made = _provenance(vlm, NULL_QUESTION, "pixels", 0)
+    mark = hashlib.sha256(repr(dataclasses.asdict(made)).encode()).hexdigest()[:8]
+    place = Path(folder) if folder else paths.RUNS / "scores"
+    parts = []
+    for task in tasks:
+        name = f"{Path(vlm.model_id).name}-{task}-{split}-{image_ratio:g}-{mark}.parquet"
+        examples = needles.generate(
+            [task], lengths, pairs=pairs, split=split, image_ratio=image_ratio
+        )
+        parts.append(score_heads(vlm, examples, path=place / name, progress=progress))
+    return HeadScores.concatenate(parts)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
