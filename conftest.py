@@ -35,6 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
             shutil.copytree(paths.ROOT / name, copy / name)
         os.environ["PYTHONPATH"] = str(copy)
         os.environ["MMHEADS_PUBLISHED"] = str(RELEASED or copy / "no-released-scores")
+        os.environ["MMHEADS_REAL_DOCS"] = str(paths.real_docs() or "")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -649,17 +649,19 @@ def find_by_slicing(vlm: VLM, prompt: Prompt, part: int) -> NDArray[np.int64]:
     """Uniform expansion: all visual tokens in as many equal slices as images -> [n] tokens.
 
     Raises:
-        ValueError: The part is no image, or the visual tokens do not divide evenly.
+        ValueError: The part is no image, or the images have unequal numbers of tokens.
     """
     everywhere = _all_visual(vlm, prompt)
-    images = len(prompt.example.images())
-    which = _image_number(prompt.example, part)
-    if len(everywhere) % images:
-        raise ValueError(
-            f"{len(everywhere)} visual tokens do not divide into {images} images of one size"
-        )
-    each = len(everywhere) // images
+    sizes = [_count(vlm, text) for text in prompt.replacements]
+    if len(set(sizes)) > 1:
+        raise ValueError(f"images of {sizes} visual tokens: uniform slices do not apply")
+    which, each = _image_number(prompt.example, part), sizes[0]
     return everywhere[which * each : (which + 1) * each]
+
+
+def _count(vlm: VLM, replacement: str) -> int:
+    ids = vlm.tokenizer(replacement, add_special_tokens=False)["input_ids"]
+    return int(np.isin(ids, list(vlm.visual_ids)).sum())
 
 
 def find_by_offsets(vlm: VLM, prompt: Prompt, part: int) -> NDArray[np.int64]:
@@ -694,11 +696,10 @@ def _image_number(example: Example, part: int) -> int:
 def _count_tokens(vlm: VLM, image: Image.Image) -> int:
     """Visual tokens of an image alone, by its size."""
     processor, size = vlm.processor, (image.height, image.width)
-    if vlm.family == "internvl":
-        tiles = processor.image_processor.get_number_of_image_patches(*size, {})
-        return int(tiles) * int(processor.image_seq_length)
     if vlm.family in ("idefics3", "smolvlm"):
         tiles, *_ = processor.image_processor.get_number_of_image_patches(*size, {})
-        return int(tiles) * int(processor.image_seq_len)
+        return max(1, int(tiles)) * int(processor.image_seq_len)
     counts = processor._get_num_multimodal_tokens(image_sizes=[size])
+    if vlm.family == "internvl":  # its tokens count the wrappers too
+        return int(counts["num_image_patches"][0]) * int(processor.image_seq_length)
     return int(counts["num_image_tokens"][0])

@@ -260,6 +260,21 @@ class HeadScores:
         object.__setattr__(self, "eligible", eligible)
         object.__setattr__(self, "metadata", metadata.reset_index(drop=True))
 
+    def by_unit(self, column: str = "seed") -> NDArray[np.float32]:
+        """[unit, example, layer, head]: the values of examples that share a value of `column`.
+
+        The six depths of a needle's haystack share their seed: they are not independent.
+
+        Raises:
+            ValueError: Units have unequal numbers of examples.
+        """
+        number, names = pd.factorize(self.metadata[column])
+        counts = np.bincount(number)
+        if len(set(counts)) > 1:
+            raise ValueError(f"units of {sorted(set(counts))} examples: expected equal numbers")
+        order = number.argsort(stable=True)
+        return self.values[order].reshape(len(names), -1, *self.values.shape[1:])
+
     @cached_property
     def mean(self) -> NDArray[np.float64]:
         """[layer, head], mean over examples."""

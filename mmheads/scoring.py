@@ -123,6 +123,7 @@ def score_needles(
     pairs: int = needles.PAIRS,
     split: str = "detection",
     image_ratio: float = 0.5,
+    null_images: str = "pixels",
     folder: str | Path = "",
     progress: bool = True,
 ) -> HeadScores:
@@ -134,7 +135,7 @@ def score_needles(
     Raises:
         ValueError: As `needles.generate` and `score_heads` do.
     """
-    made = _provenance(vlm, NULL_QUESTION, "pixels", 0)
+    made = _provenance(vlm, NULL_QUESTION, null_images, 0)
     mark = hashlib.sha256(repr(dataclasses.asdict(made)).encode()).hexdigest()[:8]
     place = Path(folder) if folder else paths.RUNS / "scores"
     parts = []
@@ -143,7 +144,11 @@ def score_needles(
         examples = needles.generate(
             [task], lengths, pairs=pairs, split=split, image_ratio=image_ratio
         )
-        parts.append(score_heads(vlm, examples, path=place / name, progress=progress))
+        parts.append(
+            score_heads(
+                vlm, examples, path=place / name, null_images=null_images, progress=progress
+            )
+        )
     return HeadScores.concatenate(parts)
 
 
@@ -172,18 +177,7 @@ def _score(
     prompt = encode(vlm, example, max_tokens=max_tokens)
     empty = with_question(vlm, prompt, null_question(example.question, null))
     shuffled = with_question(vlm, prompt, shuffled_question(example.question, seed))
-    prefix = prefill(vlm, [prompt, empty, shuffled], images=null_images)
-    masses, entropy, norm = _question_pass(prefix, prompt, controls=True)
-    raw, modality, context = masses
-    values = {
-        "raw": raw,
-        "null": _question_pass(prefix, empty)[0][0],
-        "share": np.divide(raw, modality, out=np.zeros_like(raw), where=modality > 0),
-        "context": context,
-        "norm": norm,
-        "entropy": entropy,
-        "shuffled": _question_pass(prefix, shuffled)[0][0],
-    }
+    values = score_prompt(vlm, prompt, empty, shuffled, null_images=null_images)
     for name in ("raw", "null", "share", "context", "shuffled"):
         _check_mass(values[name], name, example)
         values[name] = values[name].clip(0, 1)
@@ -197,6 +191,39 @@ def _score(
         "question_tokens": len(prompt.question),
     }
     return _Scored(row, values)
+
+
+def score_prompt(
+    vlm: VLM,
+    prompt: Prompt,
+    empty: Prompt,
+    shuffled: Prompt | None = None,
+    *,
+    null_images: str = "pixels",
+) -> dict[str, NDArray[np.float32]]:
+    """The quantities of `QUANTITIES` for one encoded example -> [layer, head] by name.
+
+    Args:
+        vlm: The model.
+        prompt: With evidence.
+        empty: The same prompt with the null question.
+        shuffled: The same with the shuffled question; None leaves that quantity out.
+        null_images: See `score_heads`.
+    """
+    others = [empty] if shuffled is None else [empty, shuffled]
+    prefix = prefill(vlm, [prompt, *others], images=null_images)
+    (raw, modality, context), entropy, norm = _question_pass(prefix, prompt, controls=True)
+    values = {
+        "raw": raw,
+        "null": _question_pass(prefix, empty)[0][0],
+        "share": np.divide(raw, modality, out=np.zeros_like(raw), where=modality > 0),
+        "context": context,
+        "norm": norm,
+        "entropy": entropy,
+    }
+    if shuffled is not None:
+        values["shuffled"] = _question_pass(prefix, shuffled)[0][0]
+    return values
 
 
 def _question_pass(

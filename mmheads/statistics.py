@@ -4,7 +4,7 @@ scipy does the work; this module fixes the choices (percentile intervals, two-si
 that are always given) so that every figure makes the same ones.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,17 +51,47 @@ def bootstrap_interval(
     Raises:
         ValueError: fewer than two units, or values that are not finite.
     """
-    units = _finite(values)
+    return stratified_interval(
+        [_finite(values)],
+        lambda strata: statistic(strata[0]),
+        seed=seed,
+        confidence=confidence,
+        resamples=resamples,
+    )
+
+
+def stratified_interval(
+    strata: Sequence[NDArray[Any]],
+    statistic: Callable[[Sequence[NDArray[Any]]], float],
+    *,
+    seed: int,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+) -> Interval:
+    """Percentile bootstrap interval of `statistic(strata)`, units drawn within each stratum.
+
+    Args:
+        strata: [unit, ...] each, a condition that was measured as often as planned.
+        statistic: Takes such a list and returns one number.
+        seed: Seed of the resampling.
+        confidence: Coverage of the interval.
+        resamples: Number of resamples.
+
+    Raises:
+        ValueError: a stratum of fewer than two units, or with values that are not finite.
+    """
+    units = [_finite(values) for values in strata]
     result = scipy.stats.bootstrap(
-        (np.arange(len(units)),),
-        lambda rows: statistic(units[rows]),
+        [np.arange(len(values)) for values in units],
+        lambda *rows: statistic([v[row] for v, row in zip(units, rows, strict=True)]),
         vectorized=False,
         method="percentile",
         confidence_level=confidence,
         n_resamples=resamples,
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    return Interval(float(statistic(units)), float(result.low), float(result.high), len(units))
+    count = sum(map(len, units))
+    return Interval(float(statistic(units)), float(result.low), float(result.high), count)
 
 
 def paired_difference(

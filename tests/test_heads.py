@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmheads.heads import (
+    METADATA,
     Head,
     HeadGeometry,
     HeadScores,
@@ -289,3 +290,62 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatc
         saved(path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def several() -> HeadScores:
+    rows = [("text", 128, depth, seed) for seed in ("a", "b") for depth in (0.0, 1.0)]
+    values = np.arange(4 * 2 * 3, dtype=np.float32).reshape(4, 2, 3) / 100
+    return HeadScores(
+        values,
+        metadata=pd.DataFrame(rows, columns=list(METADATA)),
+        quantities={"raw": values + 0.5},
+    )
+
+
+def test_examples_are_taken_by_their_metadata():
+    scores = several()
+    ends = scores.where(task="text", depth=1.0)
+    np.testing.assert_array_equal(ends.values, scores.values[[1, 3]])
+    np.testing.assert_array_equal(ends["raw"].values, scores.values[[1, 3]] + 0.5)
+    assert ends.metadata["seed"].tolist() == ["a", "b"]
+    with pytest.raises(ValueError, match=r"no example has \{'depth': 0.5"):
+        scores.where(depth=0.5)
+    with pytest.raises(KeyError, match="'null' was not recorded; there are raw"):
+        scores["null"]
+
+
+def test_examples_are_grouped_by_unit():
+    scores = several()
+    units = scores.by_unit()
+    assert units.shape == (2, 2, 2, 3)
+    np.testing.assert_array_equal(units[1], scores.values[2:])
+    with pytest.raises(ValueError, match="expected equal numbers"):
+        scores.take(np.array([0, 1, 2])).by_unit()
+
+
+def test_joined_scores_keep_every_example_and_are_made_alike():
+    scores = several()
+    joined = HeadScores.concatenate([scores.take(np.array([0])), scores.take(np.array([1, 2, 3]))])
+    np.testing.assert_array_equal(joined.values, scores.values)
+    np.testing.assert_array_equal(joined["raw"].values, scores["raw"].values)
+    other = dataclasses.replace(scores, provenance=Provenance(model="another"))
+    with pytest.raises(ValueError, match="made otherwise"):
+        HeadScores.concatenate([scores, other])
+
+
+def test_table_has_a_row_an_example_and_head():
+    table = several().table()
+    assert len(table) == 4 * 2 * 3
+    (row,) = (
+        table[(table["seed"] == "b") & (table["depth"] == 1) & (table["layer"] == 1)]
+        .query("head == 2")
+        .to_dict("records")
+    )
+    assert row["score"] == pytest.approx(0.23)
+    assert row["raw"] == pytest.approx(0.73)
+
+
+def test_released_format_is_best_first():
+    released = several().released_format()
+    assert released["head_score_list"][0] == ["1-2", pytest.approx(0.14)]
+    assert len(released["head_score_list"]) == 6

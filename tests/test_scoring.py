@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import asking
 import families
@@ -303,3 +304,14 @@ def test_the_text_only_predecessor_is_scored_by_the_same_call():
     examples = needles.generate(["text"], [256], pairs=1, split="test", image_ratio=0.0)
     scores = scoring.score_heads(text, examples, progress=False)
     assert scores.mean.max() > 0.1
+
+
+def test_the_readme_shows_examples_that_can_be_scored(tmp_path, capsys):
+    readme = (paths.ROOT / "README.md").read_text()
+    (lines,) = re.findall(r"```json\n(.+?)```", readme, re.S)
+    (tmp_path / "examples.jsonl").write_text(lines)
+    for index in (1, 2):
+        asking.picture(480, 360, index).save(tmp_path / f"page{index}.png")
+    arguments = ["--model", "tiny-qwen3-vl-m", "--examples", str(tmp_path / "examples.jsonl")]
+    assert scoring.main([*arguments, "--out", str(tmp_path), "--device", "cpu"]) == 0
+    assert "2 examples" in capsys.readouterr().out

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from mmheads.statistics import bootstrap_interval, draws_p_value, holm, paired_difference
+from mmheads.statistics import (
+    bootstrap_interval,
+    draws_p_value,
+    holm,
+    paired_difference,
+    stratified_interval,
+)
 
 
 def test_bootstrap_of_two_units_spans_both():
@@ -72,3 +78,13 @@ def test_holm_refuses_what_is_no_p_value():
     for values in ([0.5, 1.2], [float("nan")], [[0.1]]):
         with pytest.raises(ValueError, match="p-values"):
             holm(values)
+
+
+def test_strata_are_drawn_apart():
+    low, high = np.zeros(5), np.ones(3)
+    interval = stratified_interval(
+        [low, high], lambda strata: float(strata[1].mean() - strata[0].mean()), seed=0
+    )
+    assert interval == (1.0, 1.0, 1.0, 8)
+    with pytest.raises(ValueError, match="at least two"):
+        stratified_interval([low, [1.0]], lambda strata: 0.0, seed=0)

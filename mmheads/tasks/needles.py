@@ -36,6 +36,13 @@ if TYPE_CHECKING:
     import datasets
 
 TASKS = ("text", "image", "rendered", "identical")
+PAPER_TASKS = {
+    "text": "text",
+    "image": "image",
+    "rendered": "rendered_text",
+    "identical": "identical_image",
+}
+"""The names that the released scores and the papers' tables use."""
 CONTROL = "successor"
 """Needs no evidence: "after J" is answered by K, from what the model knows."""
 LENGTHS = (128, 256, 512, 1024, 2048)
