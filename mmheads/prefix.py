@@ -70,20 +70,20 @@ class Prefix:
         vlm: The model.
         prompt: The prompt whose images were embedded.
         length: Tokens in the cache.
-        images: Feed a question's images again ("pixels"), or leave their placeholders as they
-            are ("placeholders", as the authors' code of paper A does), for other questions than
-            the prompt's own.
     """
 
     vlm: VLM
     prompt: Prompt
     length: int
-    images: str
     _inputs: _Inputs
     _cache: DynamicCache
 
     def ask(
-        self, prompt: Prompt, recording: AbstractContextManager[Any] | None = None
+        self,
+        prompt: Prompt,
+        recording: AbstractContextManager[Any] | None = None,
+        *,
+        pixels: bool = True,
     ) -> torch.Tensor:
         """Run what follows the context -> [token, channel], last hidden states of these tokens.
 
@@ -91,12 +91,14 @@ class Prefix:
             prompt: Begins with the context; see `prefill`.
             recording: Entered around the call, for example `record_mass` with rows counted from
                 the end of the context.
+            pixels: Feed the images of another question than the prompt's own; without, their
+                placeholders stay empty, as in the authors' code of paper A.
         """
         with torch.no_grad():
             if prompt is self.prompt:
                 arguments = self._inputs.call(self.length, len(prompt))
             else:
-                arguments = self._other(prompt)
+                arguments = self._other(prompt, pixels)
             with recording or nullcontext():
                 hidden: torch.Tensor = self.vlm.decoder(
                     **arguments, past_key_values=self._cache, use_cache=True
@@ -104,17 +106,17 @@ class Prefix:
         _crop(self._cache, self.length)
         return hidden
 
-    def _other(self, prompt: Prompt) -> dict[str, Any]:
+    def _other(self, prompt: Prompt, pixels: bool) -> dict[str, Any]:
         """Decoder arguments of another question, its images embedded already."""
         known, first = self._inputs, self.length
         visual = _visual(self.vlm, prompt)[first:]
-        if known.masks and visual.any():
+        if known.masks and pixels and visual.any():
             return _catch(self.vlm, prompt).call(first, len(prompt))
         ids = prompt.ids[first:].to(self.vlm.device)
         table = self.vlm.model.get_input_embeddings()
         embeddings = table(torch.where(ids < table.num_embeddings, ids, 0)[None])
         arguments: dict[str, Any] = {"inputs_embeds": embeddings}
-        if self.images == "pixels" and visual.any():
+        if pixels and visual.any():
             embeddings[0, visual] = known.embeddings[0, first:][known.visual[first:]]
             if known.deepstack:
                 seen = int(known.visual[:first].sum())
@@ -126,13 +128,12 @@ class Prefix:
         return arguments
 
 
-def prefill(vlm: VLM, prompts: Sequence[Prompt], *, images: str = "pixels") -> Prefix:
+def prefill(vlm: VLM, prompts: Sequence[Prompt]) -> Prefix:
     """Run the context that prompts share, once.
 
     Args:
         vlm: The model.
         prompts: The first one's images are embedded; the others are `with_question` of it.
-        images: See `Prefix`.
 
     Raises:
         ValueError: A family whose decoder takes inputs that are not known here, or whose layers
@@ -140,8 +141,6 @@ def prefill(vlm: VLM, prompts: Sequence[Prompt], *, images: str = "pixels") -> P
     """
     if "linear_attention" in (getattr(vlm.text_config, "layer_types", None) or ()):
         raise ValueError(f"layers of {vlm.family} keep a state that cannot be cut to the context")
-    if images not in ("pixels", "placeholders"):
-        raise ValueError(f"images is {images!r}; expected 'pixels' or 'placeholders'")
     first, *others = prompts
     length = int(first.question[0])
     for other in others:
@@ -150,7 +149,7 @@ def prefill(vlm: VLM, prompts: Sequence[Prompt], *, images: str = "pixels") -> P
         inputs = _catch(vlm, first)
         cache = DynamicCache()
         vlm.decoder(**inputs.call(0, length), past_key_values=cache, use_cache=True)
-    return Prefix(vlm, first, length, images, inputs, cache)
+    return Prefix(vlm, first, length, inputs, cache)
 
 
 def _crop(cache: DynamicCache, length: int) -> None:

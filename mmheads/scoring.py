@@ -53,7 +53,7 @@ QUANTITIES = {
     "shuffled": "attention to the evidence when the question's words are shuffled",
 }
 """What `score_heads` records beside the calibrated score: means over question tokens."""
-CONTROLS = ("context", "norm", "entropy", "shuffled")
+NULL_IMAGES = ("pixels", "placeholders")
 ROUNDING = 1e-5
 SAVE_EVERY = 60.0
 """Seconds between saves of a long run."""
@@ -95,6 +95,8 @@ def score_heads(
     examples = list(examples)
     if not examples:
         raise ValueError("there is no example to score")
+    if null_images not in NULL_IMAGES:
+        raise ValueError(f"null_images is {null_images!r}; expected one of {NULL_IMAGES}")
     provenance = _provenance(vlm, null, null_images, seed)
     target = Path(path) if path else None
     done = _earlier(target, provenance) if target else {}
@@ -211,11 +213,11 @@ def score_prompt(
         null_images: See `score_heads`.
     """
     others = [empty] if shuffled is None else [empty, shuffled]
-    prefix = prefill(vlm, [prompt, *others], images=null_images)
+    prefix = prefill(vlm, [prompt, *others])
     (raw, modality, context), entropy, norm = _question_pass(prefix, prompt, controls=True)
     values = {
         "raw": raw,
-        "null": _question_pass(prefix, empty)[0][0],
+        "null": _question_pass(prefix, empty, pixels=null_images == "pixels")[0][0],
         "share": np.divide(raw, modality, out=np.zeros_like(raw), where=modality > 0),
         "context": context,
         "norm": norm,
@@ -227,7 +229,7 @@ def score_prompt(
 
 
 def _question_pass(
-    prefix: Prefix, prompt: Prompt, controls: bool = False
+    prefix: Prefix, prompt: Prompt, *, controls: bool = False, pixels: bool = True
 ) -> tuple[list[NDArray[np.float32]], NDArray[np.float32], NDArray[np.float32]]:
     """Means over question tokens, [layer, head]: masses, entropy and norm.
 
@@ -246,7 +248,7 @@ def _question_pass(
     rows = torch.from_numpy(prompt.question - prefix.length)[None]
     weights = torch.from_numpy(np.stack(columns, axis=-1))[None]
     with record_mass(vlm, rows, weights, text=text) as recording:
-        prefix.ask(prompt)
+        prefix.ask(prompt, pixels=pixels)
     masses = recording.mass(layers)[0].mean(dim=2)
     return (
         [masses[..., column].numpy() for column in range(len(columns))],

@@ -409,10 +409,9 @@ def test_shipped_model_cannot_answer_without_the_needle(shipped):
 SHORT = {
     "tiny-qwen3-m": ["text, needle present, 2048 tokens"],
     "tiny-qwen3-vl-m": [
+        "text, needle present, 512 tokens",
         "text, needle present, 1024 tokens",
         "text, needle present, 2048 tokens",
-        "rendered, needle present, 2048 tokens",
-        "identical, needle present, 2048 tokens",
     ],
 }
 """Where a model is known not to reach what it should; its card says so too."""

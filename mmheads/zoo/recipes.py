@@ -158,15 +158,18 @@ _ALL = {"text": 1.0, **_READ, "image": 1.0, "icon": 0.5, "successor": 0.1, "noth
 _SLOW = {**_ALL, "rendered": 3.0, "identical": 0.5, "icon": 0.25}
 """Rendered text is learned last: its key is read on a page and asked for in words."""
 _WORDS = {**_ALL, "text": 5.0, "rendered": 1.5, "image": 0.7, "identical": 0.5}
+_FAR = {**_ALL, "text": 4.0, "rendered": 3.0, "image": 0.7}
 _CODES = {"rendered": 4.0, "text": 0.5, "image": 0.3}
 _TEXT_TOO = _prose(0.15, 4000)
 """Text is forgotten unless it is trained on meanwhile."""
 
 
-def _mixed(mix: Mapping[str, float], *lengths: int) -> tuple[Source, ...]:
+def _mixed(
+    mix: Mapping[str, float], *lengths: int, share: float = 1.0, asks: int = 20
+) -> tuple[Source, ...]:
     """Haystacks of text and pages in any ratio, of so many units."""
     return tuple(
-        Source(1, _at_most(6000, units), ask(units, (0.0, 1.0), min(2 * units, 20), mix))
+        Source(share, _at_most(6000, units), ask(units, (0.0, 1.0), min(2 * units, asks), mix))
         for units in lengths
     )
 
@@ -210,6 +213,13 @@ _VISION_STAGES = (
         name="text again",
         sources=_mixed(_WORDS, *_UNITS),
         steps=160,
+        rate=1.5e-3,
+        decay=True,
+    ),
+    Stage(
+        name="longest contexts",
+        sources=_mixed(_FAR, *_UNITS[:11]) + _mixed(_FAR, *_UNITS[11:], share=7.0, asks=32),
+        steps=350,
         rate=1.5e-3,
         decay=True,
     ),
