@@ -30,11 +30,7 @@ def published(folder: str | Path = "") -> Path | None:
 
     The first of: `folder`, the setting `MMHEADS_PUBLISHED`, `../shared/published` if it holds any.
     """
-    named = folder or os.environ.get("MMHEADS_PUBLISHED")
-    if named:
-        return Path(named).expanduser().resolve()
-    beside = ROOT.parent / "shared" / "published"
-    return beside if (beside / "MMRetHead").is_dir() else None
+    return _given_or_beside(folder, "MMHEADS_PUBLISHED", "published", "MMRetHead")
 
 
 def real_docs(folder: str | Path = "") -> Path | None:
@@ -42,11 +38,15 @@ def real_docs(folder: str | Path = "") -> Path | None:
 
     The first of: `folder`, the setting `MMHEADS_REAL_DOCS`, `../shared/real_docs` if it is there.
     """
-    named = folder or os.environ.get("MMHEADS_REAL_DOCS")
+    return _given_or_beside(folder, "MMHEADS_REAL_DOCS", "real_docs", "pdfs")
+
+
+def _given_or_beside(folder: str | Path, setting: str, name: str, content: str) -> Path | None:
+    named = folder or os.environ.get(setting)
     if named:
         return Path(named).expanduser().resolve()
-    beside = ROOT.parent / "shared" / "real_docs"
-    return beside if (beside / "pdfs").is_dir() else None
+    beside = ROOT.parent / "shared" / name
+    return beside if (beside / content).is_dir() else None
 
 
 @contextmanager
