@@ -104,7 +104,7 @@ def _attached(vlm: VLM, states: dict[int, Recording]) -> Iterator[None]:
     stock = config._attn_implementation
     if stock not in _NAMES:
         raise ValueError(
-            f"{vlm.model_id or vlm.family} runs on the attention {stock!r}; load it with one of "
+            f"{vlm} runs on the attention {stock!r}; load it with one of "
             f"{', '.join(map(repr, _NAMES))}"
         )
     _switch(vlm, _NAMES[stock])

@@ -218,7 +218,7 @@ def _render(vlm: VLM, example: Example) -> tuple[str, list[_Place]]:
             if held := [mark for mark in (*tokens.values(), OPEN, CLOSE) if mark in part]:
                 raise ValueError(f"the text {part[:80]!r} holds {held[0]!r}, which marks images")
         elif not tokens:
-            raise ValueError(f"{vlm.model_id or vlm.family} reads text alone, not images")
+            raise ValueError(f"{vlm} reads text alone, not images")
     expected = [
         OPEN if isinstance(part, str) else "visual"
         for part in parts
@@ -235,8 +235,7 @@ def _render(vlm: VLM, example: Example) -> tuple[str, list[_Place]]:
         if order == expected and marked.replace(OPEN, "").replace(CLOSE, "") == plain:
             return plain, list(_places(parts, marked))
     raise ValueError(
-        f"the chat template of {vlm.model_id or vlm.family} does not keep the parts of a message "
-        "whole and in order"
+        f"the chat template of {vlm} does not keep the parts of a message whole and in order"
     )
 
 
@@ -345,7 +344,7 @@ def _tokenize(
     if videos:
         if not callable(getattr(vlm.processor, "video_processor", None)):
             raise ValueError(
-                f"the processor of {vlm.model_id or vlm.family} has no video part here: install "
+                f"the processor of {vlm} has no video part here: install "
                 "torchvision, or give the frames as images"
             )
         settings["videos"] = [[np.stack([np.asarray(f) for f in v.frames]) for v in videos]]
@@ -367,7 +366,7 @@ def _check_length(vlm: VLM, prompt: Prompt, max_tokens: int) -> None:
     allowed = max_tokens or getattr(vlm.text_config, "max_position_embeddings", None)
     if allowed and len(prompt) > allowed:
         raise ValueError(
-            f"the prompt has {len(prompt)} tokens, {vlm.model_id or vlm.family} takes {allowed}; a "
+            f"the prompt has {len(prompt)} tokens, {vlm} takes {allowed}; a "
             "cut-off context could lack its evidence: give a shorter one, or set max_tokens"
         )
 
@@ -384,8 +383,7 @@ def _locate(
 ) -> Prompt:
     """Fill in question, parts, evidence, candidates and boxes."""
     example = prompt.example
-    ids = prompt.ids.numpy()
-    visual = np.isin(ids, list(vlm.visual_ids))
+    visual = vlm.is_visual(prompt.ids)
 
     def tokens(chars: tuple[int, int]) -> NDArray[np.int64]:
         first, last = chars
@@ -661,7 +659,7 @@ def find_by_slicing(vlm: VLM, prompt: Prompt, part: int) -> NDArray[np.int64]:
 
 def _count(vlm: VLM, replacement: str) -> int:
     ids = vlm.tokenizer(replacement, add_special_tokens=False)["input_ids"]
-    return int(np.isin(ids, list(vlm.visual_ids)).sum())
+    return int(vlm.is_visual(ids).sum())
 
 
 def find_by_offsets(vlm: VLM, prompt: Prompt, part: int) -> NDArray[np.int64]:
@@ -684,7 +682,7 @@ def find_by_offsets(vlm: VLM, prompt: Prompt, part: int) -> NDArray[np.int64]:
 
 
 def _all_visual(vlm: VLM, prompt: Prompt) -> NDArray[np.int64]:
-    return np.flatnonzero(np.isin(prompt.ids.numpy(), list(vlm.visual_ids)))
+    return np.flatnonzero(vlm.is_visual(prompt.ids))
 
 
 def _image_number(example: Example, part: int) -> int:

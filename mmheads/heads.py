@@ -462,8 +462,11 @@ class HeadScores:
         order = np.argsort(-self.mean, axis=None, kind="stable")
         tokens = self.metadata.get("tokens", self.metadata["length"]).tolist()
         return {
-            "args": {"model_name_or_path": self.provenance.model, "seed": 0}
-            | dict(self.provenance.settings),
+            "args": {
+                "model_name_or_path": self.provenance.model,
+                "seed": self.provenance.settings.get("shuffle_seed", 0),
+                **self.provenance.settings,
+            },
             "head_score_list": [
                 [f"{layer}-{head}", float(self.mean[layer, head])]
                 for layer, head in (divmod(int(i), self.geometry.heads) for i in order)

@@ -14,8 +14,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -54,6 +56,9 @@ class VLM:
                 f"{self.model_id} has the slow tokenizer {type(self.tokenizer).__name__}; evidence "
                 "is found by character offsets, which fast tokenizers alone give"
             )
+
+    def __str__(self) -> str:
+        return self.model_id or self.family
 
     @property
     def tokenizer(self) -> Any:
@@ -97,7 +102,7 @@ class VLM:
         }
         if not found:
             raise ValueError(
-                f"{self.model_id or self.family} has no attention layer with an `o_proj` and a "
+                f"{self} has no attention layer with an `o_proj` and a "
                 "`layer_idx`; heads of such a model cannot be told apart"
             )
         return dict(sorted(found.items()))
@@ -129,6 +134,10 @@ class VLM:
         config = self.model.config
         ids = (getattr(config, name, None) for name in ("image_token_id", "video_token_id"))
         return frozenset(i for i in ids if i is not None) if not self.is_text_only else frozenset()
+
+    def is_visual(self, ids: torch.Tensor | list[int]) -> NDArray[np.bool_]:
+        """[token] whether each token id stands for a piece of an image or of a video."""
+        return np.isin(ids, list(self.visual_ids))
 
     @cached_property
     def template(self) -> str:

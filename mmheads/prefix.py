@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import DynamicCache
 
@@ -161,8 +160,7 @@ def _crop(cache: DynamicCache, length: int) -> None:
 
 
 def _visual(vlm: VLM, prompt: Prompt) -> torch.Tensor:
-    marked = np.isin(prompt.ids.numpy(), list(vlm.visual_ids))
-    return torch.from_numpy(marked).to(vlm.device)
+    return torch.from_numpy(vlm.is_visual(prompt.ids)).to(vlm.device)
 
 
 def _catch(vlm: VLM, prompt: Prompt) -> _Inputs:

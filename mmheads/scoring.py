@@ -240,7 +240,7 @@ def _question_pass(
     columns = [prompt.weights(prompt.evidence)]
     text = None
     if controls:
-        visual = np.isin(prompt.ids.numpy(), list(vlm.visual_ids))
+        visual = vlm.is_visual(prompt.ids)
         context = prompt.weights(part for part in prompt.parts if part is not None)
         kinds = {bool(visual[span.tokens[0]]) for span in prompt.evidence}
         columns += [context * np.isin(visual, list(kinds)), context]
