@@ -17,13 +17,15 @@ def main() -> int:
     one.add_argument("--work", default="", help="where saves and the log go")
     one.add_argument("--threads", type=int, default=2)
     one.add_argument("--stop-after", default="", metavar="STAGE")
+    one.add_argument("--shipped", default="", metavar="FOLDER", help="a checkpoint to go on from")
     two = commands.add_parser("report", help="measure accuracy and attention, write the card")
     two.add_argument("folder", nargs="+", help="data/models/<name>")
     two.add_argument("--pairs", type=int, default=10, help="examples a depth")
     args = parser.parse_args()
     try:
         if args.command == "train":
-            print(train.train(args.name, args.out, args.work, args.threads, args.stop_after))
+            settings = (args.out, args.work, args.threads, args.stop_after, args.shipped)
+            print(train.train(args.name, *settings))
         else:
             for folder in args.folder:
                 print(card.write(folder, args.pairs))

@@ -32,6 +32,7 @@ class Stage:
         grow: Layers after which a new one is inserted before the stage.
         rope_theta: New base of the rotary position embedding from this stage on; 0 keeps it.
         widen: Let all words into the vocabulary before the stage, not those of records alone.
+        restart: Begin as from a shipped checkpoint: weights rounded to 16 bits, a new optimizer.
         norm_rate: Factor on the learning rate of the norms of queries and keys, which bound how
             sharply a head can attend: among many keys a head must be sharper.
     """
@@ -46,6 +47,7 @@ class Stage:
     grow: tuple[int, ...] = ()
     rope_theta: float = 0.0
     widen: bool = False
+    restart: bool = False
     norm_rate: float = 1.0
 
 
@@ -159,6 +161,7 @@ _SLOW = {**_ALL, "rendered": 3.0, "identical": 0.5, "icon": 0.25}
 """Rendered text is learned last: its key is read on a page and asked for in words."""
 _WORDS = {**_ALL, "text": 5.0, "rendered": 1.5, "image": 0.7, "identical": 0.5}
 _FAR = {**_ALL, "text": 4.0, "rendered": 3.0, "image": 0.7}
+_SENTENCES = {**_ALL, "text": 12.0, "rendered": 0.5, "image": 0.3, "identical": 0.3, "icon": 0.2}
 _CODES = {"rendered": 4.0, "text": 0.5, "image": 0.3}
 _TEXT_TOO = _prose(0.15, 4000)
 """Text is forgotten unless it is trained on meanwhile."""
@@ -221,6 +224,32 @@ _VISION_STAGES = (
         sources=_mixed(_FAR, *_UNITS[:11]) + _mixed(_FAR, *_UNITS[11:], share=7.0, asks=32),
         steps=350,
         rate=1.5e-3,
+        decay=True,
+    ),
+    Stage(
+        name="text among pages",
+        sources=_mixed(_SENTENCES, *_UNITS[:9], share=0.5, asks=32)
+        + _mixed(_SENTENCES, *_UNITS[9:], share=2.0, asks=32),
+        steps=400,
+        rate=1.5e-3,
+        decay=True,
+        restart=True,
+    ),
+    Stage(
+        name="text among many pages",
+        sources=_mixed(_WORDS, *_UNITS[:11], asks=32)
+        + _mixed(_WORDS, *_UNITS[11:], share=7.0, asks=32),
+        steps=400,
+        rate=1.5e-3,
+        norm_rate=4.0,
+        decay=True,
+    ),
+    Stage(
+        name="text in the longest contexts",
+        sources=_mixed(_WORDS, *_UNITS[:11], asks=32)
+        + _mixed(_WORDS, *_UNITS[11:], share=11.0, asks=32),
+        steps=250,
+        rate=1e-3,
         decay=True,
     ),
 )

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import Qwen3ForCausalLM, Qwen3VLForConditionalGeneration
+from transformers import AutoConfig, Qwen3ForCausalLM, Qwen3VLForConditionalGeneration
 
 from mmheads import paths
 from mmheads.zoo import architectures
@@ -70,6 +70,7 @@ def train(
     work: str | Path = "",
     threads: int = 2,
     stop_after: str = "",
+    shipped: str | Path = "",
 ) -> Path:
     """Train a model and save it with its processor and log -> the folder of the checkpoint.
 
@@ -82,10 +83,13 @@ def train(
         work: Where saves, the log and the model after each stage go, default `runs/zoo/<name>`.
         threads: Threads of PyTorch; another number changes rounding, not the recipe.
         stop_after: Name of a stage to stop after, default the last one.
+        shipped: Folder of a checkpoint of this model, to go on from it where its stages end; the
+            recipe's next stage must be one that restarts. A run saved in `work` comes first.
 
     Raises:
         ValueError: There is no such recipe or stage, fewer than one thread, `work` holds another
-            run, or the model that this one starts from is not there.
+            run, the model that this one starts from is not there, or `shipped` is no checkpoint
+            to go on from.
     """
     if name not in RECIPES:
         raise ValueError(f"no model is named {name!r}; there are {', '.join(RECIPES)}")
@@ -97,7 +101,7 @@ def train(
         raise ValueError(f"threads is {threads}; expected 1 or more")
     folder = Path(work) if work else paths.RUNS / "zoo" / name
     torch.set_num_threads(threads)
-    state = _load(name, folder) or _start(recipe)
+    state = _load(name, folder) or (_shipped(name, Path(shipped)) if shipped else _start(recipe))
     last = names.index(stop_after) + 1 if stop_after else len(names)
     while state.stage < last:
         _run_stage(state, name, folder)
@@ -119,6 +123,10 @@ def _run_stage(state: State, name: str, folder: Path) -> None:
             state.model = architectures.stretch(state.model, stage.rope_theta)
         if stage.widen:
             state.model = architectures.widen(state.model)
+        state.optimizer = _optimizer(state.model)
+    if state.step == 0 and stage.restart:
+        rounded: Any = state.model
+        rounded.half().float()
         state.optimizer = _optimizer(state.model)
     seed = (recipe.seed, state.stage)
     shares = np.array([source.share for source in stage.sources])
@@ -211,6 +219,39 @@ def _start(recipe: Recipe) -> State:
     else:
         model = architectures.qwen3(recipe.layers)
     return State(model, _optimizer(model))
+
+
+def _shipped(name: str, folder: Path) -> State:
+    recipe = RECIPES[name]
+    if not (folder / "training.json").exists():
+        raise ValueError(f"{folder} holds no training.json; expected data/models/{name}")
+    facts = json.loads((folder / "training.json").read_text())
+    names, done = [stage.name for stage in recipe.stages], facts["stages"]
+    goes_on = (
+        (facts["name"], facts["seed"]) == (name, recipe.seed)
+        and names[: len(done)] == done
+        and len(done) < len(names)
+        and recipe.stages[len(done)].restart
+    )
+    if not goes_on:
+        raise ValueError(
+            f"{folder} holds {facts['name']}, seed {facts['seed']}, after the stages {done}; "
+            f"expected {name}, seed {recipe.seed}, before a stage that restarts, of {names}"
+        )
+    config = AutoConfig.from_pretrained(folder)
+    classes = MODEL_CLASSES[config.model_type]
+    model = classes(config).float()
+    model.load_state_dict(classes.from_pretrained(folder, dtype=torch.float32).state_dict())
+    log = pd.read_csv(folder / "training.csv", dtype=str, keep_default_na=False)
+    return State(
+        model,
+        _optimizer(model),
+        stage=len(done),
+        steps=facts["steps"],
+        seconds=60 * facts["minutes"],
+        log=[{str(k): v for k, v in row.items()} for row in log.to_dict("records")],
+        missed=facts["missed"],
+    )
 
 
 def _export(state: State, name: str, target: Path) -> None:
