@@ -10,6 +10,7 @@ import json
 import sys
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +32,9 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils.import_utils import is_torchvision_available
 
 from mmheads import paths
-from mmheads.heads import HeadGeometry
+from mmheads.heads import HeadGeometry, Provenance
+
+_LIBRARIES = ("mmheads", "torch", "transformers")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -147,6 +150,22 @@ class VLM:
             settings["image_processor"] = self.processor.image_processor.to_dict()
         text = json.dumps(settings, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def provenance(self, source: str, null_question: str = "", **settings: Any) -> Provenance:
+        """How results of this model are made: weights, template, versions and settings."""
+        return Provenance(
+            model=self.model_id,
+            revision=self.revision,
+            template=self.template,
+            null_question=null_question,
+            versions={name: version(name).split("+")[0] for name in _LIBRARIES},
+            settings={
+                **settings,
+                "dtype": str(self.model.dtype).removeprefix("torch."),
+                "attention": self.text_config._attn_implementation,
+            },
+            source=source,
+        )
 
 
 def load(

@@ -15,7 +15,6 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +56,6 @@ NULL_IMAGES = ("pixels", "placeholders")
 ROUNDING = 1e-5
 SAVE_EVERY = 60.0
 """Seconds between saves of a long run."""
-_LIBRARIES = ("mmheads", "torch", "transformers")
 
 
 def score_heads(
@@ -267,20 +265,7 @@ def _check_mass(mass: NDArray[np.float32], name: str, example: Example) -> None:
 
 
 def _provenance(vlm: VLM, null: str, null_images: str, seed: int) -> Provenance:
-    return Provenance(
-        model=vlm.model_id,
-        revision=vlm.revision,
-        template=vlm.template,
-        null_question=null,
-        versions={name: version(name).split("+")[0] for name in _LIBRARIES},
-        settings={
-            "null_images": null_images,
-            "shuffle_seed": seed,
-            "dtype": str(vlm.model.dtype).removeprefix("torch."),
-            "attention": vlm.text_config._attn_implementation,
-        },
-        source="mmheads.scoring",
-    )
+    return vlm.provenance("mmheads.scoring", null, null_images=null_images, shuffle_seed=seed)
 
 
 def _partial(target: Path) -> Path:

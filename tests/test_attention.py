@@ -162,17 +162,19 @@ def test_huge_logits_in_bfloat16_stay_probabilities():
     torch.manual_seed(0)
     query, key = (100 * torch.randn(1, heads, 64, 16, dtype=torch.bfloat16) for heads in (8, 2))
     state = Recording(torch.arange(64)[None], torch.ones(1, 64, 1))
-    attention._record(
-        state,
-        0,
-        query,
-        key,
-        query.transpose(1, 2),
-        attention._allowed(None, state.rows, query, key, True),
-        1.0,
-        None,
-        None,
+    call = attention._Call(
+        layer=0,
+        query=query,
+        key=key,
+        value=key,
+        mask=None,
+        causal=True,
+        scaling=1.0,
+        softcap=None,
+        sinks=None,
+        output=query.transpose(1, 2),
     )
+    assert state(call) is call.output
     assert ((state.masses[0] >= 0) & (state.masses[0] <= 1 + 1e-5)).all()
     torch.testing.assert_close(state.masses[0], torch.ones_like(state.masses[0]))
 
