@@ -1,0 +1,354 @@
+"""Answers of a model, whole and with heads ablated, and how far ablation changes them.
+
+A masking is a set of heads, or several draws of one size; its effect is the paired difference to
+the whole model on the same examples (paper A, arXiv 2605.27243, Sec. 5; paper B, arXiv 2606.05843,
+Fig. 6).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from mmheads import paths
+from mmheads.attention import ablate, gate
+from mmheads.evidence import Prompt, encode
+from mmheads.examples import Example
+from mmheads.heads import HeadSet
+from mmheads.metrics import Metric, same
+from mmheads.models import VLM
+from mmheads.prefix import on_device
+from mmheads.statistics import bootstrap_interval, holm, paired_difference
+
+WHOLE = "none"
+"""The masking that takes no head out."""
+TOKENS_A_BATCH = 16_384
+SAVE_EVERY = 60.0
+"""Seconds between saves of a long run."""
+
+Maskings = Mapping[str, HeadSet | Sequence[HeadSet]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Row:
+    """One row of a batch: an example under one set of heads."""
+
+    key: str
+    prompt: Prompt
+    heads: HeadSet
+
+
+def answer(
+    vlm: VLM,
+    examples: Iterable[Example],
+    maskings: Maskings | None = None,
+    *,
+    mode: str = "zero",
+    when: str = "both",
+    means: torch.Tensor | None = None,
+    max_new_tokens: int = 32,
+    metric: Metric = same,
+    batch_tokens: int = TOKENS_A_BATCH,
+    folder: str | Path = "",
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Answer examples greedily, with the whole model and under each masking.
+
+    Rows of a batch are prompts of one length, each with its own heads ablated: nothing is padded.
+    Answers are kept in `folder`, a file for each model and version, and not computed again; an
+    interrupted run goes on there.
+
+    Args:
+        vlm: The model.
+        examples: With or without evidence.
+        maskings: Sets of heads by name, or several draws of a name; "none" is the whole model,
+            which is answered with in any case.
+        mode: See `ablate`.
+        when: See `ablate`.
+        means: See `ablate`.
+        max_new_tokens: Longest answer.
+        metric: (answer, gold) -> score in [0, 1].
+        batch_tokens: Prompt tokens a batch; a longer prompt is a batch of its own.
+        folder: Default `runs/answers`.
+        progress: Show a progress bar.
+
+    Returns:
+        A row an example and set of heads: masking, draw (0-based), heads (their number), example
+        (index), task, length, depth, seed, given (the answer), score.
+
+    Raises:
+        ValueError: No example, a masking named "none" with heads, or as `ablate` and `encode` do.
+    """
+    examples = list(examples)
+    if not examples:
+        raise ValueError("there is no example to answer")
+    sets = _sets(vlm, maskings or {})
+    marks = [example.fingerprint() for example in examples]
+    settings = (mode, when, max_new_tokens, None if means is None else _hash(means.tolist()))
+    kept = _Kept(vlm, Path(folder) if folder else paths.RUNS / "answers")
+
+    def key(mark: str, heads: HeadSet) -> str:
+        chosen = sorted(heads)
+        return _hash([mark, chosen, settings if chosen else max_new_tokens])
+
+    todo = {
+        key(mark, heads): (example, heads)
+        for mark, example in zip(marks, examples, strict=True)
+        for heads in sets.values()
+        if key(mark, heads) not in kept.answers
+    }
+    with tqdm(total=len(todo), desc="answers", disable=not progress, leave=False) as bar:
+        for rows in _batches(vlm, todo, batch_tokens):
+            with ablate(vlm, [row.heads for row in rows], mode, when, means=means):
+                given = _generate(vlm, [row.prompt for row in rows], max_new_tokens)
+            kept.add({row.key: text for row, text in zip(rows, given, strict=True)})
+            bar.update(len(rows))
+    kept.save()
+    table = []
+    for index, (mark, example) in enumerate(zip(marks, examples, strict=True)):
+        for (name, draw), heads in sets.items():
+            text = kept.answers[key(mark, heads)]
+            table.append(
+                {
+                    "masking": name,
+                    "draw": draw,
+                    "heads": len(heads),
+                    "example": index,
+                    "task": example.task,
+                    "length": example.length,
+                    "depth": example.depth,
+                    "seed": json.dumps(example.seed),
+                    "given": text,
+                    "score": metric(text, example.answer),
+                }
+            )
+    return pd.DataFrame(table)
+
+
+def effects(
+    table: pd.DataFrame, by: Sequence[str] = ("task",), *, seed: int = 0, family: int = 0
+) -> pd.DataFrame:
+    """What each masking does to the score, in pairs with the whole model -> a row a comparison.
+
+    The unit is a haystack: examples that differ in the depth of their needle alone share it, and
+    draws are averaged. Intervals are 95% bootstrap intervals over units; p is that of a sign-flip
+    test, adjusted by Holm over the comparisons of the table.
+
+    Args:
+        table: What `answer` gave.
+        by: Columns to compare within.
+        seed: Seed of bootstrap and test.
+        family: Number of comparisons for Holm's adjustment, if this table is a part of a figure;
+            the others then count as if their p were 1.
+
+    Raises:
+        ValueError: Fewer than two units in a cell, or no row of the whole model.
+    """
+    if WHOLE not in set(table["masking"]):
+        raise ValueError(f"the table has no masking {WHOLE!r} to compare with")
+    rows = []
+    for cell, group in table.groupby(list(by), sort=False):
+        units = group.groupby(["masking", "seed"], sort=False)["score"].mean()
+        whole = units[WHOLE]
+        for name in group["masking"].unique():
+            values = units[name].loc[whole.index].to_numpy()
+            value = bootstrap_interval(values, seed=seed)
+            part = group[group["masking"] == name]
+            row = dict(zip(by, cell, strict=True)) | {
+                "masking": name,
+                "heads": int(part["heads"].max()),
+                "draws": part["draw"].nunique(),
+                "score": value.value,
+                "low": value.low,
+                "high": value.high,
+                "n": value.n,
+            }
+            if name != WHOLE:
+                change = paired_difference(values, whole.to_numpy(), seed=seed)
+                row |= {
+                    "change": change.value,
+                    "change_low": change.low,
+                    "change_high": change.high,
+                    "p": change.p,
+                }
+            rows.append(row)
+    result = pd.DataFrame(rows)
+    compared = result["masking"] != WHOLE
+    if compared.any():
+        p = result.loc[compared, "p"].to_numpy()
+        padded = np.concatenate([p, np.ones(max(0, family - len(p)))])
+        result.loc[compared, "p_holm"] = holm(padded)[: len(p)]
+    return result
+
+
+def gate_gradients(
+    vlm: VLM, examples: Iterable[Example], *, progress: bool = True
+) -> NDArray[np.float32]:
+    """First-order estimate of what each head does for the answer -> [example, layer, head], nats.
+
+    The gradient of the right answer's first token's log-probability with respect to a factor of 1
+    on the head's output: to first order, what is lost when the head is ablated (mode "zero"). One
+    forward and backward pass an example gives all heads.
+
+    Raises:
+        ValueError: No example, or one without an answer.
+    """
+    found = []
+    shape = (1, vlm.geometry.layers, vlm.geometry.heads)
+    for example in tqdm(list(examples), desc="gates", disable=not progress, leave=False):
+        gates = torch.ones(shape, device=vlm.device, requires_grad=True)
+        with torch.enable_grad(), gate(vlm, gates):
+            loss = log_probability(vlm, encode(vlm, example))
+        (slope,) = torch.autograd.grad(loss.sum(), gates)
+        found.append(slope[0].float().cpu().numpy())
+    if not found:
+        raise ValueError("there is no example to differentiate")
+    return np.stack(found)
+
+
+def single_head_effects(
+    vlm: VLM,
+    examples: Iterable[Example],
+    *,
+    batch_tokens: int = TOKENS_A_BATCH,
+    progress: bool = True,
+) -> NDArray[np.float32]:
+    """What the right answer loses when one head is ablated -> [example, layer, head], nats.
+
+    The fall of the log-probability of the answer's first token under the mode "zero": as many
+    forward passes as heads.
+
+    Raises:
+        ValueError: No example, or one without an answer.
+    """
+    found = []
+    layers, width = vlm.geometry.layers, vlm.geometry.heads
+    gates = torch.ones(layers * width + 1, layers, width, device=vlm.device)
+    for index in range(layers * width):
+        gates[index + 1, index // width, index % width] = 0
+    for example in tqdm(list(examples), desc="heads", disable=not progress, leave=False):
+        prompt = encode(vlm, example)
+        values = []
+        for part in gates.split(max(1, batch_tokens // len(prompt))):
+            with torch.no_grad(), gate(vlm, part):
+                values.append(log_probability(vlm, prompt, len(part)).float().cpu())
+        whole, *without = torch.cat(values).tolist()
+        found.append(whole - np.array(without, np.float32).reshape(layers, width))
+    if not found:
+        raise ValueError("there is no example to ablate heads on")
+    return np.stack(found)
+
+
+def log_probability(vlm: VLM, prompt: Prompt, rows: int = 1) -> torch.Tensor:
+    """[row] log-probability of the first token of the right answer, of equal rows of a batch.
+
+    Raises:
+        ValueError: The example has no answer.
+    """
+    wanted = prompt.example.answer
+    ids = vlm.tokenizer(wanted, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ValueError(f"the answer {wanted!r} of an example has no token")
+    inputs = _stacked([prompt] * rows)
+    logits = vlm.model(**on_device(vlm, inputs), use_cache=False, logits_to_keep=1).logits
+    found: torch.Tensor = logits[:, -1].float().log_softmax(-1)[:, ids[0]]
+    return found
+
+
+def _sets(vlm: VLM, maskings: Maskings) -> dict[tuple[str, int], HeadSet]:
+    """Sets of heads by name and draw, the whole model first."""
+    empty = HeadSet((), vlm.geometry, vlm.model_id)
+    found = {(WHOLE, 0): empty}
+    for name, heads in maskings.items():
+        draws = [heads] if isinstance(heads, HeadSet) else heads
+        if name == WHOLE and any(draws):
+            raise ValueError(f"the masking {WHOLE!r} is the whole model, but has heads")
+        found |= {(name, draw): chosen for draw, chosen in enumerate(draws)}
+    return found
+
+
+def _batches(
+    vlm: VLM, todo: Mapping[str, tuple[Example, HeadSet]], batch_tokens: int
+) -> Iterator[list[_Row]]:
+    """Neighbouring rows whose inputs have the same shapes, up to so many tokens."""
+    rows: list[_Row] = []
+    last: tuple[Example, Prompt] | None = None
+    for key, (example, heads) in todo.items():
+        if last is None or last[0] is not example:
+            last = example, encode(vlm, example)
+        prompt = last[1]
+        if rows and (
+            _shapes(prompt) != _shapes(rows[0].prompt)
+            or (len(rows) + 1) * len(prompt) > batch_tokens
+        ):
+            yield rows
+            rows = []
+        rows.append(_Row(key, prompt, heads))
+    if rows:
+        yield rows
+
+
+def _shapes(prompt: Prompt) -> dict[str, tuple[int, ...]]:
+    """Those of an example; an input holds a row an example, an image or a patch."""
+    return {name: tuple(value.shape[1:]) for name, value in prompt.inputs.items()}
+
+
+def _stacked(prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
+    return {name: torch.cat([p.inputs[name] for p in prompts]) for name in prompts[0].inputs}
+
+
+@torch.no_grad()
+def _generate(vlm: VLM, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
+    inputs = on_device(vlm, _stacked(prompts))
+    tokens = vlm.model.generate(
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=vlm.tokenizer.pad_token_id or vlm.tokenizer.eos_token_id,
+    )
+    given: list[str] = vlm.tokenizer.batch_decode(
+        tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    return given
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]
+
+
+class _Kept:
+    """Answers computed so far with a model, in a file."""
+
+    def __init__(self, vlm: VLM, folder: Path) -> None:
+        made = _hash(asdict(vlm.provenance("mmheads.answers")))[:8]
+        self.path = folder / f"{Path(vlm.model_id).name}-{made}.parquet"
+        self.saved = time.monotonic()
+        self.answers: dict[str, str] = {}
+        self.changed = False
+        if self.path.exists():
+            table = pd.read_parquet(self.path)
+            self.answers = dict(zip(table["key"], table["given"], strict=True))
+
+    def add(self, answers: Mapping[str, str]) -> None:
+        self.answers |= answers
+        self.changed = True
+        if time.monotonic() - self.saved > SAVE_EVERY:
+            self.save()
+
+    def save(self) -> None:
+        if not self.changed:
+            return
+        table = pd.DataFrame({"key": list(self.answers), "given": list(self.answers.values())})
+        with paths.write_whole(self.path) as path:
+            table.to_parquet(path, index=False)
+        self.saved, self.changed = time.monotonic(), False

@@ -1,0 +1,154 @@
+"""What an answer is worth, in [0, 1]: the papers' rules for document questions.
+
+MMLongBench (arXiv 2505.10610) scores document questions by rules, SlideVQA (arXiv 2301.04883) by
+normalised exact match and token F1, DocVQA (arXiv 2007.00398) by ANLS.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from rapidfuzz.distance import Levenshtein
+
+Metric = Callable[[str, str], float]
+"""(answer, gold) -> a number in [0, 1]."""
+
+KINDS = ("Integer", "Float", "String", "List", "None")
+"""Kinds of gold answers in MMLongBench's document questions."""
+TOLERANCE = 0.01
+_UNITS = (
+    *("kg", "meters", "acres", "minutes", "miles", "mile", "feet"),
+    *("million", "thousand", "billion", "mm", "m"),
+)
+_NUMBER = re.compile(r"-?\d+(?:\.\d*)?|-?\.\d+")
+_EXACT = re.compile(
+    r"""https://                                    # an address
+    | \.(?:py|ipynb)$                               # a file
+    | ^page
+    | ^\d+(?:[-\s]\d+)?$                            # a telephone number
+    | a\.m\. | p\.m\.                               # a time
+    | ^\d{4}[-/\s]\d{1,2}(?:[-/\s]\d{1,2})?$        # a month or day, year first
+    | ^\d{1,2}[-/\s]\d{1,2}[-/\s]\d{2,4}$           # a day, year last
+    | ^[\w.%+-]+@[a-zA-Z0-9.-]+\.[a-zA-Z]{2,}$      # a mail address
+    """,
+    re.VERBOSE | re.ASCII,
+)
+
+
+def same(answer: str, gold: str) -> float:
+    """1 where the answer is the gold answer, white space at the ends aside."""
+    return float(answer.strip() == gold.strip())
+
+
+def normalised(text: str) -> str:
+    """Lower case, without punctuation, articles and extra white space (as in SQuAD)."""
+    kept = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
+
+
+def exact_match(answer: str, gold: str) -> float:
+    """1 where the normalised answers are equal (SlideVQA)."""
+    return float(normalised(answer) == normalised(gold))
+
+
+def token_f1(answer: str, gold: str) -> float:
+    """F1 of the words of the normalised answers; 0 where they share none (SlideVQA)."""
+    given, wanted = normalised(answer).split(), normalised(gold).split()
+    shared = (Counter(given) & Counter(wanted)).total()
+    return 2 * shared / (len(given) + len(wanted)) if shared else 0.0
+
+
+def anls(answer: str, golds: str | Sequence[str]) -> float:
+    """Average normalised Levenshtein similarity of one answer: the best of the gold answers.
+
+    Case and white space at the ends do not count; a similarity of 0.5 and less counts as 0.
+    """
+    best = max(
+        Levenshtein.normalized_similarity(answer.lower().strip(), gold.lower().strip())
+        for gold in ([golds] if isinstance(golds, str) else golds)
+    )
+    return best if best > 0.5 else 0.0
+
+
+def document_answer(answer: str, gold: str, kind: str = "String") -> float:
+    """MMLongBench's rule-based score of a document question.
+
+    An integer: any number of the answer equals it. A float: any is within 1% of it, of a hundredth
+    or of a hundred times it. A string: token F1; addresses, files, pages, telephone numbers, times,
+    dates and mail addresses must stand in the answer. A list, as JSON: the mean over its items,
+    strings scored by F1 taken together as one.
+
+    Args:
+        answer: What the model gave.
+        gold: The right answer.
+        kind: One of `KINDS`.
+
+    Raises:
+        ValueError: An unknown kind, or a gold answer that is not of its kind.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}; expected one of {KINDS}")
+    if kind == "List":
+        items = _items(gold)
+        return sum(document_answer(answer, item, of) for item, of in items) / len(items)
+    if kind in ("String", "None"):
+        return float(gold in answer) if _EXACT.search(gold) else token_f1(answer, gold)
+    wanted = _number(gold)
+    if wanted is None or (kind == "Integer" and wanted != int(wanted)):
+        raise ValueError(f"the gold answer {gold!r} is no {kind.lower()}")
+    numbers = [float(number) for number in _NUMBER.findall(_bare(answer))]
+    if kind == "Integer":
+        return float(wanted in numbers)
+    close = (wanted / 100, wanted, wanted * 100)
+    return float(any(math.isclose(w, n, rel_tol=TOLERANCE) for w in close for n in numbers))
+
+
+def _items(gold: str) -> list[tuple[str, str]]:
+    """The items of a list with their kinds, strings scored by F1 joined."""
+    try:
+        values = json.loads(gold)
+    except json.JSONDecodeError:
+        values = None
+    if not isinstance(values, list) or not values:
+        raise ValueError(f'the gold answer {gold!r} is no list; expected JSON such as [1, "two"]')
+    words, rest = [], []
+    for value in values:
+        kind = _kind(value)
+        if kind == "String" and not _EXACT.search(value):
+            words.append(value)
+        else:
+            rest.append((str(value), kind))
+    return [(" ".join(words), "String"), *rest] if words else rest
+
+
+def _kind(value: object) -> str:
+    if not isinstance(value, str):
+        return "Integer" if isinstance(value, int) else "Float"
+    number = _number(value)
+    if number is None:
+        return "String"
+    return "Integer" if number == int(number) and "%" not in value else "Float"
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(_bare(text))
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _bare(text: str) -> str:
+    """Lower case, without commas, a unit at the end, quotes, currency and percent signs."""
+    text = text.lower().strip().replace(",", "")
+    for unit in _UNITS:
+        text = text.removesuffix(unit).strip()
+    text = re.sub(r"^['\"]|['\"]$", "", text).strip()
+    for sign in "$£%":
+        text = text.strip(sign).strip()
+    return text
