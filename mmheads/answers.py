@@ -32,7 +32,7 @@ from mmheads.statistics import bootstrap_interval, holm, paired_difference
 
 WHOLE = "none"
 """The masking that takes no head out."""
-TOKENS_A_BATCH = 16_384
+TOKENS_A_BATCH = 8192
 SAVE_EVERY = 60.0
 """Seconds between saves of a long run."""
 
@@ -84,7 +84,7 @@ def answer(
 
     Returns:
         A row an example and set of heads: masking, draw (0-based), heads (their number), example
-        (index), task, length, depth, seed, given (the answer), score.
+        (index), task, length, depth, seed (of its haystack), given (the answer), score.
 
     Raises:
         ValueError: No example, a masking named "none" with heads, or as `ablate` and `encode` do.
@@ -127,7 +127,7 @@ def answer(
                     "task": example.task,
                     "length": example.length,
                     "depth": example.depth,
-                    "seed": json.dumps(example.seed),
+                    "seed": json.dumps(example.seed) if example.seed else mark,
                     "given": text,
                     "score": metric(text, example.answer),
                 }
@@ -196,8 +196,8 @@ def gate_gradients(
 ) -> NDArray[np.float32]:
     """First-order estimate of what each head does for the answer -> [example, layer, head], nats.
 
-    The gradient of the right answer's first token's log-probability with respect to a factor of 1
-    on the head's output: to first order, what is lost when the head is ablated (mode "zero"). One
+    The gradient of the right answer's log-odds (see `log_odds`) with respect to a factor of 1 on
+    the head's output: to first order, what is lost when the head is ablated (mode "zero"). One
     forward and backward pass an example gives all heads.
 
     Raises:
@@ -208,8 +208,8 @@ def gate_gradients(
     for example in tqdm(list(examples), desc="gates", disable=not progress, leave=False):
         gates = torch.ones(shape, device=vlm.device, requires_grad=True)
         with torch.enable_grad(), gate(vlm, gates):
-            loss = log_probability(vlm, encode(vlm, example))
-        (slope,) = torch.autograd.grad(loss.sum(), gates)
+            odds = log_odds(vlm, encode(vlm, example))
+        (slope,) = torch.autograd.grad(odds.sum(), gates)
         found.append(slope[0].float().cpu().numpy())
     if not found:
         raise ValueError("there is no example to differentiate")
@@ -225,8 +225,8 @@ def single_head_effects(
 ) -> NDArray[np.float32]:
     """What the right answer loses when one head is ablated -> [example, layer, head], nats.
 
-    The fall of the log-probability of the answer's first token under the mode "zero": as many
-    forward passes as heads.
+    The fall of the right answer's log-odds (see `log_odds`) under the mode "zero": as many forward
+    passes as heads.
 
     Raises:
         ValueError: No example, or one without an answer.
@@ -241,7 +241,7 @@ def single_head_effects(
         values = []
         for part in gates.split(max(1, batch_tokens // len(prompt))):
             with torch.no_grad(), gate(vlm, part):
-                values.append(log_probability(vlm, prompt, len(part)).float().cpu())
+                values.append(log_odds(vlm, prompt, len(part)).cpu())
         whole, *without = torch.cat(values).tolist()
         found.append(whole - np.array(without, np.float32).reshape(layers, width))
     if not found:
@@ -249,8 +249,10 @@ def single_head_effects(
     return np.stack(found)
 
 
-def log_probability(vlm: VLM, prompt: Prompt, rows: int = 1) -> torch.Tensor:
-    """[row] log-probability of the first token of the right answer, of equal rows of a batch.
+def log_odds(vlm: VLM, prompt: Prompt, rows: int = 1) -> torch.Tensor:
+    """[row] log p / (1 - p) of the first token of the right answer, of equal rows of a batch.
+
+    Unlike log p, it does not saturate where the model is sure.
 
     Raises:
         ValueError: The example has no answer.
@@ -261,8 +263,10 @@ def log_probability(vlm: VLM, prompt: Prompt, rows: int = 1) -> torch.Tensor:
         raise ValueError(f"the answer {wanted!r} of an example has no token")
     inputs = _stacked([prompt] * rows)
     logits = vlm.model(**on_device(vlm, inputs), use_cache=False, logits_to_keep=1).logits
-    found: torch.Tensor = logits[:, -1].float().log_softmax(-1)[:, ids[0]]
-    return found
+    logits = logits[:, -1].float()
+    others = torch.arange(logits.shape[1], device=logits.device) != ids[0]
+    odds: torch.Tensor = logits[:, ids[0]] - logits[:, others].logsumexp(-1)
+    return odds
 
 
 def _sets(vlm: VLM, maskings: Maskings) -> dict[tuple[str, int], HeadSet]:

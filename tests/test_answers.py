@@ -139,8 +139,11 @@ def test_gradients_estimate_what_single_heads_do():
     assert np.corrcoef(slopes.ravel(), true.ravel())[0, 1] > 0.9
     prompt, one = encode(vlm, given[0]), heads(vlm, (2, 5))
     with torch.no_grad():
-        whole = answers.log_probability(vlm, prompt)
+        whole = answers.log_odds(vlm, prompt)
         with ablate(vlm, one):
-            without = answers.log_probability(vlm, prompt)
+            without = answers.log_odds(vlm, prompt)
+        logits = vlm.model(**prompt.inputs).logits[0, -1]
+    p = logits.softmax(-1)[vlm.tokenizer("rain", add_special_tokens=False)["input_ids"][0]]
+    assert float(whole) == pytest.approx(float((p / (1 - p)).log()), abs=1e-4)
     assert true[0, 2, 5] == pytest.approx(float(whole - without), abs=1e-5)
     assert not any(p.grad is not None for p in vlm.model.parameters())

@@ -38,7 +38,7 @@ def made_by(notebook: Path) -> set[str]:
 
 
 def test_there_are_notebooks():
-    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04"]
+    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05"]
 
 
 def test_notebook_is_numbered_and_titled(notebook):

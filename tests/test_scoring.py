@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from mmheads import evidence, paths, scoring
+from mmheads import evidence, models, paths, scoring
 from mmheads.examples import Example, Region
 from mmheads.heads import HeadScores
 from mmheads.models import VLM, load
@@ -180,7 +180,7 @@ def test_scores_made_otherwise_are_not_mixed(tiny, tmp_path, monkeypatch, change
     before = path.read_bytes()
     settings = {name: changes.pop(name) for name in ("null", "null_images") if name in changes}
     if versions := changes.pop("versions", None):
-        monkeypatch.setattr(scoring, "version", lambda _: versions)
+        monkeypatch.setattr(models, "version", lambda _: versions)
     if template := changes.pop("template", None):
         monkeypatch.setattr(VLM, "template", template)
     other = dataclasses.replace(tiny, **changes)
@@ -307,7 +307,7 @@ def test_the_text_only_predecessor_is_scored_by_the_same_call():
     assert scores.mean.max() > 0.1
 
 
-def test_the_readme_shows_examples_that_can_be_scored(tmp_path, capsys):
+def test_what_the_readme_shows_for_your_own_model_runs(tmp_path, capsys, monkeypatch):
     readme = (paths.ROOT / "README.md").read_text()
     (lines,) = re.findall(r"```json\n(.+?)```", readme, re.S)
     (tmp_path / "examples.jsonl").write_text(lines)
@@ -316,3 +316,13 @@ def test_the_readme_shows_examples_that_can_be_scored(tmp_path, capsys):
     arguments = ["--model", "tiny-qwen3-vl-m", "--examples", str(tmp_path / "examples.jsonl")]
     assert scoring.main([*arguments, "--out", str(tmp_path), "--device", "cpu"]) == 0
     assert "2 examples" in capsys.readouterr().out
+    section = readme.split("## Your model, your images")[1].split("\n## ")[0]
+    score, mask = re.findall(r"```python\n(.+?)```", section, re.S)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(paths, "RUNS", tmp_path)
+    names: dict = {}
+    exec(score, names)
+    assert "L" in capsys.readouterr().out
+    exec(mask, names)
+    assert "p_holm" in capsys.readouterr().out
+    assert set(names["table"]["masking"]) == {"none", "top", "random"}
