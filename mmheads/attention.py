@@ -100,6 +100,12 @@ class Recording:
     entropies: dict[int, torch.Tensor] = field(default_factory=dict)
     norms: dict[int, torch.Tensor] = field(default_factory=dict)
 
+    def __call__(self, call: _Call) -> torch.Tensor:
+        """Record a layer, in its first call alone."""
+        if call.layer not in self.masses:
+            _record(self, call)
+        return call.output
+
     def mass(self, layers: int) -> torch.Tensor:
         """[example, layer, head, row, span] on the CPU; 0 in layers without heads."""
         return _stacked(self.masses, layers)
@@ -107,12 +113,6 @@ class Recording:
     def entropy(self, layers: int) -> torch.Tensor:
         """[example, layer, head, row] on the CPU; 0 in layers without heads."""
         return _stacked(self.entropies, layers)
-
-    def __call__(self, call: _Call) -> torch.Tensor:
-        """Record a layer, in its first call alone."""
-        if call.layer not in self.masses:
-            _record(self, call)
-        return call.output
 
     def norm(self, layers: int) -> torch.Tensor:
         """[example, layer, head, row] on the CPU; 0 in layers without heads."""
