@@ -33,6 +33,8 @@ from mmheads.statistics import bootstrap_interval, holm, paired_difference
 WHOLE = "none"
 """The masking that takes no head out."""
 TOKENS_A_BATCH = 8192
+FORMAT = 1
+"""To be raised when the same ablation gives other answers: kept ones are then computed again."""
 SAVE_EVERY = 60.0
 """Seconds between saves of a long run."""
 
@@ -99,7 +101,7 @@ def answer(
 
     def key(mark: str, heads: HeadSet) -> str:
         chosen = sorted(heads)
-        return _hash([mark, chosen, settings if chosen else max_new_tokens])
+        return _hash([FORMAT, mark, chosen, settings if chosen else max_new_tokens])
 
     todo = {
         key(mark, heads): (example, heads)
@@ -136,32 +138,39 @@ def answer(
 
 
 def effects(
-    table: pd.DataFrame, by: Sequence[str] = ("task",), *, seed: int = 0, family: int = 0
+    table: pd.DataFrame,
+    by: Sequence[str] = ("task",),
+    *,
+    against: str = WHOLE,
+    seed: int = 0,
+    family: int = 0,
 ) -> pd.DataFrame:
     """What each masking does to the score, in pairs with the whole model -> a row a comparison.
 
     The unit is a haystack: examples that differ in the depth of their needle alone share it, and
-    draws are averaged. Intervals are 95% bootstrap intervals over units; p is that of a sign-flip
-    test, adjusted by Holm over the comparisons of the table.
+    draws are averaged, so that what is said of random sets is said of these draws. Intervals are
+    95% bootstrap intervals over units; p is that of a sign-flip test, adjusted by Holm over the
+    comparisons of the table.
 
     Args:
         table: What `answer` gave.
         by: Columns to compare within.
+        against: The masking to compare with.
         seed: Seed of bootstrap and test.
         family: Number of comparisons for Holm's adjustment, if this table is a part of a figure;
             the others then count as if their p were 1.
 
     Raises:
-        ValueError: Fewer than two units in a cell, or no row of the whole model.
+        ValueError: Fewer than two units in a cell, or no row of the masking to compare with.
     """
-    if WHOLE not in set(table["masking"]):
-        raise ValueError(f"the table has no masking {WHOLE!r} to compare with")
+    if against not in set(table["masking"]):
+        raise ValueError(f"the table has no masking {against!r} to compare with")
     rows = []
     for cell, group in table.groupby(list(by), sort=False):
         units = group.groupby(["masking", "seed"], sort=False)["score"].mean()
-        whole = units[WHOLE]
+        reference = units[against]
         for name in group["masking"].unique():
-            values = units[name].loc[whole.index].to_numpy()
+            values = units[name].loc[reference.index].to_numpy()
             value = bootstrap_interval(values, seed=seed)
             part = group[group["masking"] == name]
             row = dict(zip(by, cell, strict=True)) | {
@@ -173,8 +182,8 @@ def effects(
                 "high": value.high,
                 "n": value.n,
             }
-            if name != WHOLE:
-                change = paired_difference(values, whole.to_numpy(), seed=seed)
+            if name != against:
+                change = paired_difference(values, reference.to_numpy(), seed=seed)
                 row |= {
                     "change": change.value,
                     "change_low": change.low,
@@ -183,7 +192,7 @@ def effects(
                 }
             rows.append(row)
     result = pd.DataFrame(rows)
-    compared = result["masking"] != WHOLE
+    compared = result["masking"] != against
     if compared.any():
         p = result.loc[compared, "p"].to_numpy()
         padded = np.concatenate([p, np.ones(max(0, family - len(p)))])
@@ -226,7 +235,7 @@ def single_head_effects(
     """What the right answer loses when one head is ablated -> [example, layer, head], nats.
 
     The fall of the right answer's log-odds (see `log_odds`) under the mode "zero": as many forward
-    passes as heads.
+    passes as heads, and one.
 
     Raises:
         ValueError: No example, or one without an answer.
@@ -318,6 +327,8 @@ def _generate(vlm: VLM, prompts: Sequence[Prompt], max_new_tokens: int) -> list[
         **inputs,
         max_new_tokens=max_new_tokens,
         do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
         pad_token_id=vlm.tokenizer.pad_token_id or vlm.tokenizer.eos_token_id,
     )
     given: list[str] = vlm.tokenizer.batch_decode(

@@ -121,7 +121,7 @@ class Recording:
 
 def _stacked(by_layer: dict[int, torch.Tensor], layers: int) -> torch.Tensor:
     if not by_layer:
-        raise ValueError("nothing was recorded: no forward call ran inside `record_mass`")
+        raise ValueError("nothing was recorded: no forward call ran inside")
     empty = torch.zeros_like(next(iter(by_layer.values())), device="cpu")
     found = [by_layer[i].cpu() if i in by_layer else empty for i in range(layers)]
     return torch.stack(found, dim=1)
@@ -285,7 +285,13 @@ def gate(vlm: VLM, gates: torch.Tensor) -> Iterator[None]:
     """Multiply each head's output by its gate [row of the batch, layer, head].
 
     A gate of 1 changes nothing; the gradient at 1 is the first-order effect of a head.
+
+    Raises:
+        ValueError: Gates of another shape than the model's heads.
     """
+    shape = (vlm.geometry.layers, vlm.geometry.heads)
+    if gates.ndim != 3 or gates.shape[1:] != shape:
+        raise ValueError(f"gates have shape {tuple(gates.shape)}, expected [row, {shape}]")
 
     def multiply(call: _Call) -> torch.Tensor:
         return call.output * gates[:, call.layer].to(call.output)[:, None, :, None]
@@ -299,6 +305,10 @@ def _attached(vlm: VLM, states: Mapping[int, _State]) -> Iterator[None]:
     """Switch the language model to our attention, with something to do in some layers."""
     config = vlm.text_config
     stock = config._attn_implementation
+    if stock in _NAMES.values():
+        raise ValueError(
+            f"{vlm} is inside another `record_mass`, `ablate` or `gate`; leave that one first"
+        )
     if stock not in _NAMES:
         raise ValueError(
             f"{vlm} runs on the attention {stock!r}; load it with one of "

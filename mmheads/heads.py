@@ -559,8 +559,8 @@ def random_controls(
 ) -> list[HeadSet]:
     """Random sets as large as a selection, without any of its heads.
 
-    Where a match cannot be kept, the missing heads come from the nearest layers that have some
-    (with `match="kv_group"`, last from groups with selected heads), and a warning says so.
+    Where a match cannot be kept, the missing heads come from the nearest layers that have some,
+    whatever their KV group, and a warning says so.
 
     Args:
         selected: The selection.
@@ -620,8 +620,8 @@ def _draw_by_group(selected: HeadSet, pool: NDArray[np.bool_], rng: np.random.Ge
     heads: list[Head] = []
     displaced = 0
     wanted = list(Counter(geometry.kv_group(head) for head in selected).items())
-    for at in rng.permutation(len(wanted)):
-        (layer, _), count = wanted[at]
+    shuffled = [wanted[at] for at in rng.permutation(len(wanted))]
+    for (layer, _), count in sorted(shuffled, key=lambda entry: -entry[1]):
         layers, groups = np.nonzero(free & (by_group.sum(axis=-1) >= count))
         if not len(layers):
             heads += [_draw_nearest(layer, pool, rng) for _ in range(count)]

@@ -81,7 +81,8 @@ def document_answer(answer: str, gold: str, kind: str = "String") -> float:
     An integer: any number of the answer equals it. A float: any is within 1% of it, of a hundredth
     or of a hundred times it. A string: token F1; addresses, files, pages, telephone numbers, times,
     dates and mail addresses must stand in the answer. A list, as JSON: the mean over its items,
-    strings scored by F1 taken together as one.
+    strings scored by F1 taken together as one. As in MMLongBench, commas are dropped before
+    numbers are read, and a hyphen before a digit is a minus sign.
 
     Args:
         answer: What the model gave.

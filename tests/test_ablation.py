@@ -226,6 +226,16 @@ def test_heads_of_another_model_are_refused():
         heads(vlm, (9, 0))
 
 
+def test_contexts_do_not_nest_and_gates_have_the_shape_of_the_heads():
+    vlm = asking.vlm("qwen3")
+    again = pytest.raises(ValueError, match="inside another")
+    with ablate(vlm, heads(vlm)), again, ablate(vlm, heads(vlm)):
+        pass
+    wrong = pytest.raises(ValueError, match=r"gates have shape \(1, 2, 3\)")
+    with wrong, gate(vlm, torch.ones(1, 2, 3)):
+        pass
+
+
 def test_gates_of_zero_ablate_and_their_gradient_is_the_slope():
     vlm = asking.vlm("qwen3_vl")
     inputs = padded_batch(vlm, "left")

@@ -126,6 +126,9 @@ def test_effects_are_paired_over_haystacks():
     assert (some["score"], some["change"], some["draws"]) == (0.75, -0.25, 2)
     wider = effects(pd.DataFrame(rows), seed=1, family=10)
     assert wider["p_holm"].max() == pytest.approx(20 / 2**10)
+    paired = effects(pd.DataFrame(rows), against="some", seed=1).set_index("masking")
+    assert paired.loc["all", "change"] == -0.75
+    assert np.isnan(paired.loc["some", "p_holm"])
     with pytest.raises(ValueError, match="has no masking 'none'"):
         effects(pd.DataFrame(rows[20:]))
 
