@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ class Collection:
     """The documents that could be read, and a line for each that could not."""
 
     documents: tuple[Document, ...]
-    problems: tuple[str, ...] = field(default=())
+    problems: tuple[str, ...] = ()
 
 
 def read(folder: str | Path, *, dpi: int = DPI) -> Collection:
@@ -122,7 +122,8 @@ def read(folder: str | Path, *, dpi: int = DPI) -> Collection:
     path = folder / ANNOTATIONS
     if not path.is_file():
         raise ValueError(f"{folder} holds no {ANNOTATIONS}; expected a folder of MMDocIR")
-    if (folder / PAGES).is_file():
+    in_tables = (folder / PAGES).is_file()
+    if in_tables:
         pages = _Table(folder / PAGES, _PAGE_COLUMNS)
         layouts = _Table(folder / LAYOUTS, _LAYOUT_COLUMNS)
     elif not (folder / "pdfs").is_dir():
@@ -132,7 +133,7 @@ def read(folder: str | Path, *, dpi: int = DPI) -> Collection:
         try:
             about = json.loads(line)
             _expect_keys(about, _LINE)
-            if (folder / PAGES).is_file():
+            if in_tables:
                 document = Document(
                     about["doc_name"],
                     about["domain"],
@@ -158,7 +159,7 @@ def pdf(
     *,
     dpi: int = DPI,
     domain: str = "",
-    questions: Iterator[Question] | tuple[Question, ...] = (),
+    questions: Iterable[Question] = (),
 ) -> Document:
     """Open a PDF file as a document; pages are rendered when asked for.
 
@@ -217,7 +218,7 @@ class _Table:
 
     def layout(self, row: int) -> Layout:
         about = self.rows[row]
-        where = PageBox(int(about["page_id"]), tuple(about["bbox"]), tuple(about["page_size"]))
+        where = _page_box(about["page_id"], about)
         return Layout(where, about["type"], lambda: self._image(row))
 
     def _image(self, row: int) -> Image.Image:
@@ -227,6 +228,10 @@ class _Table:
         except (UnidentifiedImageError, OSError) as error:
             name = self.rows[row]["doc_name"]
             raise ValueError(f"{self.path}, row {row} ({name}): no readable image") from error
+
+
+def _page_box(page: Any, about: dict[str, Any]) -> PageBox:
+    return PageBox(int(page), tuple(about["bbox"]), tuple(about["page_size"]))
 
 
 def _rows(about: dict[str, Any], name: str, table: _Table) -> range:
@@ -246,10 +251,7 @@ def _rows(about: dict[str, Any], name: str, table: _Table) -> range:
 def _questions(about: dict[str, Any]) -> Iterator[Question]:
     for entry in about["questions"]:
         _expect_keys(entry, _QUESTION)
-        boxes = tuple(
-            PageBox(int(box["page"]), tuple(box["bbox"]), tuple(box["page_size"]))
-            for box in entry["layout_mapping"]
-        )
+        boxes = tuple(_page_box(box["page"], box) for box in entry["layout_mapping"])
         yield Question(
             str(entry["Q"]),
             str(entry["A"]),

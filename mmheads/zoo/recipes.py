@@ -177,6 +177,11 @@ def _mixed(
     )
 
 
+def _mostly_long(mix: Mapping[str, float], share: float) -> tuple[Source, ...]:
+    """All lengths; each of the longest four is used `share` times as often as a shorter one."""
+    return _mixed(mix, *_UNITS[:11], asks=32) + _mixed(mix, *_UNITS[11:], share=share, asks=32)
+
+
 _VISION_STAGES = (
     Stage(
         name="what is in my cell",
@@ -237,8 +242,7 @@ _VISION_STAGES = (
     ),
     Stage(
         name="text among many pages",
-        sources=_mixed(_WORDS, *_UNITS[:11], asks=32)
-        + _mixed(_WORDS, *_UNITS[11:], share=7.0, asks=32),
+        sources=_mostly_long(_WORDS, 7.0),
         steps=400,
         rate=1.5e-3,
         norm_rate=4.0,
@@ -246,8 +250,7 @@ _VISION_STAGES = (
     ),
     Stage(
         name="text in the longest contexts",
-        sources=_mixed(_WORDS, *_UNITS[:11], asks=32)
-        + _mixed(_WORDS, *_UNITS[11:], share=11.0, asks=32),
+        sources=_mostly_long(_WORDS, 11.0),
         steps=250,
         rate=1e-3,
         decay=True,
