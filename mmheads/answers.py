@@ -32,7 +32,8 @@ from mmheads.statistics import bootstrap_interval, holm, paired_difference
 
 WHOLE = "none"
 """The masking that takes no head out."""
-TOKENS_A_BATCH = 8192
+TOKENS_A_BATCH = {"cpu": 2048, "cuda": 8192}
+"""By kind of device: on a CPU, smaller batches stay in its cache."""
 FORMAT = 1
 """To be raised when the same ablation gives other answers: kept ones are then computed again."""
 SAVE_EVERY = 60.0
@@ -60,7 +61,7 @@ def answer(
     means: torch.Tensor | None = None,
     max_new_tokens: int = 32,
     metric: Metric = same,
-    batch_tokens: int = TOKENS_A_BATCH,
+    batch_tokens: int = 0,
     folder: str | Path = "",
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -80,7 +81,8 @@ def answer(
         means: See `ablate`.
         max_new_tokens: Longest answer.
         metric: (answer, gold) -> score in [0, 1].
-        batch_tokens: Prompt tokens a batch; a longer prompt is a batch of its own.
+        batch_tokens: Prompt tokens a batch, by default those of `TOKENS_A_BATCH`; a longer prompt
+            is a batch of its own.
         folder: Default `runs/answers`.
         progress: Show a progress bar.
 
@@ -110,7 +112,7 @@ def answer(
         if key(mark, heads) not in kept.answers
     }
     with tqdm(total=len(todo), desc="answers", disable=not progress, leave=False) as bar:
-        for rows in _batches(vlm, todo, batch_tokens):
+        for rows in _batches(vlm, todo, batch_tokens or _batch_tokens(vlm)):
             with ablate(vlm, [row.heads for row in rows], mode, when, means=means):
                 given = _generate(vlm, [row.prompt for row in rows], max_new_tokens)
             kept.add({row.key: text for row, text in zip(rows, given, strict=True)})
@@ -229,7 +231,7 @@ def single_head_effects(
     vlm: VLM,
     examples: Iterable[Example],
     *,
-    batch_tokens: int = TOKENS_A_BATCH,
+    batch_tokens: int = 0,
     progress: bool = True,
 ) -> NDArray[np.float32]:
     """What the right answer loses when one head is ablated -> [example, layer, head], nats.
@@ -248,7 +250,7 @@ def single_head_effects(
     for example in tqdm(list(examples), desc="heads", disable=not progress, leave=False):
         prompt = encode(vlm, example)
         values = []
-        for part in gates.split(max(1, batch_tokens // len(prompt))):
+        for part in gates.split(max(1, (batch_tokens or _batch_tokens(vlm)) // len(prompt))):
             with torch.no_grad(), gate(vlm, part):
                 values.append(log_odds(vlm, prompt, len(part)).cpu())
         whole, *without = torch.cat(values).tolist()
@@ -288,6 +290,10 @@ def _sets(vlm: VLM, maskings: Maskings) -> dict[tuple[str, int], HeadSet]:
             raise ValueError(f"the masking {WHOLE!r} is the whole model, but has heads")
         found |= {(name, draw): chosen for draw, chosen in enumerate(draws)}
     return found
+
+
+def _batch_tokens(vlm: VLM) -> int:
+    return TOKENS_A_BATCH.get(vlm.device.type, TOKENS_A_BATCH["cuda"])
 
 
 def _batches(
