@@ -1,26 +1,29 @@
-"""One attention function, and what it does beside attending: record where heads look, ablate them.
+"""One attention function that also records where heads look, ablates them, or narrows their view.
 
-It is registered once under a neutral name and switched on for the language model alone. It calls
-the stock attention first, so that logits do not change by one bit, and then reads the queries and
-keys that the model really used, or changes what the heads gave.
+It is registered once under a neutral name and switched on for the language model alone. It gives
+what the stock attention gives, so that logits do not change by one bit, and reads the queries and
+keys that the model really used, changes what the heads gave, or computes them in another way.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mmheads.heads import HeadSet
+from mmheads.banded import CompactLayer, Pair, banded
+from mmheads.heads import Head, HeadSet
 from mmheads.models import VLM
 
 _NAMES = {"sdpa": "mmheads", "eager": "mmheads_eager"}
@@ -48,7 +51,7 @@ class _Call:
         scaling: Factor on the scores.
         softcap: Bound of the scores, if any.
         sinks: [head] score of a key that takes attention and gives nothing, if any.
-        output: [example, row, head, channel] what the stock attention gave.
+        stock: Runs the stock attention -> its output, and its weights where it gives them.
     """
 
     layer: int
@@ -60,7 +63,14 @@ class _Call:
     scaling: float
     softcap: float | None
     sinks: torch.Tensor | None
-    output: torch.Tensor
+    stock: Callable[[], tuple[torch.Tensor, torch.Tensor | None]]
+    weights: torch.Tensor | None = None
+
+    @cached_property
+    def output(self) -> torch.Tensor:
+        """[example, row, head, channel] what the stock attention gives."""
+        output, self.weights = self.stock()
+        return output
 
     def allowed(self, rows: torch.Tensor) -> torch.Tensor | None:
         """[example, 1 or head, row, key] for rows by index; None where all is allowed."""
@@ -154,6 +164,104 @@ def record_mass(
         yield recording
 
 
+@dataclass(eq=False)
+class KeyRecording:
+    """How much attention every key gets from some rows of one forward call of one example.
+
+    Attributes:
+        rows: [row] rows of the call, by index.
+        heads: The heads that are recorded.
+        by_head: By head: [key] mean over the rows, float32.
+    """
+
+    rows: torch.Tensor
+    heads: HeadSet
+    by_head: dict[Head, torch.Tensor] = field(default_factory=dict)
+
+    def __call__(self, call: _Call) -> torch.Tensor:
+        """Record a layer; the last one ends the call."""
+        if len(call.query) != 1:
+            raise ValueError(f"a batch of {len(call.query)}: expected one example")
+        rows = self.rows.to(call.query.device)
+        allowed = call.allowed(rows[None])
+        shared = call.query.shape[1] // call.key.shape[1]
+        for group in range(call.key.shape[1]):
+            here = [h.head for h in self.heads if h.layer == call.layer]
+            here = [head for head in here if head // shared == group]
+            if not here:
+                continue
+            block = max(1, WORKING_SET // (3 * 4 * len(here) * call.key.shape[2]))
+            total = torch.zeros((), device=rows.device)
+            for top in range(0, len(rows), block):
+                part = slice(top, top + block)
+                groups = slice(group, group + 1)
+                total = total + _attend(call, 0, groups, here, rows[part], allowed, part).sum(1)
+            for head, mean in zip(here, total / len(rows), strict=True):
+                self.by_head[Head(call.layer, head)] = mean
+        if call.layer == self.heads.layers[-1]:
+            raise _EnoughError
+        return call.output
+
+    def attention(self) -> torch.Tensor:
+        """[head, key] on the CPU, heads in their order.
+
+        Raises:
+            ValueError: No call ran inside.
+        """
+        if not self.by_head:
+            raise ValueError("nothing was recorded: no forward call ran inside")
+        return torch.stack([self.by_head[head].cpu() for head in self.heads])
+
+
+@contextmanager
+def record_keys(vlm: VLM, rows: torch.Tensor, heads: HeadSet) -> Iterator[KeyRecording]:
+    """Record, in a forward call inside, how much attention each key gets from the given rows.
+
+    The call ends at the deepest of these heads, and with it the `with` block: what stands behind
+    it inside is not run. The model is as before at exit.
+
+    Args:
+        vlm: The model.
+        rows: [row] indices of the call's tokens; the batch holds one example.
+        heads: Of this model, at least one.
+
+    Raises:
+        ValueError: As `ablate` does for heads of another model, or the set is empty.
+    """
+    check_heads(vlm, [heads], "recorded")
+    if not len(heads):
+        raise ValueError("no head to record; give a set of at least one head")
+    recording = KeyRecording(rows, heads)
+    with suppress(_EnoughError), _attached(vlm, dict.fromkeys(heads.layers, recording)):
+        yield recording
+
+
+@contextmanager
+def up_to(vlm: VLM, layer: int) -> Iterator[None]:
+    """End a forward call inside at the attention of a layer: enough to fill the cache so far."""
+
+    def stop(call: _Call) -> torch.Tensor:
+        raise _EnoughError
+
+    with suppress(_EnoughError), _attached(vlm, {layer: stop}):
+        yield
+
+
+class _EnoughError(Exception):
+    """Ends a forward call that has given what was wanted."""
+
+
+def check_heads(vlm: VLM, sets: Sequence[HeadSet], what: str) -> None:
+    """Raise ValueError if heads are of another model; `what` says what they were meant for."""
+    for chosen in sets:
+        of_other = chosen.model and vlm.model_id and chosen.model != vlm.model_id
+        if of_other or chosen.geometry != vlm.geometry:
+            raise ValueError(
+                f"heads of {chosen.model or 'a model'} with {chosen.geometry} cannot be {what} in "
+                f"{vlm} with {vlm.geometry}"
+            )
+
+
 @contextmanager
 def ablate(
     vlm: VLM,
@@ -188,13 +296,7 @@ def ablate(
     if (means is None) == (mode == "mean"):
         raise ValueError(f"mode {mode!r} with {'no' if means is None else 'given'} means")
     sets = [heads] if isinstance(heads, HeadSet) else list(heads)
-    for chosen in sets:
-        of_other = chosen.model and vlm.model_id and chosen.model != vlm.model_id
-        if of_other or chosen.geometry != vlm.geometry:
-            raise ValueError(
-                f"heads of {chosen.model or 'a model'} with {chosen.geometry} cannot be ablated in "
-                f"{vlm} with {vlm.geometry}"
-            )
+    check_heads(vlm, sets, "ablated")
     masks = torch.from_numpy(np.stack([chosen.mask for chosen in sets]))
     state = _Ablation(masks, mode, when, means)
     layers = masks.any(dim=(0, 2)).nonzero()[:, 0].tolist()
@@ -220,6 +322,8 @@ class _Ablation:
         rows = slice(-1, None) if self.when == "answer" else slice(None)
         if self.when == ("prefill" if decoding else "decode"):
             return output
+        if self.mode == "zero" and self.when != "answer":
+            return output.masked_fill(here[:, None, :, None], 0.0)
         if self.mode == "zero":
             instead = output.new_zeros(())
         elif self.means is not None:
@@ -300,6 +404,266 @@ def gate(vlm: VLM, gates: torch.Tensor) -> Iterator[None]:
         yield
 
 
+CROSSOVER = 4
+"""Times sinks + window: below this length the banded kernel does not pay on a CPU."""
+
+
+@dataclass(eq=False)
+class Streaming:
+    """Heads that see everything, and all others sinks and a window alone; see `stream`.
+
+    Attributes:
+        vlm: The model.
+        dense: The heads that see everything.
+        sinks: First tokens that the others see.
+        window: Last tokens that the others see, the row's own included.
+        fallback: See `stream`.
+    """
+
+    vlm: VLM
+    dense: HeadSet
+    sinks: int
+    window: int
+    fallback: str = ""
+    _compact: dict[int, CompactLayer] = field(default_factory=dict)
+
+    @cached_property
+    def layers(self) -> tuple[int, ...]:
+        """Layers with window heads; those that slide by themselves are left as they are."""
+        geometry = self.vlm.geometry
+        eligible = geometry.eligible & ~self.dense.mask
+        return tuple(int(layer) for layer in np.flatnonzero(eligible.any(axis=1)))
+
+    @property
+    def groups(self) -> float:
+        """Share of the KV groups of the whole-context layers that hold a dense head."""
+        geometry = self.vlm.geometry
+        whole = np.flatnonzero(geometry.eligible.any(axis=1))
+        held = sum(layer in whole for layer, _ in self.dense.kv_groups)
+        return float(held / (len(whole) * geometry.kv_groups))
+
+    @property
+    def heads(self) -> float:
+        """Share of the heads of the whole-context layers that are dense."""
+        eligible = self.vlm.geometry.eligible
+        return float((self.dense.mask & eligible).sum() / eligible.sum())
+
+    def cache(self) -> DynamicCache:
+        """An empty cache in which KV groups without a dense head keep sinks and window alone.
+
+        For calls inside of the context, in batches without padding.
+        """
+        cache = DynamicCache(config=self.vlm.text_config)
+        for layer in self.layers:
+            open_, closed, _, _ = self._plan(layer)
+            cache.layers[layer] = _Announced(self._compact, layer, open_, closed, self)
+        return cache
+
+    def _plan(self, layer: int) -> tuple[list[int], list[int], list[int], list[int]]:
+        """KV groups with a dense head, those without; dense heads, other heads of open groups."""
+        geometry = self.vlm.geometry
+        shared = geometry.heads // geometry.kv_groups
+        dense = self.dense.mask[layer].reshape(-1, shared)
+        open_ = np.flatnonzero(dense.any(axis=1))
+        heads = np.arange(geometry.heads).reshape(-1, shared)
+        return (
+            open_.tolist(),
+            np.flatnonzero(~dense.any(axis=1)).tolist(),
+            heads[dense].tolist(),
+            heads[open_][~dense[open_]].tolist(),
+        )
+
+    def __call__(self, call: _Call) -> torch.Tensor:
+        """The output of a layer."""
+        if call.softcap is not None or call.sinks is not None or not call.causal:
+            raise ValueError(
+                f"layer {call.layer} of {self.vlm} has a bound on its scores, sink scores of its "
+                "own, or no causal mask; window heads are not known there"
+            )
+        held = self._compact.pop(call.layer, None)
+        rows, keys = call.query.shape[2], call.key.shape[2]
+        allowed = call.mask
+        if allowed is not None and allowed.dtype != torch.bool:
+            allowed = allowed > torch.finfo(allowed.dtype).min / 2
+        if held is not None and held.seen > rows:
+            first = held.seen - rows
+            if allowed is not None:
+                if not allowed[:, 0, -1].all():
+                    raise ValueError("a cache that drops keys takes batches without padding alone")
+                allowed = None
+        elif allowed is None:
+            first = keys - 1 if rows == 1 else 0
+            held = None
+        else:
+            seen = keys if keys == rows else int(allowed.any(2).any(0)[0].nonzero()[-1]) + 1
+            first, held = seen - rows, None
+        total = first + rows
+        if self.sinks > total and rows > 1:
+            raise ValueError(
+                f"{self.sinks} sinks are more sinks than the {total} tokens of the prompt; give "
+                "fewer, or a longer prompt"
+            )
+        short = total < CROSSOVER * (self.sinks + self.window) and rows > 1
+        if held is None and (total <= self.window or (short and self.fallback == "dense")):
+            return call.output
+        return self._attend(call, allowed, first, held)
+
+    def _attend(
+        self, call: _Call, allowed: torch.Tensor | None, first: int, held: CompactLayer | None
+    ) -> torch.Tensor:
+        open_, closed, dense, rest = self._plan(call.layer)
+        query = call.query
+        shared = query.shape[1] // call.key.shape[1]
+        rows = query.shape[2]
+        grouped = query.unflatten(1, (-1, shared))
+        output = torch.empty_like(query)
+        by_group = output.unflatten(1, (-1, shared))
+        if held is not None and held.band is not None:
+            whole, band, gap = held.whole, held.band, held.gap
+        else:
+            end = first + rows if allowed is None else None
+            pair = (call.key[:, :, :end], call.value[:, :, :end])
+            whole, band, gap = _taken(pair, open_), _taken(pair, closed), (0, 0)
+        window = partial(
+            banded,
+            sinks=self.sinks,
+            window=self.window,
+            scale=call.scaling,
+            first=first,
+            allowed=allowed,
+        )
+        if closed:
+            by_group[:, closed] = window(grouped[:, closed], *band, gap=gap)
+        if open_ and rows == 1:
+            by_group[:, open_] = self._decode(call, whole, allowed, first, open_)
+        elif open_:
+            of_head = {head: open_.index(head // shared) for head in (*dense, *rest)}
+            pair = _taken(whole, [of_head[head] for head in dense])
+            output[:, dense] = self._full(call, pair, allowed, first, dense)
+            if rest:
+                pair = _taken(whole, [of_head[head] for head in rest])
+                output[:, rest] = window(query[:, rest, None], *pair)[:, :, 0]
+        return output.transpose(1, 2).contiguous()
+
+    def _full(
+        self,
+        call: _Call,
+        pair: Pair,
+        allowed: torch.Tensor | None,
+        first: int,
+        heads: list[int],
+    ) -> torch.Tensor:
+        """[example, head, row, channel] of dense heads."""
+        if allowed is None and first:
+            at = torch.arange(pair[0].shape[2], device=call.query.device)
+            allowed = at <= at[first:, None]
+        return scaled_dot_product_attention(
+            call.query[:, heads],
+            pair[0],
+            pair[1],
+            attn_mask=allowed,
+            is_causal=allowed is None,
+            scale=call.scaling,
+        )
+
+    def _decode(
+        self,
+        call: _Call,
+        whole: Pair,
+        allowed: torch.Tensor | None,
+        first: int,
+        open_: list[int],
+    ) -> torch.Tensor:
+        """[example, KV group, head of the group, 1, channel] of the open groups, for one token.
+
+        The heads of a group are the rows of one call, so that keys are read once.
+        """
+        shared = call.query.shape[1] // call.key.shape[1]
+        dense = torch.from_numpy(self.dense.mask[call.layer]).unflatten(0, (-1, shared))[open_]
+        mask = None if allowed is None else allowed[:, :1]
+        if not dense.all():
+            device = call.query.device
+            at = torch.arange(whole[0].shape[2], device=device)
+            start = 0 if mask is None else mask[:, :, -1:].int().argmax(-1, keepdim=True)
+            band = (first - at < self.window) | (at < start + self.sinks)
+            seen = dense.to(device)[None, :, :, None] | band
+            mask = seen if mask is None else seen & mask
+        rows = call.query.unflatten(1, (-1, shared))[:, open_, :, 0]
+        found = scaled_dot_product_attention(
+            rows, whole[0], whole[1], attn_mask=mask, scale=call.scaling
+        )
+        return found.unsqueeze(3)
+
+
+def _taken(pair: Pair, groups: list[int]) -> Pair:
+    """Keys and values of some groups, without a copy where they are all."""
+    if groups == list(range(pair[0].shape[1])):
+        return pair
+    return pair[0][:, groups], pair[1][:, groups]
+
+
+class _Announced(CompactLayer):
+    """Tells the attention that follows which cache it stands in."""
+
+    def __init__(
+        self,
+        calls: dict[int, CompactLayer],
+        layer: int,
+        open_: list[int],
+        closed: list[int],
+        streaming: Streaming,
+    ) -> None:
+        super().__init__(open_, closed, streaming.sinks, streaming.window)
+        self._calls, self._layer = calls, layer
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self._calls[self._layer] = self
+        return super().update(key_states, value_states, *args, **kwargs)
+
+
+@contextmanager
+def stream(
+    vlm: VLM,
+    dense: HeadSet,
+    sinks: int = 4,
+    window: int = 512,
+    *,
+    fallback: str = "",
+) -> Iterator[Streaming]:
+    """Let every head but the dense ones see the first tokens and a window alone (paper B, Sec. 5).
+
+    In prefill and decoding, for batches, padding, `generate`, dynamic and static caches. The result
+    equals attention under a mask a head. Layers that slide by themselves (Gemma 3) are left as they
+    are. The model is as before at exit, also after an exception.
+
+    Args:
+        vlm: The model.
+        dense: Heads that see everything. Choose whole KV groups to read and keep fewer keys.
+        sinks: First tokens that every head sees.
+        window: Last tokens that the others see, the row's own included.
+        fallback: "dense" runs the stock attention on prompts shorter than `CROSSOVER` x (sinks +
+            window): for timing alone, since it is another model.
+
+    Yields:
+        What is streamed: shares of dense heads and KV groups, and a cache that drops keys.
+
+    Raises:
+        ValueError: A window of less than 1, negative sinks, another fallback, heads of another
+            model; or, in a call, an attention that is not known here.
+    """
+    if window < 1 or sinks < 0 or fallback not in ("", "dense"):
+        raise ValueError(
+            f"sinks {sinks}, window {window}, fallback {fallback!r}: expected 0 or more sinks, a "
+            "window of 1 or more, and the fallback '' or 'dense'"
+        )
+    check_heads(vlm, [dense], "dense")
+    streaming = Streaming(vlm, dense, sinks, window, fallback)
+    with _attached(vlm, dict.fromkeys(streaming.layers, streaming)):
+        yield streaming
+
+
 @contextmanager
 def _attached(vlm: VLM, states: Mapping[int, _State]) -> Iterator[None]:
     """Switch the language model to our attention, with something to do in some layers."""
@@ -348,32 +712,35 @@ def _attention(base: str) -> Any:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         stock = ALL_ATTENTION_FUNCTIONS.get_interface(base, _eager(module))
         settings = dict(kwargs) if is_causal is None else {**kwargs, "is_causal": is_causal}
-        output, attention = stock(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=scaling,
-            dropout=dropout,
-            **settings,
-        )
-        state: _State | None = getattr(module, _STATE, None)
-        if state is not None:
-            if kwargs.get("position_bias") is not None:
-                raise ValueError("attention with a position bias is not known here")
-            causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-            scale = scaling or query.shape[-1] ** -0.5
-            output = state(
-                _Call(
-                    module.layer_idx,
-                    *(query, key, value, attention_mask, causal, scale),
-                    kwargs.get("softcap"),
-                    kwargs.get("s_aux"),
-                    output,
-                )
+
+        def attended() -> tuple[torch.Tensor, torch.Tensor | None]:
+            given: tuple[torch.Tensor, torch.Tensor | None] = stock(
+                module,
+                query,
+                key,
+                value,
+                attention_mask,
+                scaling=scaling,
+                dropout=dropout,
+                **settings,
             )
-        return output, attention
+            return given
+
+        state: _State | None = getattr(module, _STATE, None)
+        if state is None:
+            return attended()
+        if kwargs.get("position_bias") is not None:
+            raise ValueError("attention with a position bias is not known here")
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        scale = scaling or query.shape[-1] ** -0.5
+        call = _Call(
+            module.layer_idx,
+            *(query, key, value, attention_mask, causal, scale),
+            kwargs.get("softcap"),
+            kwargs.get("s_aux"),
+            attended,
+        )
+        return state(call), call.weights
 
     return attend
 
@@ -390,19 +757,17 @@ for _base, _name in _NAMES.items():
 
 def _record(state: Recording, call: _Call) -> None:
     """Add a layer to a recording."""
-    query, key = call.query.detach(), call.key.detach()
-    examples, heads = query.shape[:2]
-    groups, keys = key.shape[1:3]
+    examples, heads = call.query.shape[:2]
+    groups, keys = call.key.shape[1:3]
     shared = heads // groups
-    rows = state.rows.to(query.device)
+    rows = state.rows.to(call.query.device)
     seen = rows.clamp(min=0)
     count = rows.shape[1]
     allowed = call.allowed(seen)
-    sinks = call.sinks
-    weights = _of_keys(state.weights.to(query.device, torch.float32), keys)
+    weights = _of_keys(state.weights.to(rows.device, torch.float32), keys)
     text = None
     if state.text is not None:
-        text = _of_keys(state.text.to(query.device)[..., None], keys)[..., 0]
+        text = _of_keys(state.text.to(rows.device)[..., None], keys)[..., 0]
     mass = weights.new_empty(examples, heads, count, weights.shape[2])
     entropy = weights.new_zeros(examples, heads, count)
     line = 6 * 4 * shared * keys
@@ -412,25 +777,9 @@ def _record(state: Recording, call: _Call) -> None:
         range(examples), range(0, groups, step), range(0, count, block)
     ):
         some, part = slice(first * shared, (first + step) * shared), slice(top, top + block)
-        picked = query[example, some].index_select(1, seen[example, part]).float()
-        grouped = (picked * call.scaling).reshape(-1, shared * picked.shape[1], picked.shape[2])
-        scores = grouped @ key[example, first : first + step].float().transpose(1, 2)
-        scores = scores.view(*picked.shape[:2], keys)
-        if call.softcap is not None:
-            scores = call.softcap * torch.tanh(scores / call.softcap)
-        if allowed is not None:
-            here = (
-                allowed[example, :, part] if allowed.shape[1] == 1 else allowed[example, some, part]
-            )
-            if here.dtype == torch.bool:
-                scores.masked_fill_(~here, float("-inf"))
-            else:
-                scores += here.float()
-        if sinks is not None:
-            sink = sinks[some].float().view(-1, 1, 1).expand(-1, scores.shape[1], 1)
-            attention = torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
-        else:
-            attention = scores.softmax(-1)
+        attention = _attend(
+            call, example, slice(first, first + step), some, seen[example, part], allowed, part
+        )
         mass[example, some, part] = attention @ weights[example]
         if text is not None:
             among = attention * text[example]
@@ -444,6 +793,38 @@ def _record(state: Recording, call: _Call) -> None:
     state.masses[call.layer] = mass.masked_fill_(padding[..., None], 0.0)
     state.entropies[call.layer] = entropy.masked_fill_(padding, 0.0)
     state.norms[call.layer] = norm.masked_fill(padding, 0.0)
+
+
+def _attend(
+    call: _Call,
+    example: int,
+    groups: slice,
+    heads: slice | list[int],
+    rows: torch.Tensor,
+    allowed: torch.Tensor | None,
+    part: slice,
+) -> torch.Tensor:
+    """[head, row, key] attention of some rows, float32.
+
+    The heads are those of the KV groups, or of one group some; `allowed` [example, 1 or head, row,
+    key] holds these rows as `part`.
+    """
+    key = call.key.detach()[example, groups].float()
+    picked = call.query.detach()[example, heads].index_select(1, rows).float()
+    grouped = (picked * call.scaling).reshape(len(key), -1, picked.shape[2])
+    scores = (grouped @ key.transpose(1, 2)).view(*picked.shape[:2], key.shape[1])
+    if call.softcap is not None:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    if allowed is not None:
+        here = allowed[example, :, part] if allowed.shape[1] == 1 else allowed[example, heads, part]
+        if here.dtype == torch.bool:
+            scores.masked_fill_(~here, float("-inf"))
+        else:
+            scores += here.float()
+    if call.sinks is None:
+        return scores.softmax(-1)
+    sink = call.sinks[heads].float().view(-1, 1, 1).expand(-1, scores.shape[1], 1)
+    return torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
 
 
 def _of_keys(values: torch.Tensor, keys: int) -> torch.Tensor:

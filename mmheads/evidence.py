@@ -28,6 +28,10 @@ OPEN, CLOSE = "\ue0f0", "\ue0f1"
 NULL_QUESTION = " ".join(["N/A"] * 5)
 """Says nothing (paper A, detection)."""
 TAGS = ("<GT_START>", "<GT_END>")
+GRIDS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+"""Inputs that tell a model how many tokens each image has, from which it counts positions."""
+_TYPES = ("mm_token_type_ids", "token_type_ids")
+_WITHOUT_PIXELS = ("input_ids", "attention_mask", *_TYPES, *GRIDS)
 
 Boxes = NDArray[np.float64]
 
@@ -126,16 +130,37 @@ def encode(vlm: VLM, example: Example, *, max_tokens: int = 0) -> Prompt:
 
 
 def with_question(vlm: VLM, prompt: Prompt, question: Sequence[Part]) -> Prompt:
-    """The same prompt with another question on the same images, without processing them again.
+    """The same prompt with another question, without processing the context's images again.
+
+    If the question's images are others than the prompt's, the new prompt's inputs lack the pixels:
+    it can be asked of a `Prefix` alone.
 
     Raises:
-        ValueError: The question's images are not those of the prompt's question, in their order.
+        ValueError: The images are others, and those of the prompt's own question would have to go,
+            or an image's tokens depend on the others (LLaVA-OneVision).
     """
     example = dataclasses.replace(prompt.example, question=tuple(question))
+    inputs, replacements = dict(prompt.inputs), prompt.replacements
     if example.images() != prompt.example.images() or example.videos() != prompt.example.videos():
-        raise ValueError("another question must hold the same images in the same order")
+        if any(not isinstance(part, str) for part in prompt.example.question):
+            raise ValueError(
+                "another question must hold the same images in the same order, or the prompt's own "
+                "question none"
+            )
+        if vlm.family == "llava_onevision":
+            raise ValueError(
+                f"an image has other tokens alone than beside others in {vlm}; encode the whole "
+                "example"
+            )
+        alone = encode(vlm, Example(context=(), question=example.question))
+        inputs = {name: inputs[name] for name in inputs if name in _WITHOUT_PIXELS}
+        for name in GRIDS:
+            if name in alone.inputs:
+                grids = [held.inputs[name] for held in (prompt, alone) if name in held.inputs]
+                inputs[name] = torch.cat(grids)
+        replacements += alone.replacements
     text, places = _render(vlm, example)
-    found = list(_replaced(vlm, text, prompt.replacements))
+    found = list(_replaced(vlm, text, replacements))
     expanded = _expand(places, found)
     pieces, at = [], 0
     for entry in found:
@@ -148,15 +173,36 @@ def with_question(vlm: VLM, prompt: Prompt, question: Sequence[Part]) -> Prompt:
         add_special_tokens=_adds_special_tokens(vlm, text),
     )
     ids = encoding["input_ids"]
-    inputs = dict(prompt.inputs) | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    for name in ("mm_token_type_ids", "token_type_ids"):
+    inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    for name in _TYPES:
         if name in inputs:
             kinds = _token_types(vlm, ids)
             shared = common_prefix(ids[0], prompt.ids)
-            kinds[:, :shared] = inputs[name][:, :shared]
+            kinds[:, :shared] = prompt.inputs[name][:, :shared]
             inputs[name] = kinds
-    changed = dataclasses.replace(prompt, example=example, inputs=inputs)
+    changed = dataclasses.replace(prompt, example=example, inputs=inputs, replacements=replacements)
     return _locate(vlm, changed, encoding["offset_mapping"][0].numpy(), expanded, found)
+
+
+def without_pixels(prompt: Prompt) -> Prompt:
+    """The prompt with blank images of one pixel: all that `with_question` needs, and small.
+
+    Its evidence and candidates are gone.
+    """
+    blank = Image.new("L", (1, 1))
+
+    def light(part: Part) -> Part:
+        if isinstance(part, str):
+            return part
+        return Video(frames=(blank,), fps=part.fps) if isinstance(part, Video) else blank
+
+    example = Example(
+        context=tuple(map(light, prompt.example.context)),
+        question=tuple(map(light, prompt.example.question)),
+        instruction=prompt.example.instruction,
+    )
+    inputs = {name: prompt.inputs[name] for name in prompt.inputs if name in _WITHOUT_PIXELS}
+    return dataclasses.replace(prompt, example=example, inputs=inputs, evidence=(), candidates={})
 
 
 def null_question(question: Sequence[Part], text: str = NULL_QUESTION) -> tuple[Part, ...]:

@@ -197,6 +197,15 @@ class Provenance:
     settings: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
 
+    def differences(self, now: "Provenance") -> str:
+        """What was made otherwise, "revision 'a', now 'b'"; empty if nothing."""
+        held, wanted = dataclasses.asdict(self), dataclasses.asdict(now)
+        return "; ".join(
+            f"{name} {held[name]!r}, now {wanted[name]!r}"
+            for name in wanted
+            if held[name] != wanted[name]
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class HeadScores:

@@ -2,6 +2,7 @@
 
     python -m mmheads.latency scoring                       a small model on this machine
     python -m mmheads.latency scoring --shape qwen3-vl-8b --dtype bfloat16 --lengths 8192 131072
+    python -m mmheads.latency retrieval --lengths 2048 8192
 
 Variants take turns, so that a noisy machine disturbs all of them alike; a table gives medians with
 the fastest and slowest run, and each variant's ratio to the first.
@@ -10,6 +11,7 @@ the fastest and slowest run, and each variant's ratio to the first.
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import os
 import platform
@@ -20,6 +22,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +30,26 @@ import numpy as np
 import pandas as pd
 import psutil
 import torch
+from PIL import Image
 from tqdm import tqdm
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 
 from mmheads import paths
-from mmheads.attention import record_mass
-from mmheads.evidence import Prompt, Span
+from mmheads.attention import record_keys, record_mass
+from mmheads.evidence import Prompt, Span, encode
 from mmheads.examples import Example
+from mmheads.heads import Head, HeadSet, ceil_share
 from mmheads.models import VLM
+from mmheads.prefix import on_device
+from mmheads.retrieval import DocumentIndex
 from mmheads.scoring import score_prompt
+from mmheads.tasks.pages import CELL
+from mmheads.zoo import architectures
 
 PEAK_RUNS = 3
 """Processes whose peaks of memory are taken: their allocators differ by tens of megabytes."""
@@ -63,6 +77,7 @@ class Shape:
         )
 
 
+LENGTHS = {"scoring": [1024, 4096, 16384], "retrieval": [2048, 8192]}
 SHAPES = {
     "small": Shape(4, 256, 8, 2, 32, 768, 1024),
     "qwen3-vl-8b": Shape(36, 4096, 32, 8, 128, 12288, 151936),
@@ -120,6 +135,40 @@ def random_prompts(vlm: VLM, tokens: int, seed: int = 0) -> tuple[Prompt, Prompt
     return prompt(ids[:tokens]), prompt(np.concatenate([ids[:context], ids[tokens:]]))
 
 
+def random_reader(shape: Shape, device: str, dtype: torch.dtype, seed: int = 0) -> VLM:
+    """A Qwen3-VL of this shape with random weights, the tiny models' words and a small eye."""
+    torch.manual_seed(seed)
+    base: Any = architectures.qwen3_vl(1).config
+    side = shape.channels // 2 // 3
+    text = {
+        "vocab_size": max(shape.vocabulary, len(architectures.VOCABULARY)),
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_groups,
+        "head_dim": shape.channels,
+        "max_position_embeddings": 262144,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 5e6,
+            "mrope_section": [shape.channels // 2 - 2 * side, side, side],
+            "mrope_interleaved": True,
+        },
+    }
+    vision = base.vision_config.to_dict() | {"out_hidden_size": shape.hidden}
+    config = Qwen3VLConfig.from_dict(
+        base.to_dict() | {"text_config": text, "vision_config": vision}
+    )
+    with torch.device(device):
+        model = Qwen3VLForConditionalGeneration._from_config(config, dtype=dtype)
+    return VLM(
+        model=model.eval(),
+        processor=architectures.processor(),
+        model_id=f"random weights, {shape}",
+    )
+
+
 def compare(
     variants: Mapping[str, Callable[[], Any]], *, repeats: int, device: str
 ) -> pd.DataFrame:
@@ -133,6 +182,10 @@ def compare(
             _synchronize(device)
             if turn:
                 seconds[name].append(time.perf_counter() - begin)
+    return _summary(seconds)
+
+
+def _summary(seconds: Mapping[str, Sequence[float]]) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "variant": list(seconds),
@@ -217,6 +270,18 @@ def _scoring_peak(shape: Shape, device: str, dtype: torch.dtype, length: int, na
     return peak_bytes(_scoring_variants(vlm, length)[name], device)
 
 
+def _fresh() -> ProcessPoolExecutor:
+    """Each call gets a process of its own; what they import is imported once where that can be."""
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    context.set_forkserver_preload(["mmheads.latency"])
+    return ProcessPoolExecutor(1, context, max_tasks_per_child=1)
+
+
+def _in_fresh(fresh: ProcessPoolExecutor, run: Callable[..., int], *args: Any) -> int:
+    return fresh.submit(run, *args).result()
+
+
 def scoring(
     shape: Shape,
     lengths: Sequence[int],
@@ -236,8 +301,7 @@ def scoring(
     """
     vlm = random_model(shape, device, dtype)
     tables = []
-    fresh = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
-    with fresh, tqdm(total=len(lengths), desc="scoring", leave=False) as progress:
+    with _fresh() as fresh, tqdm(total=len(lengths), desc="scoring", leave=False) as progress:
         for length in lengths:
             variants = _scoring_variants(vlm, length)
             if length > eager_up_to:
@@ -246,7 +310,7 @@ def scoring(
             peaks = pd.DataFrame(
                 {
                     name: [
-                        fresh.submit(_scoring_peak, shape, device, dtype, length, name).result()
+                        _in_fresh(fresh, _scoring_peak, shape, device, dtype, length, name)
                         for _ in range(PEAK_RUNS)
                     ]
                     for name in variants
@@ -274,6 +338,147 @@ def scoring(
     )
 
 
+FULL, SHORT, INDEX = "full pass", "pass up to the deepest head", "index"
+PAGE_SIDE = 512
+"""Pixels: 1,024 tokens a page, with a token of 16 pixels."""
+
+
+@dataclass(frozen=True)
+class _Document:
+    """Pages of noise, questions of random words, and heads to rank with."""
+
+    vlm: VLM
+    heads: HeadSet
+    pages: list[Image.Image]
+    questions: list[str]
+
+    @classmethod
+    def draw(cls, vlm: VLM, length: int, questions: int, seed: int = 0) -> _Document:
+        rng = np.random.default_rng(seed)
+        pages = [
+            Image.fromarray(rng.integers(0, 255, (PAGE_SIDE, PAGE_SIDE, 3), np.uint8))
+            for _ in range(math.ceil(length * CELL**2 / PAGE_SIDE**2))
+        ]
+        words = list(architectures.VOCABULARY)[len(architectures.SPECIAL) :]
+        asked = [" ".join(rng.choice(words, QUESTION_TOKENS)) for _ in range(questions)]
+        size = vlm.geometry.size
+        pool = np.random.default_rng(seed).choice(size, ceil_share(0.05, size), replace=False)
+        heads = tuple(Head(*divmod(int(index), vlm.geometry.heads)) for index in pool)
+        return cls(vlm, HeadSet(heads, vlm.geometry, vlm.model_id), pages, asked)
+
+    def index(self) -> DocumentIndex:
+        return DocumentIndex(self.vlm, self.heads, self.pages, window=len(self.pages))
+
+    def passes(self) -> tuple[int, dict[str, Callable[[], Any]]]:
+        """Tokens of pages and question, and passes over them without any index.
+
+        The full one is the stock model's and records nothing. Reading the pages is left out of
+        both: it would make the index look better.
+        """
+        asked = Example(context=tuple(self.pages), question=(self.questions[0],))
+        prompt = encode(self.vlm, asked)
+        inputs = on_device(self.vlm, prompt.inputs)
+        rows = torch.from_numpy(prompt.question)
+
+        @torch.no_grad()
+        def full() -> None:
+            self.vlm.model(**inputs, use_cache=False, logits_to_keep=1)
+
+        @torch.no_grad()
+        def short() -> None:
+            with record_keys(self.vlm, rows, self.heads):
+                self.vlm.model(**inputs, use_cache=False)
+
+        return len(prompt), {FULL: full, SHORT: short}
+
+
+def _retrieval_peak(shape: Shape, device: str, dtype: torch.dtype, length: int, name: str) -> int:
+    vlm = random_reader(shape, device, dtype)
+    _Document.draw(vlm, PAGE_SIDE, 1).index().rank("?")
+    document = _Document.draw(vlm, length, 1)
+    if name == INDEX:
+        return peak_bytes(document.index, device)
+    if name in (FULL, SHORT):
+        return peak_bytes(document.passes()[1][name], device)
+    index = document.index()
+    index.rank("?")
+    return peak_bytes(lambda: index.rank(document.questions[0]), device)
+
+
+def retrieval(
+    vlm: VLM,
+    lengths: Sequence[int],
+    *,
+    questions: int = 100,
+    repeats: int = 3,
+    peak: Callable[[int, str], int] | None = None,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """What a question about a document costs, from its index and without -> a row a variant.
+
+    A full pass is the stock model's over pages and question. The index runs the pages and the null
+    question once; then questions are asked one after the other. All are timed in turn; ratios to
+    many passes are to so many times one. Without an index, a calibrated ranking of n questions
+    takes n + 1 passes, and 2 n where the null question is run again for each (the authors' code).
+
+    Args:
+        vlm: The model, with the tiny models' processor.
+        lengths: Tokens of the document, at least; pages have 1,024.
+        questions: At least 20.
+        repeats: Runs of everything.
+        peak: (length, variant) -> bytes at its peak; by default not measured.
+        progress: Show a progress bar.
+    """
+    if questions < 20:
+        raise ValueError(f"{questions} questions; expected at least 20")
+    tables = []
+    for length in tqdm(lengths, desc="retrieval", leave=False, disable=not progress):
+        document = _Document.draw(vlm, length, questions)
+        tokens, passes = document.passes()
+        names = (*passes, INDEX, "1st question", "20th question", f"{questions} questions")
+        seconds: dict[str, list[float]] = {name: [] for name in names}
+        for turn in range(repeats + 1):
+            taken = {name: _seconds(run, vlm)[0] for name, run in passes.items()}
+            taken[INDEX], index = _seconds(document.index, vlm)
+            asked = [_seconds(partial(index.rank, q), vlm)[0] for q in document.questions]
+            taken["1st question"], taken["20th question"] = asked[0], asked[19]
+            taken[f"{questions} questions"] = taken[INDEX] + sum(asked)
+            for name in names if turn else ():
+                seconds[name].append(taken[name])
+        table = _summary(seconds)
+        whole = table["seconds"][0]
+        table["time_ratio"] = table["seconds"] / whole
+        last = table.index[-1]
+        table.loc[last, "time_ratio"] /= questions
+        table["null_ratio"] = np.nan
+        table.loc[last, "null_ratio"] = table.loc[last, "time_ratio"] / 2
+        table["held_bytes"] = np.where(table["variant"] == INDEX, index.bytes, np.nan)
+        measured = (*passes, INDEX, "20th question")
+        peaks = {name: peak(length, name) for name in measured} if peak else {}
+        table["peak_bytes"] = table["variant"].map(peaks).astype(float)
+        table.insert(0, "tokens", tokens)
+        tables.append(table.assign(layers=document.heads.layers[-1] + 1))
+        del index
+    return pd.concat(tables, ignore_index=True).assign(
+        runs=repeats,
+        questions=questions,
+        question_tokens=QUESTION_TOKENS,
+        heads=ceil_share(0.05, vlm.geometry.size),
+        model=vlm.model_id,
+        dtype=str(vlm.model.dtype).removeprefix("torch."),
+        machine=machine(str(vlm.device)),
+    )
+
+
+def _seconds(run: Callable[[], Any], vlm: VLM) -> tuple[float, Any]:
+    device = str(vlm.device)
+    _synchronize(device)
+    begin = time.perf_counter()
+    result = run()
+    _synchronize(device)
+    return time.perf_counter() - begin, result
+
+
 def machine(device: str) -> str:
     """What the times were measured on."""
     if device.startswith("cuda"):
@@ -282,64 +487,99 @@ def machine(device: str) -> str:
 
 
 def _megabytes(bytes_: pd.Series) -> pd.Series:
-    return (bytes_ / 1e6).map("{:,.0f}".format)
+    return (bytes_ / 1e6).map("{:,.0f}".format).replace("nan", "")
 
 
-def _show(table: pd.DataFrame) -> str:
-    spread = (
-        "[" + table["low"].map("{:.3f}".format) + ", " + table["high"].map("{:.3f}".format) + "]"
-    )
-    shown = pd.DataFrame(
+def _times(table: pd.DataFrame) -> pd.Series:
+    """Median [low, high]."""
+    shown = table[["seconds", "low", "high"]].map("{:.3f}".format)
+    text = shown["seconds"] + " [" + shown["low"] + ", " + shown["high"] + "]"
+    return text.where(table["seconds"].notna(), "not run")
+
+
+def show_scoring(table: pd.DataFrame) -> pd.DataFrame:
+    """The table of `scoring` as a reader wants it."""
+    spread = " [" + _megabytes(table["peak_low"]) + ", " + _megabytes(table["peak_high"]) + "]"
+    return pd.DataFrame(
         {
             "tokens": table["tokens"],
             "variant": table["variant"],
-            "time, s": (table["seconds"].map("{:.3f} ".format) + spread).where(
-                table["seconds"].notna(), "not run"
-            ),
+            "time, s": _times(table),
             "x plain": table["time_ratio"].map("{:.2f}".format).replace("nan", ""),
             "peak, MB": _megabytes(table["peak_bytes"])
-            + (
-                " [" + _megabytes(table["peak_low"]) + ", " + _megabytes(table["peak_high"]) + "]"
-            ).where(table["peak_low"].notna(), ""),
+            + spread.where(table["peak_low"].notna(), ""),
             "x plain memory": table["memory_ratio"].map("{:.2f}".format),
         }
     )
-    return str(shown.to_markdown(index=False, disable_numparse=True))
+
+
+def show_retrieval(table: pd.DataFrame) -> pd.DataFrame:
+    """The table of `retrieval` as a reader wants it."""
+    count = int(table["questions"].iloc[0])
+    shares = table["time_ratio"].map("{:.1%} of a full pass".format)
+    many = table["null_ratio"].notna()
+    shares[many] = table.loc[many, "time_ratio"].map(f"{{:.1%}} of {count} full passes, ".format)
+    shares[many] += table.loc[many, "null_ratio"].map(f"{{:.1%}} of {2 * count}".format)
+    return pd.DataFrame(
+        {
+            "tokens": table["tokens"],
+            "variant": table["variant"],
+            "time, s": _times(table),
+            "share": shares,
+            "held, MB": _megabytes(table["held_bytes"]),
+            "peak, MB": _megabytes(table["peak_bytes"]),
+        }
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """`python -m mmheads.latency`."""
     parser = argparse.ArgumentParser(prog="python -m mmheads.latency", description=__doc__)
-    parser.add_argument("what", choices=["scoring"])
+    parser.add_argument("what", choices=["scoring", "retrieval"])
     parser.add_argument("--shape", choices=list(SHAPES), default="small")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--eager-up-to", type=int, default=4096, metavar="TOKENS")
     parser.add_argument("--out", default="", help="also write the table to this CSV file")
     args = parser.parse_args(arguments)
-    if min(args.lengths) < 4 * QUESTION_TOKENS or args.repeats < 1:
+    shape, dtype = SHAPES[args.shape], getattr(torch, args.dtype)
+    lengths = args.lengths or LENGTHS[args.what]
+    if min(lengths) < 4 * QUESTION_TOKENS or args.repeats < 1:
         print(
-            f"lengths {args.lengths}, repeats {args.repeats}: expected lengths of at least "
+            f"lengths {lengths}, repeats {args.repeats}: expected lengths of at least "
             f"{4 * QUESTION_TOKENS} tokens and one repeat",
             file=sys.stderr,
         )
         return 1
-    table = scoring(
-        SHAPES[args.shape],
-        args.lengths,
-        device=args.device,
-        dtype=getattr(torch, args.dtype),
-        repeats=args.repeats,
-        eager_up_to=args.eager_up_to,
-    )
+    if args.what == "scoring":
+        table = scoring(
+            shape,
+            lengths,
+            device=args.device,
+            dtype=dtype,
+            repeats=args.repeats,
+            eager_up_to=args.eager_up_to,
+        )
+        shown = show_scoring(table)
+    else:
+        vlm = random_reader(shape, args.device, dtype)
+        with _fresh() as fresh:
+
+            def peak(length: int, name: str) -> int:
+                job = (_retrieval_peak, shape, args.device, dtype, length, name)
+                return int(statistics.median(_in_fresh(fresh, *job) for _ in range(PEAK_RUNS)))
+
+            table = retrieval(vlm, lengths, repeats=args.repeats, peak=peak)
+        shown = show_retrieval(table)
     first = table.iloc[0]
+    ranked = f"{first['heads']} heads in {first['layers']} layers; " if "heads" in table else ""
     print(
-        f"{first['model']}; {first['dtype']}; {first['question_tokens']} question tokens; "
+        f"{first['model']}; {first['dtype']}; {first['question_tokens']} question tokens; {ranked}"
         f"{first['machine']}; median [low, high] of {args.repeats} runs taken in turn"
     )
-    print(_show(table))
+    print(shown.to_markdown(index=False, disable_numparse=True))
     if args.out:
         with paths.write_whole(Path(args.out)) as path:
             table.to_csv(path, index=False)

@@ -6,15 +6,18 @@ masks), so that vision runs once and every family is treated alike.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+import copy
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 
-from mmheads.evidence import Prompt, common_prefix
+from mmheads.attention import up_to
+from mmheads.evidence import GRIDS, Prompt, common_prefix, encode
+from mmheads.examples import Example
 from mmheads.models import VLM
 
 _KNOWN = {
@@ -67,72 +70,116 @@ class Prefix:
 
     Attributes:
         vlm: The model.
-        prompt: The prompt whose images were embedded.
+        prompt: The prompt that was run first.
         length: Tokens in the cache.
+        cache: Keys and values; not changed by what is asked. It may lie on another device.
+        masked: The model makes masks by itself: the tokens of an image see each other both ways.
     """
 
     vlm: VLM
     prompt: Prompt
     length: int
-    _inputs: _Inputs
-    _cache: DynamicCache
+    cache: DynamicCache
+    masked: bool
+    _tail: Mapping[str, Any] = field(default_factory=dict)
+    """Decoder arguments of the first prompt behind the context; empty if they are forgotten."""
 
-    def ask(
-        self,
-        prompt: Prompt,
-        recording: AbstractContextManager[Any] | None = None,
-        *,
-        pixels: bool = True,
-    ) -> torch.Tensor:
-        """Run what follows the context -> [token, channel], last hidden states of these tokens.
+    @property
+    def bytes(self) -> int:
+        """Size of the cache."""
+        layers: list[Any] = self.cache.layers
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+
+    def alone(self, prompt: Prompt, device: str = "") -> Prefix:
+        """The context without the first prompt's question, its cache on a device.
+
+        Args:
+            prompt: The same as `self.prompt`, perhaps `without_pixels`.
+            device: By default where the model is.
+        """
+        return Prefix(self.vlm, prompt, self.length, self._copy(self.length, device), self.masked)
+
+    def start(self, prompt: Prompt) -> int:
+        """How many tokens of the cache a prompt begins with: `length`, or a few less.
+
+        Raises:
+            ValueError: It does not begin with the context.
+        """
+        shared = min(self.length, common_prefix(self.prompt.ids, prompt.ids))
+        if self.vlm.is_visual(self.prompt.ids[shared:]).any() and shared < self.length:
+            raise ValueError("a prompt must begin with the context that is in the cache")
+        return shared
+
+    def ask(self, prompt: Prompt, *, pixels: bool = True) -> None:
+        """Run what follows the context, inside of `record_mass` or `record_keys`.
+
+        Rows of the call are counted from `start(prompt)`.
 
         Args:
             prompt: Begins with the context; see `prefill`.
-            recording: Entered around the call, for example `record_mass` with rows counted from
-                the end of the context.
             pixels: Feed the images of another question than the prompt's own; without, their
                 placeholders stay empty, as in the authors' code of paper A.
         """
+        first = self.start(prompt)
         with torch.no_grad():
-            if prompt is self.prompt:
-                arguments = self._inputs.call(self.length, len(prompt))
+            if prompt is self.prompt and self._tail:
+                arguments = self._tail
             else:
-                arguments = self._other(prompt, pixels)
-            with recording or nullcontext():
-                hidden: torch.Tensor = self.vlm.decoder(
-                    **arguments, past_key_values=self._cache, use_cache=True
-                ).last_hidden_state[0]
-        _crop(self._cache, self.length)
-        return hidden
+                arguments = self._other(prompt, first, pixels)
+            self.vlm.decoder(**arguments, past_key_values=self._copy(first), use_cache=True)
 
-    def _other(self, prompt: Prompt, pixels: bool) -> dict[str, Any]:
+    def _copy(self, length: int, device: str = "") -> DynamicCache:
+        """The first tokens of the cache, by default where the model is."""
+        held = copy.copy(self.cache)
+        held.layers = [copy.copy(layer) for layer in self.cache.layers]
+        layers: list[Any] = held.layers
+        for number, layer in enumerate(layers):
+            place = device or self.vlm.attentions[number].o_proj.weight.device
+            layer.keys = layer.keys[..., :length, :].to(place)
+            layer.values = layer.values[..., :length, :].to(place)
+        return held
+
+    def _other(self, prompt: Prompt, first: int, pixels: bool) -> dict[str, Any]:
         """Decoder arguments of another question, its images embedded already."""
-        known, first = self._inputs, self.length
         visual = _visual(self.vlm, prompt)[first:]
-        if known.masks and pixels and visual.any():
+        if self.masked and pixels and visual.any():
+            if "pixel_values" not in prompt.inputs:
+                raise ValueError(
+                    f"images in a question to {self.vlm} need the context's images too, which were "
+                    "not kept; ask in words"
+                )
             return _catch(self.vlm, prompt).call(first, len(prompt))
         ids = prompt.ids[first:].to(self.vlm.device)
         table = self.vlm.model.get_input_embeddings()
         embeddings = table(torch.where(ids < table.num_embeddings, ids, 0)[None])
         arguments: dict[str, Any] = {"inputs_embeds": embeddings}
         if pixels and visual.any():
-            embeddings[0, visual] = known.embeddings[0, first:][known.visual[first:]]
-            if known.deepstack:
-                seen = int(known.visual[:first].sum())
+            seen, deepstack = self._images(prompt)
+            embeddings[0, visual] = seen
+            if deepstack:
                 arguments["visual_pos_masks"] = visual[None]
-                arguments["deepstack_visual_embeds"] = [layer[seen:] for layer in known.deepstack]
-        positions = _positions(self.vlm, prompt, known.positions)
-        if positions is not None:
-            arguments["position_ids"] = positions[..., first:]
+                arguments["deepstack_visual_embeds"] = deepstack
+        arguments["position_ids"] = _positions(self.vlm, prompt)[..., first:]
         return arguments
 
+    def _images(self, prompt: Prompt) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Embeddings of a question's images [visual token, channel], and those of deeper layers."""
+        if self._tail and prompt.example.images() == self.prompt.example.images():
+            shown = _visual(self.vlm, self.prompt)[self.length :]
+            known = self._tail
+            return known["inputs_embeds"][0, shown], known.get("deepstack_visual_embeds", [])
+        alone = encode(self.vlm, Example(context=(), question=prompt.example.question))
+        inputs = _catch(self.vlm, alone)
+        return inputs.embeddings[0, inputs.visual], inputs.deepstack
 
-def prefill(vlm: VLM, prompts: Sequence[Prompt]) -> Prefix:
+
+def prefill(vlm: VLM, prompts: Sequence[Prompt], *, layers: int = 0) -> Prefix:
     """Run the context that prompts share, once.
 
     Args:
         vlm: The model.
         prompts: The first one's images are embedded; the others are `with_question` of it.
+        layers: Run the first ones alone; by default all.
 
     Raises:
         ValueError: A family whose decoder takes inputs that are not known here, or whose layers
@@ -144,19 +191,15 @@ def prefill(vlm: VLM, prompts: Sequence[Prompt]) -> Prefix:
     length = int(first.question[0])
     for other in others:
         length = min(length, common_prefix(first.ids, other.ids))
+    count = layers or vlm.geometry.layers
+    cache = DynamicCache()
     with torch.no_grad():
         inputs = _catch(vlm, first)
-        cache = DynamicCache()
-        vlm.decoder(**inputs.call(0, length), past_key_values=cache, use_cache=True)
-    return Prefix(vlm, first, length, inputs, cache)
-
-
-def _crop(cache: DynamicCache, length: int) -> None:
-    """Forget all but the first tokens; `DynamicCache.crop` changed its meaning in version 5.18."""
-    layers: list[Any] = cache.layers
-    for layer in layers:
-        layer.keys = layer.keys[..., :length, :]
-        layer.values = layer.values[..., :length, :]
+        context = inputs.call(0, length)
+        with up_to(vlm, count - 1) if count < vlm.geometry.layers else nullcontext():
+            vlm.decoder(**context, past_key_values=cache, use_cache=True)
+    tail = inputs.call(length, len(first))
+    return Prefix(vlm, first, length, cache, bool(inputs.masks), tail)
 
 
 def _visual(vlm: VLM, prompt: Prompt) -> torch.Tensor:
@@ -204,14 +247,12 @@ def on_device(vlm: VLM, inputs: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def _positions(vlm: VLM, prompt: Prompt, known: torch.Tensor | None) -> torch.Tensor | None:
-    """Positions of another prompt: those that count images are asked of the model."""
-    if known is None:
-        return None
-    if known.ndim == 2:
+def _positions(vlm: VLM, prompt: Prompt) -> torch.Tensor:
+    """Positions of a prompt: those that count images are asked of the model."""
+    count = getattr(getattr(vlm.model, "model", None), "get_rope_index", None)
+    if count is None:
         return torch.arange(len(prompt), device=vlm.device)[None]
-    inputs = on_device(vlm, prompt.inputs)
-    names = ("mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
-    given = {name: inputs[name] for name in names if name in inputs}
-    positions: torch.Tensor = vlm.model.model.get_rope_index(inputs["input_ids"], **given)[0]
-    return positions
+    inputs = prompt.inputs
+    given = {name: inputs[name] for name in ("mm_token_type_ids", *GRIDS) if name in inputs}
+    positions: torch.Tensor = count(inputs["input_ids"], **given)[0]
+    return positions.to(vlm.device)

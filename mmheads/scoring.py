@@ -279,12 +279,10 @@ def _earlier(target: Path, provenance: Provenance) -> dict[str, _Scored]:
         if not path.exists():
             continue
         scores = HeadScores.load(path)
-        held, wanted = dataclasses.asdict(scores.provenance), dataclasses.asdict(provenance)
-        if different := [name for name in wanted if held[name] != wanted[name]]:
+        if different := scores.provenance.differences(provenance):
             raise ValueError(
-                f"{path} holds scores made otherwise: "
-                + "; ".join(f"{n} {held[n]!r}, now {wanted[n]!r}" for n in different)
-                + "; name another file, or delete this one"
+                f"{path} holds scores made otherwise: {different}; name another file, or delete "
+                "this one"
             )
         for index, row in enumerate(scores.metadata.to_dict("records")):
             values = {name: array[index] for name, array in scores.quantities.items()}

@@ -1,9 +1,11 @@
 """Small examples for the random models of `families`."""
 
 import dataclasses
+from pathlib import Path
 
 import families
 import numpy as np
+import pypdfium2
 import pytest
 import transformers
 from packaging.version import Version
@@ -24,6 +26,13 @@ def vlm(family: str) -> VLM:
             pytest.skip(f"transformers {transformers.__version__} wants torchvision for {family}")
         raise
     return VLM(model=model, processor=processor, model_id=family)
+
+
+def write_pdf(path: Path, pages: int) -> None:
+    file = pypdfium2.PdfDocument.new()
+    for _ in range(pages):
+        file.new_page(612, 792)
+    file.save(path)
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:

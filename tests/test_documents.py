@@ -3,8 +3,8 @@
 import io
 import json
 
+import asking
 import pandas as pd
-import pypdfium2
 import pytest
 from PIL import Image
 
@@ -13,13 +13,6 @@ from mmheads.tasks import documents
 from mmheads.tasks.documents import PageBox
 
 REAL = paths.real_docs()
-
-
-def write_pdf(path, pages: int) -> None:
-    pdf = pypdfium2.PdfDocument.new()
-    for _ in range(pages):
-        pdf.new_page(612, 792)
-    pdf.save(path)
 
 
 def jpeg(color: str) -> bytes:
@@ -128,8 +121,8 @@ def test_wrong_annotations_are_said_and_the_others_go_on(hub, changes, message):
 
 def test_folder_of_pdfs_is_read_and_broken_ones_are_named(tmp_path):
     (tmp_path / "pdfs").mkdir()
-    write_pdf(tmp_path / "pdfs" / "good.pdf", 2)
-    write_pdf(tmp_path / "pdfs" / "none.pdf", 0)
+    asking.write_pdf(tmp_path / "pdfs" / "good.pdf", 2)
+    asking.write_pdf(tmp_path / "pdfs" / "none.pdf", 0)
     (tmp_path / "pdfs" / "empty.pdf").write_bytes(b"")
     whole = (tmp_path / "pdfs" / "good.pdf").read_bytes()
     (tmp_path / "pdfs" / "broken.pdf").write_bytes(whole[: len(whole) // 3])

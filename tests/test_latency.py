@@ -60,6 +60,25 @@ def test_command_prints_and_writes_ratios(small, tmp_path, capsys, monkeypatch):
     assert math.isnan(table["seconds"].iloc[-1])
 
 
+def test_retrieval_prints_shares_of_a_full_pass(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(latency.SHAPES, "small", small)
+    path = tmp_path / "retrieval.csv"
+    arguments = ["retrieval", "--lengths", "1024", "--repeats", "1", "--device", "cpu"]
+    assert latency.main([*arguments, "--out", str(path)]) == 0
+    assert "of 100 full passes" in capsys.readouterr().out
+    table = pd.read_csv(path).set_index("variant")
+    assert (table["tokens"] == 1024 + 2 + latency.QUESTION_TOKENS + 1).all()
+    assert table["time_ratio"][latency.FULL] == 1
+    whole, index, many = (table["seconds"][n] for n in (latency.FULL, "index", "100 questions"))
+    assert many > index
+    assert table["time_ratio"]["100 questions"] == pytest.approx(many / (100 * whole))
+    assert table["null_ratio"]["100 questions"] == pytest.approx(many / (200 * whole))
+    layers = table["layers"].iloc[0]
+    cached = 2 * layers * 2 * 8 * (1024 + 3) * 4
+    assert 0 <= table["held_bytes"]["index"] - cached < 0.2 * cached
+    assert (table["peak_bytes"].dropna() >= 0).all()
+
+
 def test_too_short_lengths_are_refused(capsys):
     assert latency.main(["scoring", "--lengths", "16"]) == 1
     assert "at least 128 tokens" in capsys.readouterr().err

@@ -10,12 +10,14 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pyarrow.dataset as pads
+import numpy as np
+import pyarrow.parquet as pq
 import pypdfium2
 from PIL import Image, UnidentifiedImageError
 
@@ -164,39 +166,51 @@ def pdf(
     """Open a PDF file as a document; pages are rendered when asked for.
 
     Raises:
-        ValueError: The file is missing, encrypted, broken, or has no page.
+        ValueError: The file is missing, encrypted, broken, or has no page; or a dpi out of range.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; expected a PDF file")
-    try:
-        opened = pypdfium2.PdfDocument(path)
-        pages = [_PdfPage(opened, index, dpi) for index in range(len(opened))]
-    except pypdfium2.PdfiumError as error:
-        raise ValueError(
-            f"{path} cannot be opened as a PDF ({error}); expected one that is whole and not "
-            "encrypted"
-        ) from error
-    if not pages:
+    if not 1 <= dpi <= 2400:
+        raise ValueError(f"dpi is {dpi}; expected 1 to 2400 pixels an inch")
+    with _opened(path) as file:
+        count = len(file)
+    if not count:
         raise ValueError(f"{path} has no page")
+    pages = [_PdfPage(path, index, dpi) for index in range(count)]
     return Document(
         path.name, domain, [Page(page.text, page.image) for page in pages], tuple(questions)
     )
 
 
-@dataclass(eq=False)
+@contextmanager
+def _opened(path: Path) -> Iterator[pypdfium2.PdfDocument]:
+    """A PDF file, open for a while: a collection has more of them than should stay open."""
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; expected a PDF file")
+    try:
+        with pypdfium2.PdfDocument(path) as file:
+            yield file
+    except pypdfium2.PdfiumError as error:
+        raise ValueError(
+            f"{path} cannot be opened as a PDF ({error}); expected one that is whole and not "
+            "encrypted"
+        ) from error
+
+
+@dataclass(frozen=True)
 class _PdfPage:
-    document: pypdfium2.PdfDocument
+    path: Path
     index: int
     dpi: int
 
     def text(self) -> str:
-        text: str = self.document[self.index].get_textpage().get_text_bounded()
+        with _opened(self.path) as file:
+            text: str = file[self.index].get_textpage().get_text_bounded()
         return text
 
     def image(self) -> Image.Image:
-        picture: Image.Image = self.document[self.index].render(scale=self.dpi / 72).to_pil()
-        return picture.convert("RGB")
+        with _opened(self.path) as file:
+            picture: Image.Image = file[self.index].render(scale=self.dpi / 72).to_pil()
+            return picture.convert("RGB")
 
 
 class _Table:
@@ -205,13 +219,16 @@ class _Table:
     def __init__(self, path: Path, columns: set[str]) -> None:
         if not path.is_file():
             raise ValueError(f"{path} does not exist; expected it beside {PAGES}")
-        self.path, self.data = path, pads.dataset(path)
-        if missing := columns - set(self.data.schema.names):
-            raise ValueError(
-                f"{path} lacks the columns {sorted(missing)}; it has {self.data.schema.names}"
-            )
-        light = [name for name in self.data.schema.names if name != "image_binary"]
-        self.rows: list[dict[str, Any]] = self.data.to_table(columns=light).to_pylist()
+        self.path, self.file = path, pq.ParquetFile(path)
+        names = self.file.schema_arrow.names
+        if missing := columns - set(names):
+            raise ValueError(f"{path} lacks the columns {sorted(missing)}; it has {names}")
+        light = [name for name in names if name != "image_binary"]
+        self.rows: list[dict[str, Any]] = self.file.read(columns=light).to_pylist()
+        about = self.file.metadata
+        self.ends = np.cumsum([about.row_group(i).num_rows for i in range(about.num_row_groups)])
+        self.held: tuple[int, Any] = (-1, None)
+        """The row group that was read last: neighbouring pages lie together."""
 
     def page(self, row: int) -> Page:
         return Page(lambda: self.rows[row]["ocr_text"] or "", lambda: self._image(row))
@@ -222,7 +239,12 @@ class _Table:
         return Layout(where, about["type"], lambda: self._image(row))
 
     def _image(self, row: int) -> Image.Image:
-        (content,) = self.data.take([row], columns=["image_binary"])["image_binary"].to_pylist()
+        group = int(np.searchsorted(self.ends, row, side="right"))
+        if group != self.held[0]:
+            column = self.file.read_row_group(group, columns=["image_binary"])["image_binary"]
+            self.held = group, column
+        first = self.ends[group - 1] if group else 0
+        content = self.held[1][int(row - first)].as_py()
         try:
             return Image.open(io.BytesIO(content or b"")).convert("RGB")
         except (UnidentifiedImageError, OSError) as error:

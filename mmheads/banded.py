@@ -1,0 +1,274 @@
+"""Attention of heads that see the first keys (sinks) and the last ones (a window) alone.
+
+Tensors only: which heads these are is decided in `attention.stream`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.cache_utils import DynamicLayer
+
+CHUNK = 128
+"""Rows that share a slice of keys: larger chunks read keys that most of their rows do not see."""
+BLOCK = 128
+"""Rows and keys of a block of FlexAttention."""
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values."""
+
+
+def visible(rows: torch.Tensor, keys: torch.Tensor, sinks: int, window: int) -> torch.Tensor:
+    """[row, key] whether a window head's row sees a key; both are positions."""
+    distance = rows[:, None] - keys
+    return (distance >= 0) & ((distance < window) | (keys < sinks))
+
+
+def banded(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    sinks: int,
+    window: int,
+    scale: float,
+    first: int = 0,
+    gap: tuple[int, int] = (0, 0),
+    allowed: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of window heads -> like `query`.
+
+    The work grows with rows x (sinks + window): on a CPU, chunks of rows are taken with the slice
+    of keys that they see, through the stock fused attention; on a GPU, FlexAttention skips blocks.
+
+    Args:
+        query: [example, KV group, head of the group, row, channel].
+        key: [example, KV group, key, channel].
+        value: Like `key`.
+        sinks: First keys that every row sees.
+        window: Last keys that a row sees, itself included.
+        scale: Factor on the scores.
+        first: Position of the first row.
+        gap: Keys up to the first number stand at their positions, the others from the second
+            number on; those between were dropped.
+        allowed: [example, 1, row, position] what the model's own mask allows; by default a row
+            sees every position up to its own. Sinks then begin at an example's first token.
+    """
+    rows = query.shape[3]
+    if query.is_cuda and rows > BLOCK and allowed is None and not first and gap[0] == gap[1]:
+        return flex(query, key, value, sinks=sinks, window=window, scale=scale)
+    output = torch.empty_like(query)
+    kept, resumed = gap
+    starts = None
+    if allowed is not None:
+        starts = allowed[:, 0, -1].int().argmax(dim=-1)
+        if not starts.any():
+            starts = None
+    masks: dict[tuple[int, ...], torch.Tensor] = {}
+    for top in range(0, rows, CHUNK):
+        part = slice(top, min(top + CHUNK, rows))
+        low, high = max(0, first + part.start - window + 1), first + part.stop
+        if allowed is not None:
+            seen = allowed[:, :, part].any(dim=2).any(dim=0)[0].nonzero()
+            high = int(seen[-1]) + 1 if len(seen) else high
+        early = min(sinks, low)
+        if starts is not None:
+            early = low = 0
+        begin, end = (at if at < kept else max(kept, kept + at - resumed) for at in (low, high))
+        early = min(early, begin)
+        keys = torch.cat([key[:, :, :early], key[:, :, begin:end]], dim=2)
+        values = torch.cat([value[:, :, :early], value[:, :, begin:end]], dim=2)
+        count = part.stop - part.start
+        pattern = (count, end - begin, early)
+        mask = masks.get(pattern)
+        if mask is None:
+            at = torch.arange(begin, end, device=query.device)
+            at = torch.where(at < kept, at, at - kept + resumed)
+            at = torch.cat([torch.arange(early, device=query.device), at])
+            own = torch.arange(first + part.start, first + part.stop, device=query.device)
+            mask = _mask(own, at, sinks, window, starts, allowed, part)
+            mask = mask.repeat(*[1] * (mask.ndim - 2), query.shape[2], 1)
+            if allowed is None and early == sinks:  # then it depends on distances alone
+                masks[pattern] = mask
+        packed = query[:, :, :, part].flatten(2, 3)
+        found = scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scale)
+        output[:, :, :, part] = found.unflatten(2, (query.shape[2], count))
+    return output
+
+
+def _mask(
+    rows: torch.Tensor,
+    keys: torch.Tensor,
+    sinks: int,
+    window: int,
+    starts: torch.Tensor | None,
+    allowed: torch.Tensor | None,
+    part: slice,
+) -> torch.Tensor:
+    """[row, key], or [example, 1, row, key] with a mask of the model's own."""
+    if allowed is None:
+        return visible(rows, keys, sinks, window)
+    near = rows[:, None] - keys < window
+    if starts is None:
+        band = near | (keys < sinks)
+    else:
+        band = near | (keys < starts[:, None, None, None] + sinks)
+    return allowed[:, :, part][..., keys] & band
+
+
+def flex(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    sinks: int,
+    window: int,
+    scale: float,
+    compiled: bool = True,
+) -> torch.Tensor:
+    """`banded` for a whole prompt by FlexAttention, with one block mask a length for all layers."""
+    mask = block_mask(query.shape[3], sinks, window, str(query.device))
+    attend = _compiled() if compiled else flex_attention
+    output: torch.Tensor = attend(
+        query.flatten(1, 2),
+        key,
+        value,
+        block_mask=mask,
+        scale=scale,
+        enable_gqa=query.shape[2] > 1,
+    )
+    return output.view_as(query)
+
+
+@cache
+def _compiled() -> Any:
+    return torch.compile(flex_attention)
+
+
+@cache
+def block_mask(length: int, sinks: int, window: int, device: str) -> BlockMask:
+    """Blocks that window heads see, made without a length x length mask."""
+    count = -(-length // BLOCK)
+    row = torch.arange(count, device=device)[:, None]
+    column = torch.arange(count, device=device)
+    nearest = (row - column) * BLOCK - (BLOCK - 1)
+    farthest = (row - column) * BLOCK + BLOCK - 1
+    some = (column <= row) & ((nearest < window) | (column * BLOCK < sinks))
+    full = (column < row) & ((farthest < window) | ((column + 1) * BLOCK <= sinks))
+
+    def listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        order = blocks.int().argsort(dim=-1, descending=True, stable=True)
+        return blocks.sum(-1).int()[None, None], order.int()[None, None]
+
+    def sees(
+        example: torch.Tensor, head: torch.Tensor, row: torch.Tensor, key: torch.Tensor
+    ) -> torch.Tensor:
+        return (row >= key) & ((row - key < window) | (key < sinks))
+
+    return BlockMask.from_kv_blocks(
+        *listed(some & ~full),
+        *listed(full),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=sees,
+        seq_lengths=(length, length),
+    )
+
+
+class CompactLayer(DynamicLayer):
+    """A layer of a cache whose window groups keep sinks and window alone.
+
+    `keys` and `values` hold the open groups; `band` the keys and values of the others.
+
+    Attributes:
+        open: KV groups that keep everything.
+        closed: The others.
+        sinks: First tokens that those keep.
+        window: Last tokens that those keep.
+        seen: Tokens so far.
+        gap: As in `banded`, of what `band` held in the last call.
+    """
+
+    is_croppable = False
+
+    def __init__(self, open_: list[int], closed: list[int], sinks: int, window: int) -> None:
+        """An empty layer; see the attributes."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.open, self.closed, self.sinks, self.window = open_, closed, sinks, window
+        self.seen = 0
+        self.gap = (0, 0)
+        self.band: Pair | None = None
+        self._kept: Pair | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take new tokens; gives them alone back, since groups hold unequal numbers of tokens."""
+        super().update(key_states[:, self.open], value_states[:, self.open])
+        new = key_states[:, self.closed], value_states[:, self.closed]
+        if self._kept is not None:
+            held = self._kept[0].shape[2]
+            kept = min(self.sinks, held)
+            self.gap = kept, self.seen - (held - kept)
+            self.band = (
+                torch.cat([self._kept[0], new[0]], dim=2),
+                torch.cat([self._kept[1], new[1]], dim=2),
+            )
+        else:
+            self.gap, self.band = (0, 0), new
+        self.seen += key_states.shape[2]
+        self._kept = self._trimmed(self.band[0]), self._trimmed(self.band[1])
+        return key_states, value_states
+
+    def _trimmed(self, states: torch.Tensor) -> torch.Tensor:
+        if states.shape[2] <= self.sinks + self.window:
+            return states
+        return torch.cat([states[:, :, : self.sinks], states[:, :, -self.window :]], dim=2)
+
+    def get_seq_length(self) -> int:
+        """Tokens so far, kept or not."""
+        return self.seen
+
+    @property
+    def bytes(self) -> int:
+        """Size of what is kept."""
+        held = (self.keys, self.values, *(self._kept or ()))
+        return sum(states.nbytes for states in held if states is not None)
+
+    @property
+    def whole(self) -> Pair:
+        """Keys and values of the open groups."""
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys, self.values
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.seen, self.gap, self.band, self._kept = 0, (0, 0), None, None
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Change the batch of all that is kept."""
+        if self._kept is not None:
+            self.keys, self.values = map(change, self.whole)
+            self._kept = change(self._kept[0]), change(self._kept[1])
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Choose rows of the batch again (beam search)."""
+        self._each(lambda states: states[beam_idx.to(states.device)])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Raises ValueError: dropped keys cannot come back."""
+        raise ValueError("a cache that has dropped keys cannot be cut; prefill again")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row of the batch."""
+        self._each(lambda states: states.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep some rows of the batch."""
+        self._each(lambda states: states[indices.to(states.device)])
