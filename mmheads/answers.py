@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mmheads import paths
-from mmheads.attention import ablate, gate
+from mmheads.attention import ablate, gate, stream
 from mmheads.evidence import Prompt, encode
 from mmheads.examples import Example
 from mmheads.heads import HeadSet
@@ -74,8 +75,8 @@ def answer(
     Args:
         vlm: The model.
         examples: With or without evidence.
-        maskings: Sets of heads by name, or several draws of a name; "none" is the whole model,
-            which is answered with in any case.
+        maskings: Sets of heads by name, or several draws of a name; the whole model, "none",
+            answers in any case.
         mode: See `ablate`.
         when: See `ablate`.
         means: See `ablate`.
@@ -91,29 +92,111 @@ def answer(
         (index), task, length, depth, seed (of its haystack), given (the answer), score.
 
     Raises:
-        ValueError: No example, a masking named "none" with heads, or as `ablate` and `encode` do.
+        ValueError: No example, a masking named "none", or as `ablate` and `encode` do.
     """
-    examples = list(examples)
+    settings = (mode, when, max_new_tokens, None if means is None else _hash(means.tolist()))
+    return _answered(
+        vlm,
+        list(examples),
+        _sets(maskings or {}, HeadSet((), vlm.geometry, vlm.model_id)),
+        settings,
+        lambda rows: ablate(vlm, [row.heads for row in rows], mode, when, means=means),
+        max_new_tokens=max_new_tokens,
+        metric=metric,
+        batch_tokens=batch_tokens,
+        folder=folder,
+        progress=progress,
+    )
+
+
+def answer_streaming(
+    vlm: VLM,
+    examples: Iterable[Example],
+    dense: Maskings,
+    *,
+    sinks: int,
+    window: int,
+    max_new_tokens: int = 32,
+    metric: Metric = same,
+    batch_tokens: int = 0,
+    folder: str | Path = "",
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Answer examples with the whole model, and with some heads dense and all others streaming.
+
+    The mask is really applied, at every length; see `stream`.
+
+    Args:
+        vlm: The model.
+        examples: As in `answer`.
+        dense: Sets of heads that stay dense by name, or several draws of a name.
+        sinks: First tokens that the others see.
+        window: Last tokens that the others see.
+        max_new_tokens: As in `answer`, like all that follow.
+        metric: "
+        batch_tokens: "
+        folder: "
+        progress: "
+
+    Returns:
+        As `answer`; heads is the number of dense heads.
+
+    Raises:
+        ValueError: As `answer` and `stream` do.
+    """
+    return _answered(
+        vlm,
+        list(examples),
+        _sets(dense, vlm.every_head),
+        ("stream", sinks, window, max_new_tokens),
+        lambda rows: stream(vlm, rows[0].heads, sinks, window),
+        together=True,
+        max_new_tokens=max_new_tokens,
+        metric=metric,
+        batch_tokens=batch_tokens,
+        folder=folder,
+        progress=progress,
+    )
+
+
+def _answered(
+    vlm: VLM,
+    examples: list[Example],
+    sets: Mapping[tuple[str, int], HeadSet],
+    settings: tuple[object, ...],
+    changed: Callable[[list[_Row]], AbstractContextManager[object]],
+    *,
+    max_new_tokens: int,
+    metric: Metric,
+    batch_tokens: int,
+    folder: str | Path,
+    progress: bool,
+    together: bool = False,
+) -> pd.DataFrame:
+    """Answers to all examples under all sets; `together`: rows of a batch have one set."""
     if not examples:
         raise ValueError("there is no example to answer")
-    sets = _sets(vlm, maskings or {})
     marks = [example.fingerprint() for example in examples]
-    settings = (mode, when, max_new_tokens, None if means is None else _hash(means.tolist()))
     kept = _Kept(vlm, Path(folder) if folder else paths.RUNS / "answers")
+    whole = sets[WHOLE, 0]
 
     def key(mark: str, heads: HeadSet) -> str:
-        chosen = sorted(heads)
-        return _hash([FORMAT, mark, chosen, settings if chosen else max_new_tokens])
+        if heads is whole:
+            return _hash([FORMAT, mark, [], max_new_tokens])
+        return _hash([FORMAT, mark, sorted(heads), settings])
 
-    todo = {
-        key(mark, heads): (example, heads)
+    wanted = [
+        (key(mark, heads), example, heads)
         for mark, example in zip(marks, examples, strict=True)
         for heads in sets.values()
-        if key(mark, heads) not in kept.answers
-    }
+    ]
+    if together:
+        order = {id(heads): place for place, heads in enumerate(sets.values())}
+        wanted.sort(key=lambda one: order[id(one[2])])
+    todo = {k: (example, heads) for k, example, heads in wanted if k not in kept.answers}
     with tqdm(total=len(todo), desc="answers", disable=not progress, leave=False) as bar:
-        for rows in _batches(vlm, todo, batch_tokens or _batch_tokens(vlm)):
-            with ablate(vlm, [row.heads for row in rows], mode, when, means=means):
+        for rows in _batches(vlm, todo, batch_tokens or _batch_tokens(vlm), together):
+            with changed(rows):
                 given = _generate(vlm, [row.prompt for row in rows], max_new_tokens)
             kept.add({row.key: text for row, text in zip(rows, given, strict=True)})
             bar.update(len(rows))
@@ -280,14 +363,13 @@ def log_odds(vlm: VLM, prompt: Prompt, rows: int = 1) -> torch.Tensor:
     return odds
 
 
-def _sets(vlm: VLM, maskings: Maskings) -> dict[tuple[str, int], HeadSet]:
-    """Sets of heads by name and draw, the whole model first."""
-    empty = HeadSet((), vlm.geometry, vlm.model_id)
-    found = {(WHOLE, 0): empty}
+def _sets(maskings: Maskings, whole: HeadSet) -> dict[tuple[str, int], HeadSet]:
+    """Sets of heads by name and draw, that of the whole model first."""
+    found = {(WHOLE, 0): whole}
     for name, heads in maskings.items():
         draws = [heads] if isinstance(heads, HeadSet) else heads
-        if name == WHOLE and any(draws):
-            raise ValueError(f"the masking {WHOLE!r} is the whole model, but has heads")
+        if name == WHOLE:
+            raise ValueError(f"{WHOLE!r} is the whole model and always there; use another name")
         found |= {(name, draw): chosen for draw, chosen in enumerate(draws)}
     return found
 
@@ -297,7 +379,10 @@ def _batch_tokens(vlm: VLM) -> int:
 
 
 def _batches(
-    vlm: VLM, todo: Mapping[str, tuple[Example, HeadSet]], batch_tokens: int
+    vlm: VLM,
+    todo: Mapping[str, tuple[Example, HeadSet]],
+    batch_tokens: int,
+    together: bool,
 ) -> Iterator[list[_Row]]:
     """Neighbouring rows whose inputs have the same shapes, up to so many tokens."""
     rows: list[_Row] = []
@@ -309,6 +394,7 @@ def _batches(
         if rows and (
             _shapes(prompt) != _shapes(rows[0].prompt)
             or (len(rows) + 1) * len(prompt) > batch_tokens
+            or (together and heads is not rows[0].heads)
         ):
             yield rows
             rows = []

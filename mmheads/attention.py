@@ -425,7 +425,8 @@ class Streaming:
     sinks: int
     window: int
     fallback: str = ""
-    _compact: dict[int, CompactLayer] = field(default_factory=dict)
+    _compact: dict[int, tuple[CompactLayer, torch.Tensor]] = field(default_factory=dict)
+    """By layer, the cache that was updated last, and the keys that it gave to the attention."""
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
@@ -447,6 +448,12 @@ class Streaming:
         """Share of the heads of the whole-context layers that are dense."""
         eligible = self.vlm.geometry.eligible
         return float((self.dense.mask & eligible).sum() / eligible.sum())
+
+    @contextmanager
+    def again(self) -> Iterator[Streaming]:
+        """Enter the same streaming again, for caches that were made of it."""
+        with _attached(self.vlm, dict.fromkeys(self.layers, self)):
+            yield self
 
     def cache(self) -> DynamicCache:
         """An empty cache in which KV groups without a dense head keep sinks and window alone.
@@ -480,7 +487,9 @@ class Streaming:
                 f"layer {call.layer} of {self.vlm} has a bound on its scores, sink scores of its "
                 "own, or no causal mask; window heads are not known there"
             )
-        held = self._compact.pop(call.layer, None)
+        held, given = self._compact.pop(call.layer, (None, None))
+        if given is not call.key:
+            held = None
         rows, keys = call.query.shape[2], call.key.shape[2]
         allowed = call.mask
         if allowed is not None and allowed.dtype != torch.bool:
@@ -519,11 +528,11 @@ class Streaming:
         output = torch.empty_like(query)
         by_group = output.unflatten(1, (-1, shared))
         if held is not None and held.band is not None:
-            whole, band, gap = held.whole, held.band, held.gap
+            whole, band, gap, groups = held.whole, held.band, held.gap, None
         else:
             end = first + rows if allowed is None else None
-            pair = (call.key[:, :, :end], call.value[:, :, :end])
-            whole, band, gap = _taken(pair, open_), _taken(pair, closed), (0, 0)
+            whole = _taken((call.key[:, :, :end], call.value[:, :, :end]), open_)
+            band, gap, groups = (call.key, call.value), (0, 0), closed
         window = partial(
             banded,
             sinks=self.sinks,
@@ -533,7 +542,7 @@ class Streaming:
             allowed=allowed,
         )
         if closed:
-            by_group[:, closed] = window(grouped[:, closed], *band, gap=gap)
+            by_group[:, closed] = window(grouped[:, closed], *band, gap=gap, groups=groups)
         if open_ and rows == 1:
             by_group[:, open_] = self._decode(call, whole, allowed, first, open_)
         elif open_:
@@ -541,8 +550,8 @@ class Streaming:
             pair = _taken(whole, [of_head[head] for head in dense])
             output[:, dense] = self._full(call, pair, allowed, first, dense)
             if rest:
-                pair = _taken(whole, [of_head[head] for head in rest])
-                output[:, rest] = window(query[:, rest, None], *pair)[:, :, 0]
+                groups = [of_head[head] for head in rest]
+                output[:, rest] = window(query[:, rest, None], *whole, groups=groups)[:, :, 0]
         return output.transpose(1, 2).contiguous()
 
     def _full(
@@ -607,7 +616,7 @@ class _Announced(CompactLayer):
 
     def __init__(
         self,
-        calls: dict[int, CompactLayer],
+        calls: dict[int, tuple[CompactLayer, torch.Tensor]],
         layer: int,
         open_: list[int],
         closed: list[int],
@@ -619,7 +628,7 @@ class _Announced(CompactLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self._calls[self._layer] = self
+        self._calls[self._layer] = self, key_states
         return super().update(key_states, value_states, *args, **kwargs)
 
 
@@ -660,7 +669,7 @@ def stream(
         )
     check_heads(vlm, [dense], "dense")
     streaming = Streaming(vlm, dense, sinks, window, fallback)
-    with _attached(vlm, dict.fromkeys(streaming.layers, streaming)):
+    with streaming.again():
         yield streaming
 
 

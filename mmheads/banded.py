@@ -40,6 +40,7 @@ def banded(
     first: int = 0,
     gap: tuple[int, int] = (0, 0),
     allowed: torch.Tensor | None = None,
+    groups: list[int] | None = None,
 ) -> torch.Tensor:
     """Attention of window heads -> like `query`.
 
@@ -58,10 +59,19 @@ def banded(
             number on; those between were dropped.
         allowed: [example, 1, row, position] what the model's own mask allows; by default a row
             sees every position up to its own. Sinks then begin at an example's first token.
+        groups: Which of the groups of `key` those of `query` are; by default all. What no row sees
+            is never copied.
     """
     rows = query.shape[3]
     if query.is_cuda and rows > BLOCK and allowed is None and not first and gap[0] == gap[1]:
-        return flex(query, key, value, sinks=sinks, window=window, scale=scale)
+        pair = (key, value) if groups is None else (key[:, groups], value[:, groups])
+        return flex(query, *pair, sinks=sinks, window=window, scale=scale)
+
+    def seen_by(states: torch.Tensor, early: int, begin: int, end: int) -> torch.Tensor:
+        parts = [states[:, :, a:b] for a, b in ((0, early), (begin, end)) if a < b]
+        parts = parts if groups is None else [part[:, groups] for part in parts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
     output = torch.empty_like(query)
     kept, resumed = gap
     starts = None
@@ -81,8 +91,7 @@ def banded(
             early = low = 0
         begin, end = (at if at < kept else max(kept, kept + at - resumed) for at in (low, high))
         early = min(early, begin)
-        keys = torch.cat([key[:, :, :early], key[:, :, begin:end]], dim=2)
-        values = torch.cat([value[:, :, :early], value[:, :, begin:end]], dim=2)
+        keys, values = (seen_by(states, early, begin, end) for states in (key, value))
         count = part.stop - part.start
         pattern = (count, end - begin, early)
         mask = masks.get(pattern)
@@ -93,6 +102,7 @@ def banded(
             own = torch.arange(first + part.start, first + part.stop, device=query.device)
             mask = _mask(own, at, sinks, window, starts, allowed, part)
             mask = mask.repeat(*[1] * (mask.ndim - 2), query.shape[2], 1)
+            mask = query.new_zeros(mask.shape).masked_fill_(~mask, float("-inf"))
             if allowed is None and early == sinks:  # then it depends on distances alone
                 masks[pattern] = mask
         packed = query[:, :, :, part].flatten(2, 3)

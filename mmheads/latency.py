@@ -3,6 +3,8 @@
     python -m mmheads.latency scoring                       a small model on this machine
     python -m mmheads.latency scoring --shape qwen3-vl-8b --dtype bfloat16 --lengths 8192 131072
     python -m mmheads.latency retrieval --lengths 2048 8192
+    python -m mmheads.latency prefill                       dense heads and windows against stock
+    python -m mmheads.latency decode --dense 0.125
 
 Variants take turns, so that a noisy machine disturbs all of them alike; a table gives medians with
 the fastest and slowest run, and each variant's ratio to the first.
@@ -21,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,14 +36,17 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 from transformers import (
+    DynamicCache,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mmheads import paths
-from mmheads.attention import record_keys, record_mass
+from mmheads.attention import Streaming, record_keys, record_mass, stream
+from mmheads.banded import CompactLayer
 from mmheads.evidence import Prompt, Span, encode
 from mmheads.examples import Example
 from mmheads.heads import Head, HeadSet, ceil_share
@@ -77,8 +83,14 @@ class Shape:
         )
 
 
-LENGTHS = {"scoring": [1024, 4096, 16384], "retrieval": [2048, 8192]}
+LENGTHS = {
+    "scoring": [1024, 4096, 16384],
+    "retrieval": [2048, 8192],
+    "prefill": [1024, 2048, 4096, 8192, 16384],
+    "decode": [1024, 4096, 16384],
+}
 SHAPES = {
+    "wide": Shape(2, 512, 8, 8, 64, 1536, 1024),
     "small": Shape(4, 256, 8, 2, 32, 768, 1024),
     "qwen3-vl-8b": Shape(36, 4096, 32, 8, 128, 12288, 151936),
 }
@@ -470,6 +482,221 @@ def retrieval(
     )
 
 
+STOCK, STREAMED, FELL_BACK = "stock", "streaming", "streaming, dense when short"
+COMPACT = "streaming, compact cache"
+STEPS = 8
+"""Tokens decoded a measurement."""
+
+
+def dense_heads(vlm: VLM, share: float, *, by: str = "group", seed: int = 0) -> HeadSet:
+    """Random dense heads: whole KV groups, or single heads, as many in each layer."""
+    shape = vlm.geometry
+    width = shape.heads // shape.kv_groups
+    rng = np.random.default_rng(seed)
+    heads: list[Head] = []
+    for layer in range(shape.layers):
+        if by == "group":
+            groups = rng.permutation(shape.kv_groups)[: ceil_share(share, shape.kv_groups)]
+            chosen = [group * width + i for group in groups for i in range(width)]
+        else:
+            chosen = list(rng.permutation(shape.heads)[: ceil_share(share, shape.heads)])
+        heads += [Head(layer, int(head)) for head in chosen]
+    return HeadSet(tuple(heads), shape, vlm.model_id)
+
+
+def attention_share(length: int, heads: float, sinks: int, window: int) -> float:
+    """Part of a prefill's dense attention that remains: keys seen by all rows, counted."""
+    row = np.arange(1, length + 1)
+    narrow = np.minimum(row, window + np.minimum(sinks, np.maximum(row - window, 0))).sum()
+    return heads + (1 - heads) * float(narrow / row.sum())
+
+
+def arithmetic_limit(vlm: VLM, length: int, heads: float, sinks: int, window: int) -> float:
+    """The speed-up of a prefill that operations allow, attention and linear layers counted."""
+    shape, config = vlm.geometry, vlm.text_config
+    layers = vlm.decoder.layers
+    weights = sum(w.numel() for w in layers.parameters() if w.ndim == 2)
+    linear = 2 * length * weights
+    channels = getattr(config, "head_dim", None) or config.hidden_size // shape.heads
+    attention = 2 * shape.layers * shape.heads * channels * length * (length + 1)
+    kept = attention * attention_share(length, heads, sinks, window)
+    return float((linear + attention) / (linear + kept))
+
+
+def prefill(
+    vlm: VLM,
+    lengths: Sequence[int],
+    dense: HeadSet,
+    *,
+    sinks: int,
+    window: int,
+    repeats: int = 3,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Prefill of random tokens, stock against streaming -> a row a length, scope and variant.
+
+    Scopes are the whole model and one layer's attention alone; the whole model also with the dense
+    fallback for short prompts. All are timed in turn. `limit` is what operations allow.
+
+    Args:
+        vlm: The model, on its fastest stock attention.
+        lengths: Tokens.
+        dense: Heads that stay dense.
+        sinks: See `stream`.
+        window: See `stream`.
+        repeats: Runs of everything.
+        progress: Show a progress bar.
+    """
+    tables = []
+    device = str(vlm.device)
+    layer = dense.layers[0] if len(dense) else 0
+    module, shape = vlm.attentions[layer], vlm.geometry
+    channels = module.head_dim
+    for length in tqdm(lengths, desc="prefill", leave=False, disable=not progress):
+        generator = torch.Generator().manual_seed(length)
+        ids = torch.randint(vlm.text_config.vocab_size, (1, length), generator=generator)
+        ids = ids.to(device)
+        query, key, value = (
+            torch.randn(1, heads, length, channels, generator=generator).to(module.o_proj.weight)
+            for heads in (shape.heads, shape.kv_groups, shape.kv_groups)
+        )
+
+        @torch.no_grad()
+        def whole(fallback: str | None, ids: torch.Tensor = ids) -> None:
+            with _streamed(vlm, dense, sinks, window, fallback):
+                vlm.model(input_ids=ids, use_cache=True, logits_to_keep=1)
+
+        @torch.no_grad()
+        def alone(
+            fallback: str | None,
+            given: tuple[torch.Tensor, ...] = (query, key, value),
+        ) -> None:
+            with _streamed(vlm, dense, sinks, window, fallback):
+                name = vlm.text_config._attn_implementation
+                attend = ALL_ATTENTION_FUNCTIONS[name]
+                attend(module, *given, None, scaling=module.scaling, dropout=0.0)
+
+        variants = {
+            ("whole model", STOCK): partial(whole, None),
+            ("whole model", STREAMED): partial(whole, ""),
+            ("whole model", FELL_BACK): partial(whole, "dense"),
+            ("attention", STOCK): partial(alone, None),
+            ("attention", STREAMED): partial(alone, ""),
+        }
+        table = compare(variants, repeats=repeats, device=device)  # type: ignore[arg-type]
+        table.insert(0, "scope", [scope for scope, _ in variants])
+        table["variant"] = [name for _, name in variants]
+        first = table.groupby("scope", sort=False)["seconds"].transform("first")
+        with _streamed(vlm, dense, sinks, window, "") as streaming:
+            share = streaming.heads
+            groups = streaming.groups
+        table["speed_up"] = first / table["seconds"]
+        limits = {
+            "whole model": arithmetic_limit(vlm, length, share, sinks, window),
+            "attention": 1 / attention_share(length, share, sinks, window),
+        }
+        table["limit"] = table["scope"].map(limits).where(table["variant"] != STOCK)
+        table.insert(0, "tokens", length)
+        tables.append(table)
+    result = pd.concat(tables, ignore_index=True)
+    return result.assign(dense_heads=share, dense_groups=groups, sinks=sinks, window=window).assign(
+        **_conditions(vlm, repeats)
+    )
+
+
+def decode(
+    vlm: VLM,
+    lengths: Sequence[int],
+    dense: HeadSet,
+    *,
+    sinks: int,
+    window: int,
+    repeats: int = 3,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Decoding behind a cache of random keys -> a row a length and variant, seconds a token.
+
+    The stock model; streaming that reads few keys of a whole cache; streaming with a cache that
+    keeps no others. `held_bytes` is the size of the cache.
+
+    Args: as `prefill`.
+    """
+    tables = []
+    device, shape = str(vlm.device), vlm.geometry
+    for length in tqdm(lengths, desc="decode", leave=False, disable=not progress):
+        generator = torch.Generator().manual_seed(length)
+        ids = torch.randint(vlm.text_config.vocab_size, (1, 1), generator=generator).to(device)
+
+        def filled(
+            cache: DynamicCache, generator: torch.Generator = generator, length: int = length
+        ) -> DynamicCache:
+            for layer, module in vlm.attentions.items():
+                states = torch.randn(1, shape.kv_groups, length, module.head_dim)
+                states = states.to(module.o_proj.weight)
+                cache.update(states, states, layer)
+            return cache
+
+        with stream(vlm, dense, sinks, window) as streaming:
+            groups, share = streaming.groups, streaming.heads
+        caches = {
+            STOCK: filled(DynamicCache()),
+            STREAMED: filled(DynamicCache()),
+            COMPACT: filled(streaming.cache()),
+        }
+        held = {name: _cache_bytes(cache) for name, cache in caches.items()}
+
+        @torch.no_grad()
+        def steps(
+            name: str,
+            ids: torch.Tensor = ids,
+            caches: dict[str, DynamicCache] = caches,
+            streaming: Streaming = streaming,
+        ) -> None:
+            with nullcontext() if name == STOCK else streaming.again():
+                for _ in range(STEPS):
+                    vlm.model(input_ids=ids, past_key_values=caches[name], use_cache=True)
+
+        variants = {name: partial(steps, name) for name in caches}
+        table = compare(variants, repeats=repeats, device=device)
+        table[["seconds", "low", "high"]] /= STEPS
+        table["speed_up"] = table["seconds"].iloc[0] / table["seconds"]
+        table["held_bytes"] = table["variant"].map(held)
+        table["memory_ratio"] = table["held_bytes"] / held[STOCK]
+        table.insert(0, "tokens", length)
+        tables.append(table)
+    result = pd.concat(tables, ignore_index=True)
+    return result.assign(dense_heads=share, dense_groups=groups, sinks=sinks, window=window).assign(
+        **_conditions(vlm, repeats)
+    )
+
+
+def _cache_bytes(cache: DynamicCache) -> int:
+    total = 0
+    for layer in cache.layers:
+        held: Any = layer
+        compact = isinstance(layer, CompactLayer)
+        total += held.bytes if compact else held.keys.nbytes + held.values.nbytes
+    return total
+
+
+def _streamed(
+    vlm: VLM, dense: HeadSet, sinks: int, window: int, fallback: str | None
+) -> AbstractContextManager[Any]:
+    """`stream`, or nothing for the stock model."""
+    if fallback is None:
+        return nullcontext()
+    return stream(vlm, dense, sinks, window, fallback=fallback)
+
+
+def _conditions(vlm: VLM, repeats: int) -> dict[str, Any]:
+    return {
+        "runs": repeats,
+        "model": vlm.model_id,
+        "dtype": str(vlm.model.dtype).removeprefix("torch."),
+        "machine": machine(str(vlm.device)),
+    }
+
+
 def _seconds(run: Callable[[], Any], vlm: VLM) -> tuple[float, Any]:
     device = str(vlm.device)
     _synchronize(device)
@@ -532,24 +759,65 @@ def show_retrieval(table: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+def show_prefill(table: pd.DataFrame) -> pd.DataFrame:
+    """The table of `prefill` as a reader wants it."""
+    return pd.DataFrame(
+        {
+            "tokens": table["tokens"],
+            "scope": table["scope"],
+            "variant": table["variant"],
+            "time, s": _times(table),
+            "speed-up": table["speed_up"].map("{:.2f}".format),
+            "limit": table["limit"].map("{:.2f}".format).replace("nan", ""),
+        }
+    )
+
+
+def show_decode(table: pd.DataFrame) -> pd.DataFrame:
+    """The table of `decode` as a reader wants it."""
+    return pd.DataFrame(
+        {
+            "tokens": table["tokens"],
+            "variant": table["variant"],
+            "time a token, s": _times(table),
+            "speed-up": table["speed_up"].map("{:.2f}".format),
+            "cache, MB": (table["held_bytes"] / 1e6).map("{:,.1f}".format),
+            "of stock": table["memory_ratio"].map("{:.0%}".format),
+        }
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
     """`python -m mmheads.latency`."""
     parser = argparse.ArgumentParser(prog="python -m mmheads.latency", description=__doc__)
-    parser.add_argument("what", choices=["scoring", "retrieval"])
-    parser.add_argument("--shape", choices=list(SHAPES), default="small")
+    parser.add_argument("what", choices=list(LENGTHS))
+    parser.add_argument("--shape", choices=list(SHAPES), help="default: small, or wide")
     parser.add_argument("--lengths", type=int, nargs="+", default=[])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--eager-up-to", type=int, default=4096, metavar="TOKENS")
+    parser.add_argument("--dense", type=float, default=0.1, help="share of dense KV groups")
+    parser.add_argument("--by", choices=["group", "head"], default="group", help="dense choice")
+    parser.add_argument("--sinks", type=int, default=64)
+    parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--out", default="", help="also write the table to this CSV file")
     args = parser.parse_args(arguments)
-    shape, dtype = SHAPES[args.shape], getattr(torch, args.dtype)
+    streams = args.what in ("prefill", "decode")
+    shape = SHAPES[args.shape or ("wide" if streams else "small")]
+    dtype = getattr(torch, args.dtype)
     lengths = args.lengths or LENGTHS[args.what]
     if min(lengths) < 4 * QUESTION_TOKENS or args.repeats < 1:
         print(
             f"lengths {lengths}, repeats {args.repeats}: expected lengths of at least "
             f"{4 * QUESTION_TOKENS} tokens and one repeat",
+            file=sys.stderr,
+        )
+        return 1
+    if streams and (args.window < 1 or args.sinks < 0 or not 0 < args.dense <= 1):
+        print(
+            f"window {args.window}, sinks {args.sinks}, dense {args.dense}: expected a window of 1 "
+            "or more, 0 or more sinks, and a share of groups in (0, 1]",
             file=sys.stderr,
         )
         return 1
@@ -563,6 +831,13 @@ def main(arguments: list[str] | None = None) -> int:
             eager_up_to=args.eager_up_to,
         )
         shown = show_scoring(table)
+    elif streams:
+        vlm = random_model(shape, args.device, dtype)
+        dense = dense_heads(vlm, args.dense, by=args.by)
+        settings = {"sinks": args.sinks, "window": args.window, "repeats": args.repeats}
+        run, show = (prefill, show_prefill) if args.what == "prefill" else (decode, show_decode)
+        table = run(vlm, lengths, dense, **settings)
+        shown = show(table)
     else:
         vlm = random_reader(shape, args.device, dtype)
         with _fresh() as fresh:
@@ -574,9 +849,18 @@ def main(arguments: list[str] | None = None) -> int:
             table = retrieval(vlm, lengths, repeats=args.repeats, peak=peak)
         shown = show_retrieval(table)
     first = table.iloc[0]
-    ranked = f"{first['heads']} heads in {first['layers']} layers; " if "heads" in table else ""
+    about = ""
+    if "question_tokens" in table:
+        about = f"{first['question_tokens']} question tokens; "
+    if "heads" in table:
+        about += f"{first['heads']} heads in {first['layers']} layers; "
+    if streams:
+        about = (
+            f"{first['dense_heads']:.1%} of the heads in {first['dense_groups']:.1%} of the KV "
+            f"groups dense, others {args.sinks} sinks and a window of {args.window}; "
+        )
     print(
-        f"{first['model']}; {first['dtype']}; {first['question_tokens']} question tokens; {ranked}"
+        f"{first['model']}; {first['dtype']}; {about}"
         f"{first['machine']}; median [low, high] of {args.repeats} runs taken in turn"
     )
     print(shown.to_markdown(index=False, disable_numparse=True))

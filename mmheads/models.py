@@ -32,7 +32,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils.import_utils import is_torchvision_available
 
 from mmheads import paths
-from mmheads.heads import HeadGeometry, Provenance
+from mmheads.heads import Head, HeadGeometry, HeadSet, Provenance
 
 _LIBRARIES = ("mmheads", "torch", "transformers")
 
@@ -130,6 +130,13 @@ class VLM:
             if kind == "full_attention" and layer in self.attentions
         )
         return HeadGeometry(layers, heads, groups, None if len(full) == layers else full)
+
+    @cached_property
+    def every_head(self) -> HeadSet:
+        """All heads, in the order of layer, then head."""
+        shape = self.geometry
+        heads = [Head(i, j) for i in range(shape.layers) for j in range(shape.heads)]
+        return HeadSet(tuple(heads), shape, self.model_id)
 
     @cached_property
     def visual_ids(self) -> frozenset[int]:

@@ -256,7 +256,11 @@ class DocumentIndex:
         """
         _expect("keep", keep, KEEP)
         _expect("null_images", null_images, NULL_IMAGES)
-        self.vlm, self.heads = vlm, _eligible(vlm) if heads is None else heads
+        if heads is None:
+            eligible = vlm.geometry.eligible
+            every = tuple(head for head in vlm.every_head if eligible[head])
+            heads = HeadSet(every, vlm.geometry, vlm.model_id)
+        self.vlm, self.heads = vlm, heads
         if not len(self.heads):
             raise ValueError("no head to rank with; give a set of at least one, or None for all")
         check_heads(vlm, [self.heads], "used to rank")
@@ -578,11 +582,6 @@ def _restored(
         prefix if keep == "cpu" else prefix.alone(prefix.prompt),
         tensors["null"].numpy(),
     )
-
-
-def _eligible(vlm: VLM) -> HeadSet:
-    heads = tuple(Head(int(layer), int(head)) for layer, head in np.argwhere(vlm.geometry.eligible))
-    return HeadSet(heads, vlm.geometry, vlm.model_id)
 
 
 def _spread(count: int, window: int, overlap: int) -> list[range]:

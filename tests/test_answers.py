@@ -10,8 +10,14 @@ import pytest
 import torch
 
 from mmheads import answers
-from mmheads.answers import answer, effects, gate_gradients, single_head_effects
-from mmheads.attention import ablate
+from mmheads.answers import (
+    answer,
+    answer_streaming,
+    effects,
+    gate_gradients,
+    single_head_effects,
+)
+from mmheads.attention import ablate, stream
 from mmheads.evidence import encode
 from mmheads.examples import Example
 from mmheads.heads import Head, HeadSet
@@ -81,6 +87,28 @@ def test_answers_are_kept_and_an_interrupted_run_goes_on(tiny, tmp_path, monkeyp
     assert path.name.startswith("tiny-qwen3-vl-m-")
 
 
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3", "qwen3"])
+def test_streaming_answers_are_those_of_generate_row_by_row(family, tmp_path):
+    vlm = asking.vlm(family)
+    given = [asking.example(family, question) for question in ("which rain falls", "which one")]
+    dense = {"a": heads(vlm, (0, 1), (2, 3)), "b": [heads(vlm), heads(vlm, (1, 0))]}
+    settings = {"max_new_tokens": 4, "folder": tmp_path, "progress": False}
+    table = answer_streaming(vlm, given, dense, sinks=2, window=6, **settings)
+    assert table.groupby("masking", sort=False).size().to_dict() == {"none": 2, "a": 2, "b": 4}
+    for row in table.itertuples():
+        if row.masking == "none":
+            assert row.given == stock(vlm, given[row.example], 4)
+            assert row.heads == vlm.geometry.size
+            continue
+        chosen = dense["a"] if row.masking == "a" else dense["b"][row.draw]
+        with stream(vlm, chosen, 2, 6):
+            assert row.given == stock(vlm, given[row.example], 4)
+        assert row.heads == len(chosen)
+    wider = answer_streaming(vlm, given, dense, sinks=2, window=10_000, **settings)
+    assert wider.groupby("example")["given"].nunique().eq(1).all()
+    assert set(answer(vlm, given, **settings)["given"]) == set(wider["given"])
+
+
 def test_needles_are_answered(tiny, tmp_path):
     given = [needles.make(task, 256, 0.4, pair=i) for task in needles.TASKS for i in range(5)]
     table = answer(tiny, given, max_new_tokens=1, folder=tmp_path, progress=False)
@@ -93,7 +121,7 @@ def test_bad_input_is_refused(tiny, tmp_path):
     with pytest.raises(ValueError, match="there is no example to answer"):
         answer(tiny, [], folder=tmp_path)
     one = [needles.make("text", 128, 0.0)]
-    with pytest.raises(ValueError, match="'none' is the whole model, but has heads"):
+    with pytest.raises(ValueError, match="'none' is the whole model and always there"):
         answer(tiny, one, {"none": heads(tiny, (0, 0))}, folder=tmp_path)
     with pytest.raises(ValueError, match="has no token"):
         gate_gradients(tiny, [dataclasses.replace(one[0], answer="")], progress=False)

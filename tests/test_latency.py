@@ -79,6 +79,50 @@ def test_retrieval_prints_shares_of_a_full_pass(small, tmp_path, capsys, monkeyp
     assert (table["peak_bytes"].dropna() >= 0).all()
 
 
+def test_prefill_is_timed_beside_what_operations_allow(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(latency.SHAPES, "wide", small)
+    path = tmp_path / "prefill.csv"
+    arguments = ["prefill", "--lengths", "128", "256", "--repeats", "1", "--device", "cpu"]
+    arguments += ["--dense", "0.5", "--sinks", "4", "--window", "28", "--out", str(path)]
+    assert latency.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "50.0% of the heads in 50.0% of the KV groups dense" in printed
+    table = pd.read_csv(path)
+    stock = table[table["variant"] == latency.STOCK]
+    assert (stock["speed_up"] == 1).all()
+    assert stock["limit"].isna().all()
+    hybrid = table[table["variant"] == latency.STREAMED].set_index(["scope", "tokens"])
+    kept = 0.5 + 0.5 * sum(min(i, 32) for i in range(1, 257)) / sum(range(1, 257))
+    assert hybrid["limit"]["attention", 256] == pytest.approx(1 / kept)
+    attention = 2 * 2 * 4 * 8 * 256 * 257
+    linear = 2 * 256 * 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64)
+    allowed = (linear + attention) / (linear + attention * kept)
+    assert hybrid["limit"]["whole model", 256] == pytest.approx(allowed)
+    assert latency.main([*arguments, "--window", "0"]) == 1
+    assert "window 0" in capsys.readouterr().err
+
+
+def test_decoding_is_timed_and_caches_weighed(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(latency.SHAPES, "wide", small)
+    path = tmp_path / "decode.csv"
+    arguments = ["decode", "--lengths", "256", "--repeats", "1", "--device", "cpu"]
+    arguments += ["--dense", "0.5", "--sinks", "4", "--window", "28", "--out", str(path)]
+    assert latency.main(arguments) == 0
+    table = pd.read_csv(path).set_index("variant")
+    assert table["held_bytes"][latency.STOCK] == 2 * 2 * 2 * 8 * 256 * 4
+    assert table["memory_ratio"][latency.STREAMED] == 1
+    assert table["memory_ratio"][latency.COMPACT] == pytest.approx(0.5 + 0.5 * 32 / 256)
+
+
+def test_dense_heads_are_whole_groups_or_single_heads():
+    vlm = latency.random_model(latency.Shape(3, 32, 8, 4, 8, 64, 128), "cpu", torch.float32)
+    groups = latency.dense_heads(vlm, 0.25)
+    assert len(groups) == 3 * 2
+    assert len(groups.kv_groups) == 3
+    single = latency.dense_heads(vlm, 0.25, by="head")
+    assert [head.layer for head in single] == [0, 0, 1, 1, 2, 2]
+
+
 def test_too_short_lengths_are_refused(capsys):
     assert latency.main(["scoring", "--lengths", "16"]) == 1
     assert "at least 128 tokens" in capsys.readouterr().err

@@ -40,9 +40,7 @@ def made_by(notebook: Path) -> set[str]:
 
 
 def test_there_are_notebooks():
-    assert [path.stem[:2] for path in NOTEBOOKS] == [
-        *("01", "02", "03", "04", "05", "06"),
-    ]
+    assert [path.stem[:2] for path in NOTEBOOKS] == [f"0{number}" for number in range(1, 7)]
 
 
 def test_notebook_is_numbered_and_titled(notebook):

@@ -317,7 +317,7 @@ def test_what_the_readme_shows_for_your_own_model_runs(tmp_path, capsys, monkeyp
     assert scoring.main([*arguments, "--out", str(tmp_path), "--device", "cpu"]) == 0
     assert "2 examples" in capsys.readouterr().out
     section = readme.split("## Your model, your images")[1].split("\n## ")[0]
-    score, mask, rank = re.findall(r"```python\n(.+?)```", section, re.S)
+    score, mask, rank, streamed = re.findall(r"```python\n(.+?)```", section, re.S)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(paths, "RUNS", tmp_path)
     names: dict = {}
@@ -330,3 +330,5 @@ def test_what_the_readme_shows_for_your_own_model_runs(tmp_path, capsys, monkeyp
     exec(rank, names)
     assert "candidate" in capsys.readouterr().out
     assert (tmp_path / "report.safetensors").exists()
+    exec(streamed, names)
+    assert "of the KV groups" in capsys.readouterr().out
