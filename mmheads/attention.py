@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mmheads.banded import CompactLayer, Pair, banded
+from mmheads.banded import CompactLayer, Pair, banded, causal
 from mmheads.heads import Head, HeadSet
 from mmheads.models import VLM
 
@@ -566,13 +566,11 @@ class Streaming:
         if allowed is None and first:
             at = torch.arange(pair[0].shape[2], device=call.query.device)
             allowed = at <= at[first:, None]
+        query = call.query[:, heads]
+        if allowed is None:
+            return causal(query, *pair, call.scaling)
         return scaled_dot_product_attention(
-            call.query[:, heads],
-            pair[0],
-            pair[1],
-            attn_mask=allowed,
-            is_causal=allowed is None,
-            scale=call.scaling,
+            query, pair[0], pair[1], attn_mask=allowed, scale=call.scaling
         )
 
     def _decode(

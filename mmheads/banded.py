@@ -6,7 +6,9 @@ Tensors only: which heads these are is decided in `attention.stream`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from typing import Any
 
 import torch
@@ -18,6 +20,9 @@ CHUNK = 128
 """Rows that share a slice of keys: larger chunks read keys that most of their rows do not see."""
 BLOCK = 128
 """Rows and keys of a block of FlexAttention."""
+SMALLEST_TILE = 16
+_FLASH: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+"""What the stock attention runs on a CPU; it also gives the sums by which parts are joined."""
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """Keys and values."""
@@ -44,8 +49,8 @@ def banded(
 ) -> torch.Tensor:
     """Attention of window heads -> like `query`.
 
-    The work grows with rows x (sinks + window): on a CPU, chunks of rows are taken with the slice
-    of keys that they see, through the stock fused attention; on a GPU, FlexAttention skips blocks.
+    The work grows with rows x (sinks + window). On a CPU, tiles of rows are taken with the keys
+    that they see, through the stock fused attention; on a GPU, FlexAttention skips blocks.
 
     Args:
         query: [example, KV group, head of the group, row, channel].
@@ -63,9 +68,45 @@ def banded(
             is never copied.
     """
     rows = query.shape[3]
-    if query.is_cuda and rows > BLOCK and allowed is None and not first and gap[0] == gap[1]:
-        pair = (key, value) if groups is None else (key[:, groups], value[:, groups])
+    plain = allowed is None and not first and gap[0] == gap[1]
+    tiles = _Tiles.of(rows, sinks, window) if plain and query.device.type == "cpu" else None
+    if tiles is None and not (plain and query.is_cuda and rows > BLOCK):
+        return _looped(query, key, value, sinks, window, scale, first, gap, allowed, groups)
+    pair = (key, value) if groups is None else (key[:, groups], value[:, groups])
+    if tiles is None:
         return flex(query, *pair, sinks=sinks, window=window, scale=scale)
+    output = torch.empty_like(query)
+    for example, head in product(range(len(query)), range(query.shape[2])):
+        tiles.attend(
+            query[example, :, head],
+            pair[0][example],
+            pair[1][example],
+            scale,
+            output[example, :, head],
+        )
+    for part in (slice(0, tiles.start), slice(tiles.stop, rows)):
+        if part.start < part.stop:
+            output[:, :, :, part] = _looped(
+                query[:, :, :, part],
+                *(*pair, sinks, window, scale, part.start, gap, None, None),
+            )
+    return output
+
+
+def _looped(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: int,
+    window: int,
+    scale: float,
+    first: int,
+    gap: tuple[int, int],
+    allowed: torch.Tensor | None,
+    groups: list[int] | None,
+) -> torch.Tensor:
+    """`banded`, chunk of rows by chunk."""
+    rows = query.shape[3]
 
     def seen_by(states: torch.Tensor, early: int, begin: int, end: int) -> torch.Tensor:
         parts = [states[:, :, a:b] for a, b in ((0, early), (begin, end)) if a < b]
@@ -109,6 +150,129 @@ def banded(
         found = scaled_dot_product_attention(packed, keys, values, attn_mask=mask, scale=scale)
         output[:, :, :, part] = found.unflatten(2, (query.shape[2], count))
     return output
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """Whole tiles of rows, on a CPU, without a mask over what a row sees or a copy of its keys.
+
+    A tile of C rows sees its own keys causally, the window - C keys before them all, of the C keys
+    before those each row one less, and the sinks. Each kind is one call for all tiles, on views;
+    their results are joined by the logarithms of their sums.
+
+    Attributes:
+        start: First row of the first tile, which sees all sinks behind a whole window.
+        stop: Row behind the last tile.
+        side: Rows of a tile.
+    """
+
+    start: int
+    stop: int
+    side: int
+    sinks: int
+    window: int
+
+    @classmethod
+    def of(cls, rows: int, sinks: int, window: int) -> _Tiles | None:
+        """None where there are too few rows, or too small a window, to pay."""
+        side = min(CHUNK, window)
+        start = -(-(window + sinks) // side) * side
+        stop = rows - rows % side
+        if side < SMALLEST_TILE or stop - start < 2 * side or _FLASH is None:
+            return None
+        return cls(start, stop, side, sinks, window)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        output: torch.Tensor,
+    ) -> None:
+        """Fill the tiles' rows of the output; all [head, row, channel]."""
+        side, count = self.side, (self.stop - self.start) // self.side
+        tiles = _windows(query, self.start, count, side, side)
+
+        def see(begin: int, length: int, step: int = side, **settings: Any) -> Part:
+            states = (_windows(t, begin, count, length, step) for t in (key, value))
+            return _flash(tiles, *states, scale=scale, **settings)
+
+        row = torch.arange(side)
+        least = query.new_zeros(side, side).masked_fill_(row <= row[:, None], float("-inf"))
+        parts = [see(self.start, side, causal=True)]
+        if self.window > side:
+            parts.append(see(self.start + side - self.window, self.window - side))
+        found, sums = see(self.start - self.window, side, mask=least)
+        found[:, :, -1], sums[:, :, -1] = 0.0, float("-inf")  # the last row sees none of these
+        parts.append((found, sums))
+        if self.sinks:
+            parts.append(see(0, self.sinks, step=0))
+        joined = _joined(parts).transpose(0, 1)
+        output[:, self.start : self.stop] = joined.flatten(1, 2)
+
+
+def causal(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Causal attention of whole prompts, [example, head, row, channel].
+
+    On a CPU, threads share out heads and rows in order, so that one of them gets the later, longer
+    rows of an odd head: then halves of the rows are taken as equals.
+    """
+    rows, threads = query.shape[2], torch.get_num_threads()
+    half = rows // 2
+    odd = len(query) * query.shape[1] % threads
+    if query.device.type != "cpu" or not odd or rows % 2 or half < CHUNK or _FLASH is None:
+        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+    output = torch.empty_like(query)
+    for example in range(len(query)):
+        halves = (_windows(t[example], 0, 2, half, half) for t in (query, key, value))
+        found, sums = _flash(*halves, scale=scale, causal=True)
+        output[example, :, :half] = found[0]
+        late = query[example : example + 1, :, half:]
+        early = (t[example : example + 1, :, :half] for t in (key, value))
+        before = _flash(late, *early, scale=scale)
+        output[example, :, half:] = _joined([(found[1:], sums[1:]), before])[0]
+    return output
+
+
+Part = tuple[torch.Tensor, torch.Tensor]
+"""An output, and by row the logarithm of the sum of its exponentials."""
+
+
+def _flash(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    mask: torch.Tensor | None = None,
+) -> Part:
+    assert _FLASH is not None
+    part: Part = _FLASH(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
+    return part
+
+
+def _joined(parts: list[Part]) -> torch.Tensor:
+    """The attention over the keys of all parts."""
+    sums = torch.stack([sums for _, sums in parts])
+    weights = (sums - sums.logsumexp(dim=0)).exp().unsqueeze(-1)
+    joined = parts[0][0] * weights[0]
+    for (output, _), weight in zip(parts[1:], weights[1:], strict=True):
+        joined += output * weight
+    return joined
+
+
+def _windows(states: torch.Tensor, start: int, count: int, length: int, step: int) -> torch.Tensor:
+    """A view [window, head, row, channel] of `length` rows every `step` rows."""
+    head, row, channel = states.stride()
+    return states.as_strided(
+        (count, states.shape[0], length, states.shape[2]),
+        (step * row, head, row, channel),
+        states.storage_offset() + start * row,
+    )
 
 
 def _mask(

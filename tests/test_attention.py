@@ -172,7 +172,7 @@ def test_huge_logits_in_bfloat16_stay_probabilities():
         scaling=1.0,
         softcap=None,
         sinks=None,
-        output=query.transpose(1, 2),
+        stock=lambda: (query.transpose(1, 2), None),
     )
     assert state(call) is call.output
     assert ((state.masses[0] >= 0) & (state.masses[0] <= 1 + 1e-5)).all()

@@ -211,6 +211,47 @@ def test_beams_choose_rows_of_the_compact_cache():
     assert torch.equal(plain, kept)
 
 
+@pytest.mark.parametrize(
+    ("rows", "chunk", "sinks", "window"),
+    [(300, 16, 3, 40), (300, 32, 0, 32), (301, 32, 50, 20), (257, 16, 5, 16), (90, 64, 4, 60)],
+)
+def test_tiles_equal_a_mask(rows, chunk, sinks, window, monkeypatch):
+    monkeypatch.setattr(banded, "CHUNK", chunk)
+    generator = torch.Generator().manual_seed(rows)
+    query = torch.randn(2, 2, 3, rows, 8, generator=generator)
+    key, value = (torch.randn(2, 4, rows, 8, generator=generator) for _ in range(2))
+    at = torch.arange(rows)
+    seen = banded.visible(at, at, sinks, window)
+    scores = 0.4 * query.double() @ key[:, [3, 1], None].double().transpose(-1, -2)
+    attention = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    expected = (attention @ value[:, [3, 1], None].double()).float()
+    settings = {"sinks": sinks, "window": window, "scale": 0.4, "groups": [3, 1]}
+    found = banded.banded(query, key, value, **settings)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    tiled = banded._Tiles.of(rows, sinks, window)
+    assert (tiled is None) == (rows == 90)
+    halved = banded.banded(*(t.bfloat16() for t in (query, key, value)), **settings)
+    torch.testing.assert_close(halved.float(), expected, atol=0.05, rtol=0.05)
+    monkeypatch.setattr(banded, "_FLASH", None)
+    assert banded._Tiles.of(rows, sinks, window) is None
+    without = banded.banded(query, key, value, **settings)
+    torch.testing.assert_close(without, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [64, 65])
+def test_an_odd_head_is_cut_in_halves(rows, monkeypatch):
+    monkeypatch.setattr(banded, "CHUNK", 16)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    query, key, value = torch.randn(
+        3, 1, 3, rows, 8, generator=torch.Generator().manual_seed(0)
+    ).unbind()
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query.double(), key.double(), value.double(), is_causal=True, scale=0.4
+    )
+    found = banded.causal(query, key, value, 0.4)
+    torch.testing.assert_close(found, expected.float(), atol=1e-5, rtol=1e-5)
+
+
 def test_flex_attention_sees_what_the_banded_kernel_sees():
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
