@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mmheads.banded import CompactLayer, Pair, banded, causal
+from mmheads.banded import OWNER, CompactLayer, Pair, banded, causal
 from mmheads.heads import Head, HeadSet
 from mmheads.models import VLM
 
@@ -425,8 +425,6 @@ class Streaming:
     sinks: int
     window: int
     fallback: str = ""
-    _compact: dict[int, tuple[CompactLayer, torch.Tensor]] = field(default_factory=dict)
-    """By layer, the cache that was updated last, and the keys that it gave to the attention."""
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
@@ -453,7 +451,11 @@ class Streaming:
     def again(self) -> Iterator[Streaming]:
         """Enter the same streaming again, for caches that were made of it."""
         with _attached(self.vlm, dict.fromkeys(self.layers, self)):
-            yield self
+            CompactLayer.streams += 1
+            try:
+                yield self
+            finally:
+                CompactLayer.streams -= 1
 
     def cache(self) -> DynamicCache:
         """An empty cache in which KV groups without a dense head keep sinks and window alone.
@@ -463,7 +465,7 @@ class Streaming:
         cache = DynamicCache(config=self.vlm.text_config)
         for layer in self.layers:
             open_, closed, _, _ = self._plan(layer)
-            cache.layers[layer] = _Announced(self._compact, layer, open_, closed, self)
+            cache.layers[layer] = CompactLayer(open_, closed, self.sinks, self.window)
         return cache
 
     def _plan(self, layer: int) -> tuple[list[int], list[int], list[int], list[int]]:
@@ -487,9 +489,11 @@ class Streaming:
                 f"layer {call.layer} of {self.vlm} has a bound on its scores, sink scores of its "
                 "own, or no causal mask; window heads are not known there"
             )
-        held, given = self._compact.pop(call.layer, (None, None))
-        if given is not call.key:
-            held = None
+        held: CompactLayer | None = getattr(call.key, OWNER, None)
+        if held is not None:
+            mine = (self._plan(call.layer)[0], self.sinks, self.window)
+            if (held.open, held.sinks, held.window) != mine:
+                raise ValueError("the cache drops other keys: make it with this context's `cache`")
         rows, keys = call.query.shape[2], call.key.shape[2]
         allowed = call.mask
         if allowed is not None and allowed.dtype != torch.bool:
@@ -532,7 +536,7 @@ class Streaming:
         else:
             end = first + rows if allowed is None else None
             whole = _taken((call.key[:, :, :end], call.value[:, :, :end]), open_)
-            band, gap, groups = (call.key, call.value), (0, 0), closed
+            band, gap, groups = (call.key[:, :, :end], call.value[:, :, :end]), (0, 0), closed
         window = partial(
             banded,
             sinks=self.sinks,
@@ -552,6 +556,8 @@ class Streaming:
             if rest:
                 groups = [of_head[head] for head in rest]
                 output[:, rest] = window(query[:, rest, None], *whole, groups=groups)[:, :, 0]
+        if held is not None:
+            held.band = None
         return output.transpose(1, 2).contiguous()
 
     def _full(
@@ -607,27 +613,6 @@ def _taken(pair: Pair, groups: list[int]) -> Pair:
     if groups == list(range(pair[0].shape[1])):
         return pair
     return pair[0][:, groups], pair[1][:, groups]
-
-
-class _Announced(CompactLayer):
-    """Tells the attention that follows which cache it stands in."""
-
-    def __init__(
-        self,
-        calls: dict[int, tuple[CompactLayer, torch.Tensor]],
-        layer: int,
-        open_: list[int],
-        closed: list[int],
-        streaming: Streaming,
-    ) -> None:
-        super().__init__(open_, closed, streaming.sinks, streaming.window)
-        self._calls, self._layer = calls, layer
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        self._calls[self._layer] = self, key_states
-        return super().update(key_states, value_states, *args, **kwargs)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ _FLASH: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_c
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 """Keys and values."""
+OWNER = "_mmheads_cache"
 
 
 def visible(rows: torch.Tensor, keys: torch.Tensor, sinks: int, window: int) -> torch.Tensor:
@@ -69,7 +70,8 @@ def banded(
     """
     rows = query.shape[3]
     plain = allowed is None and not first and gap[0] == gap[1]
-    tiles = _Tiles.of(rows, sinks, window) if plain and query.device.type == "cpu" else None
+    tiled = plain and query.device.type == "cpu" and not query.requires_grad
+    tiles = _Tiles.of(rows, sinks, window) if tiled else None
     if tiles is None and not (plain and query.is_cuda and rows > BLOCK):
         return _looped(query, key, value, sinks, window, scale, first, gap, allowed, groups)
     pair = (key, value) if groups is None else (key[:, groups], value[:, groups])
@@ -127,6 +129,7 @@ def _looped(
         if allowed is not None:
             seen = allowed[:, :, part].any(dim=2).any(dim=0)[0].nonzero()
             high = int(seen[-1]) + 1 if len(seen) else high
+            low = min(low, high - 1)
         early = min(sinks, low)
         if starts is not None:
             early = low = 0
@@ -223,7 +226,8 @@ def causal(
     rows, threads = query.shape[2], torch.get_num_threads()
     half = rows // 2
     odd = len(query) * query.shape[1] % threads
-    if query.device.type != "cpu" or not odd or rows % 2 or half < CHUNK or _FLASH is None:
+    whole = query.requires_grad or not odd or rows % 2 or half < CHUNK or _FLASH is None
+    if query.device.type != "cpu" or whole:
         return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
     output = torch.empty_like(query)
     for example in range(len(query)):
@@ -358,16 +362,21 @@ class CompactLayer(DynamicLayer):
 
     `keys` and `values` hold the open groups; `band` the keys and values of the others.
 
+    The keys that `update` gives carry the layer as their attribute `OWNER`.
+
     Attributes:
         open: KV groups that keep everything.
         closed: The others.
         sinks: First tokens that those keep.
         window: Last tokens that those keep.
         seen: Tokens so far.
-        gap: As in `banded`, of what `band` held in the last call.
+        gap: As in `banded`, of what `band` holds.
+        band: In a call behind the first, keys and values that the closed groups' rows may see.
     """
 
     is_croppable = False
+    streams = 0
+    """How many `stream` contexts are open."""
 
     def __init__(self, open_: list[int], closed: list[int], sinks: int, window: int) -> None:
         """An empty layer; see the attributes."""
@@ -381,22 +390,33 @@ class CompactLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take new tokens; gives them alone back, since groups hold unequal numbers of tokens."""
+        """Take new tokens; gives them alone back, since groups hold unequal numbers of tokens.
+
+        Raises:
+            ValueError: No heads stream now.
+        """
+        if not CompactLayer.streams:
+            raise ValueError("this cache drops keys: use it inside of `stream` alone")
         super().update(key_states[:, self.open], value_states[:, self.open])
-        new = key_states[:, self.closed], value_states[:, self.closed]
-        if self._kept is not None:
+        pair = key_states, value_states
+        if self._kept is None:
+            band = pair
+        else:
+            new = key_states[:, self.closed], value_states[:, self.closed]
             held = self._kept[0].shape[2]
-            kept = min(self.sinks, held)
-            self.gap = kept, self.seen - (held - kept)
-            self.band = (
+            early = min(self.sinks, held)
+            self.gap = early, self.seen - (held - early)
+            band = self.band = (
                 torch.cat([self._kept[0], new[0]], dim=2),
                 torch.cat([self._kept[1], new[1]], dim=2),
             )
-        else:
-            self.gap, self.band = (0, 0), new
         self.seen += key_states.shape[2]
-        self._kept = self._trimmed(self.band[0]), self._trimmed(self.band[1])
-        return key_states, value_states
+        kept = self._trimmed(band[0]), self._trimmed(band[1])
+        if band is pair:
+            kept = kept[0][:, self.closed], kept[1][:, self.closed]
+        self._kept = kept
+        setattr(key_states, OWNER, self)
+        return pair
 
     def _trimmed(self, states: torch.Tensor) -> torch.Tensor:
         if states.shape[2] <= self.sinks + self.window:
@@ -436,8 +456,9 @@ class CompactLayer(DynamicLayer):
         self._each(lambda states: states[beam_idx.to(states.device)])
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Raises ValueError: dropped keys cannot come back."""
-        raise ValueError("a cache that has dropped keys cannot be cut; prefill again")
+        """Raises ValueError, but for 0 tokens: dropped keys cannot come back."""
+        if tokens_to_remove:
+            raise ValueError("a cache that has dropped keys cannot be cut; prefill again")
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row of the batch."""

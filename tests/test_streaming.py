@@ -1,5 +1,7 @@
 """Sink and window heads against a mask a head, in prefill and decoding, in every family."""
 
+import copy
+
 import asking
 import families
 import numpy as np
@@ -199,6 +201,53 @@ def test_the_compact_cache_holds_what_it_says():
     assert (
         sum(layer.keys.nbytes + layer.values.nbytes for layer in plain.layers) == 90 * one * groups
     )
+
+
+def test_a_compact_cache_is_used_where_it_belongs():
+    vlm = asking.vlm("qwen3")
+    ids = torch.randint(10, 60, (2, 40), generator=torch.Generator().manual_seed(0))
+    dense = chosen(vlm)
+    with stream(vlm, dense, SINKS, WINDOW) as streaming:
+        whole = logits(vlm, {"input_ids": ids})
+        cache = streaming.cache()
+        logits(vlm, {"input_ids": ids[:, :30]}, past_key_values=cache)
+        for layer in cache.layers:
+            assert layer.band is None
+        copied = copy.deepcopy(cache)
+        for each in (cache, copied):
+            rest = logits(vlm, {"input_ids": ids[:, 30:]}, past_key_values=each)
+            torch.testing.assert_close(rest, whole[:, 30:], atol=1e-5, rtol=1e-5)
+    with stream(vlm, dense, SINKS, WINDOW + 1), pytest.raises(ValueError, match="other keys"):
+        logits(vlm, {"input_ids": ids[:, :1]}, past_key_values=cache)
+    with pytest.raises(ValueError, match=r"inside of `stream` alone"):
+        logits(vlm, {"input_ids": ids[:, :1]}, past_key_values=copied)
+
+
+def test_padding_longer_than_a_window_is_no_obstacle(monkeypatch):
+    monkeypatch.setattr(banded, "CHUNK", 5)
+    vlm = asking.vlm("qwen3")
+    ids = torch.randint(10, 60, (1, 50), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(50) < 20).long()[None]
+    for sinks in (SINKS, 0):
+        with stream(vlm, chosen(vlm), sinks, WINDOW):
+            padded = logits(vlm, {"input_ids": ids, "attention_mask": mask})
+            plain = logits(vlm, {"input_ids": ids[:, :20]})
+        torch.testing.assert_close(padded[:, :20], plain, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_are_those_of_a_mask_a_head(monkeypatch):
+    monkeypatch.setattr(banded, "CHUNK", 16)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    vlm = asking.vlm("qwen3")
+    ids = torch.randint(10, 60, (1, 80), generator=torch.Generator().manual_seed(0))
+    table = vlm.model.get_input_embeddings()(ids).detach()
+    found = []
+    for context in (masked(vlm, chosen(vlm), 2, 16), stream(vlm, chosen(vlm), 2, 16)):
+        embeddings = table.clone().requires_grad_()
+        with context:
+            vlm.model(inputs_embeds=embeddings).logits.square().mean().backward()
+        found.append(embeddings.grad)
+    torch.testing.assert_close(found[1], found[0], atol=1e-6, rtol=1e-4)
 
 
 def test_beams_choose_rows_of_the_compact_cache():
