@@ -638,11 +638,11 @@ def decode(
 
         with stream(vlm, dense, sinks, window) as streaming:
             groups, share = streaming.groups, streaming.heads
-        caches = {
-            STOCK: filled(DynamicCache()),
-            STREAMED: filled(DynamicCache()),
-            COMPACT: filled(streaming.cache()),
-        }
+            caches = {
+                STOCK: filled(DynamicCache()),
+                STREAMED: filled(DynamicCache()),
+                COMPACT: filled(streaming.cache()),
+            }
         held = {name: _cache_bytes(cache) for name, cache in caches.items()}
 
         @torch.no_grad()
