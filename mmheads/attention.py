@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -464,15 +465,25 @@ class Streaming:
         """
         cache = DynamicCache(config=self.vlm.text_config)
         for layer in self.layers:
-            open_, closed, _, _ = self._plan(layer)
+            open_, closed, _, _ = self._plans[layer]
             cache.layers[layer] = CompactLayer(open_, closed, self.sinks, self.window)
         return cache
 
+    @cached_property
+    def _dense(self) -> NDArray[np.bool_]:
+        """[layer, KV group, head of the group]."""
+        geometry = self.vlm.geometry
+        return self.dense.mask.reshape(geometry.layers, geometry.kv_groups, -1)
+
+    @cached_property
+    def _plans(self) -> dict[int, tuple[list[int], list[int], list[int], list[int]]]:
+        """By layer: KV groups with a dense head, others; dense heads, others of open groups."""
+        return {layer: self._plan(layer) for layer in self.layers}
+
     def _plan(self, layer: int) -> tuple[list[int], list[int], list[int], list[int]]:
-        """KV groups with a dense head, those without; dense heads, other heads of open groups."""
         geometry = self.vlm.geometry
         shared = geometry.heads // geometry.kv_groups
-        dense = self.dense.mask[layer].reshape(-1, shared)
+        dense = self._dense[layer]
         open_ = np.flatnonzero(dense.any(axis=1))
         heads = np.arange(geometry.heads).reshape(-1, shared)
         return (
@@ -491,7 +502,7 @@ class Streaming:
             )
         held: CompactLayer | None = getattr(call.key, OWNER, None)
         if held is not None:
-            mine = (self._plan(call.layer)[0], self.sinks, self.window)
+            mine = (self._plans[call.layer][0], self.sinks, self.window)
             if (held.open, held.sinks, held.window) != mine:
                 raise ValueError("the cache drops other keys: make it with this context's `cache`")
         rows, keys = call.query.shape[2], call.key.shape[2]
@@ -524,7 +535,7 @@ class Streaming:
     def _attend(
         self, call: _Call, allowed: torch.Tensor | None, first: int, held: CompactLayer | None
     ) -> torch.Tensor:
-        open_, closed, dense, rest = self._plan(call.layer)
+        open_, closed, dense, rest = self._plans[call.layer]
         query = call.query
         shared = query.shape[1] // call.key.shape[1]
         rows = query.shape[2]
@@ -592,7 +603,7 @@ class Streaming:
         The heads of a group are the rows of one call, so that keys are read once.
         """
         shared = call.query.shape[1] // call.key.shape[1]
-        dense = torch.from_numpy(self.dense.mask[call.layer]).unflatten(0, (-1, shared))[open_]
+        dense = torch.from_numpy(self._dense[call.layer][open_])
         mask = None if allowed is None else allowed[:, :1]
         if not dense.all():
             device = call.query.device

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 CHUNK = 128
 """Rows that share a slice of keys: larger chunks read keys that most of their rows do not see."""
@@ -354,6 +354,17 @@ def block_mask(length: int, sinks: int, window: int, device: str) -> BlockMask:
         BLOCK_SIZE=BLOCK,
         mask_mod=sees,
         seq_lengths=(length, length),
+    )
+
+
+def cache_bytes(cache: DynamicCache) -> int:
+    """Size of what a cache keeps."""
+    layers: list[Any] = cache.layers
+    return sum(
+        layer.bytes
+        if isinstance(layer, CompactLayer)
+        else int(layer.keys.nbytes + layer.values.nbytes)
+        for layer in layers
     )
 
 

@@ -46,7 +46,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mmheads import paths
 from mmheads.attention import Streaming, record_keys, record_mass, stream
-from mmheads.banded import CompactLayer
+from mmheads.banded import cache_bytes
 from mmheads.evidence import Prompt, Span, encode
 from mmheads.examples import Example
 from mmheads.heads import Head, HeadSet, ceil_share
@@ -552,6 +552,8 @@ def prefill(
     layer = dense.layers[0] if len(dense) else 0
     module, shape = vlm.attentions[layer], vlm.geometry
     channels = module.head_dim
+    with stream(vlm, dense, sinks, window) as streaming:
+        share = streaming.heads
     for length in tqdm(lengths, desc="prefill", leave=False, disable=not progress):
         generator = torch.Generator().manual_seed(length)
         ids = torch.randint(vlm.text_config.vocab_size, (1, length), generator=generator)
@@ -587,9 +589,6 @@ def prefill(
         table.insert(0, "scope", [scope for scope, _ in variants])
         table["variant"] = [name for _, name in variants]
         first = table.groupby("scope", sort=False)["seconds"].transform("first")
-        with _streamed(vlm, dense, sinks, window, "") as streaming:
-            share = streaming.heads
-            groups = streaming.groups
         table["speed_up"] = first / table["seconds"]
         limits = {
             "whole model": arithmetic_limit(vlm, length, share, sinks, window),
@@ -599,9 +598,7 @@ def prefill(
         table.insert(0, "tokens", length)
         tables.append(table)
     result = pd.concat(tables, ignore_index=True)
-    return result.assign(dense_heads=share, dense_groups=groups, sinks=sinks, window=window).assign(
-        **_conditions(vlm, repeats)
-    )
+    return result.assign(**_conditions(streaming, repeats))
 
 
 def decode(
@@ -631,19 +628,19 @@ def decode(
             cache: DynamicCache, generator: torch.Generator = generator, length: int = length
         ) -> DynamicCache:
             for layer, module in vlm.attentions.items():
-                states = torch.randn(1, shape.kv_groups, length, module.head_dim)
+                size = (1, shape.kv_groups, length, module.head_dim)
+                states = torch.randn(size, generator=generator)
                 states = states.to(module.o_proj.weight)
                 cache.update(states, states, layer)
             return cache
 
         with stream(vlm, dense, sinks, window) as streaming:
-            groups, share = streaming.groups, streaming.heads
             caches = {
                 STOCK: filled(DynamicCache()),
                 STREAMED: filled(DynamicCache()),
                 COMPACT: filled(streaming.cache()),
             }
-        held = {name: _cache_bytes(cache) for name, cache in caches.items()}
+        held = {name: cache_bytes(cache) for name, cache in caches.items()}
 
         @torch.no_grad()
         def steps(
@@ -665,18 +662,7 @@ def decode(
         table.insert(0, "tokens", length)
         tables.append(table)
     result = pd.concat(tables, ignore_index=True)
-    return result.assign(dense_heads=share, dense_groups=groups, sinks=sinks, window=window).assign(
-        **_conditions(vlm, repeats)
-    )
-
-
-def _cache_bytes(cache: DynamicCache) -> int:
-    total = 0
-    for layer in cache.layers:
-        held: Any = layer
-        compact = isinstance(layer, CompactLayer)
-        total += held.bytes if compact else held.keys.nbytes + held.values.nbytes
-    return total
+    return result.assign(**_conditions(streaming, repeats))
 
 
 def _streamed(
@@ -688,8 +674,13 @@ def _streamed(
     return stream(vlm, dense, sinks, window, fallback=fallback)
 
 
-def _conditions(vlm: VLM, repeats: int) -> dict[str, Any]:
+def _conditions(streaming: Streaming, repeats: int) -> dict[str, Any]:
+    vlm = streaming.vlm
     return {
+        "dense_heads": streaming.heads,
+        "dense_groups": streaming.groups,
+        "sinks": streaming.sinks,
+        "window": streaming.window,
         "runs": repeats,
         "model": vlm.model_id,
         "dtype": str(vlm.model.dtype).removeprefix("torch."),

@@ -16,6 +16,7 @@ import torch
 from transformers import DynamicCache
 
 from mmheads.attention import up_to
+from mmheads.banded import cache_bytes
 from mmheads.evidence import GRIDS, Prompt, common_prefix, encode
 from mmheads.examples import Example
 from mmheads.models import VLM
@@ -87,8 +88,7 @@ class Prefix:
     @property
     def bytes(self) -> int:
         """Size of the cache."""
-        layers: list[Any] = self.cache.layers
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+        return cache_bytes(self.cache)
 
     def alone(self, prompt: Prompt, device: str = "") -> Prefix:
         """The context without the first prompt's question, its cache on a device.

@@ -136,19 +136,17 @@ class Ranking:
             top: How many candidates to show.
         """
         table = self.table().drop_duplicates("candidate")
-        table = table[table["candidate"].isin(list(self.heat))].head(top)
-        shown = table["candidate"].tolist()
+        shown = table[table["candidate"].isin(list(self.heat))].head(top).to_dict("records")
         if not shown:
             raise ValueError("no candidate has an image whose tokens have a place on it")
         figure = Figure(figsize=(3.2 * len(shown), 4.4), dpi=120, layout="constrained")
         figure.suptitle(f"{self.question}\n(window of {self.window} candidates)", fontsize=9)
-        limit = max(self.heat[candidate][1].max() for candidate in shown)
-        for candidate, axis in zip(
-            shown, figure.subplots(1, len(shown), squeeze=False)[0], strict=True
-        ):
-            image = images[candidate]()
+        limit = max(self.heat[row["candidate"]][1].max() for row in shown)
+        axes = figure.subplots(1, len(shown), squeeze=False)[0]
+        for row, axis in zip(shown, axes, strict=True):
+            image = images[row["candidate"]]()
             axis.imshow(image)
-            boxes, values = self.heat[candidate]
+            boxes, values = self.heat[row["candidate"]]
             axis.imshow(
                 _raster(boxes, values, image.size),
                 extent=(0, image.width, image.height, 0),
@@ -158,7 +156,6 @@ class Ranking:
                 alpha=0.5,
             )
             axis.set_axis_off()
-        for axis, row in zip(figure.axes, table.to_dict("records"), strict=True):
             axis.set_title(f"{row['rank']}: page {row['candidate'] + 1}, {row['score']:+.4f}")
         return figure
 
