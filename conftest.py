@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mmheads import paths, published
-from mmheads.heads import HeadScores
+from mmheads.scores import HeadScores
 
 RELEASED = published.complete_folder()
 """The folder with all the released scores, if there is one: tests never download."""

@@ -16,33 +16,40 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mmheads import paths
-from mmheads.attention import ablate, gate, stream
-from mmheads.evidence import Prompt, encode
+from mmheads.attention.interventions import ablate
 from mmheads.examples import Example
 from mmheads.heads import HeadSet
 from mmheads.metrics import Metric, same
 from mmheads.models import VLM
 from mmheads.prefix import on_device
-from mmheads.statistics import bootstrap_interval, holm, paired_difference
+from mmheads.prompts import Prompt, encode
+from mmheads.streaming.heads import stream
 
 WHOLE = "none"
 """The masking that takes no head out."""
+
+
 TOKENS_A_BATCH = {"cpu": 2048, "cuda": 8192}
 """By kind of device: on a CPU, smaller batches stay in its cache."""
+
+
 FORMAT = 1
 """To be raised when the same ablation gives other answers: kept ones are then computed again."""
+
+
 BLOCK = 32
 """Examples in memory at a time: a hundred long documents do not fit together."""
+
+
 SAVE_EVERY = 60.0
 """Seconds between saves of a long run."""
+
 
 Maskings = Mapping[str, HeadSet | Sequence[HeadSet]]
 
@@ -200,7 +207,7 @@ def _answered(
                 wanted.sort(key=lambda one: order[id(one[2])])
             todo = {k: (example, heads) for k, example, heads in wanted if k not in kept.answers}
             bar.total = bar.n + len(todo)
-            for rows in _batches(vlm, todo, batch_tokens or _batch_tokens(vlm), together):
+            for rows in _batches(vlm, todo, batch_tokens or default_batch_tokens(vlm), together):
                 with changed(rows):
                     given = _generate(vlm, [row.prompt for row in rows], max_new_tokens)
                 kept.add({row.key: text for row, text in zip(rows, given, strict=True)})
@@ -229,147 +236,6 @@ def _answered(
     return pd.DataFrame(table)
 
 
-def effects(
-    table: pd.DataFrame,
-    by: Sequence[str] = ("task",),
-    *,
-    against: str = WHOLE,
-    seed: int = 0,
-    family: int = 0,
-) -> pd.DataFrame:
-    """What each masking does to the score, in pairs with the whole model -> a row a comparison.
-
-    The unit is a haystack: examples that differ in the depth of their needle alone share it, and
-    draws are averaged, so that what is said of random sets is said of these draws. Intervals are
-    95% bootstrap intervals over units; p is that of a sign-flip test, adjusted by Holm over the
-    comparisons of the table.
-
-    Args:
-        table: What `answer` gave.
-        by: Columns to compare within.
-        against: The masking to compare with.
-        seed: Seed of bootstrap and test.
-        family: Number of comparisons for Holm's adjustment, if this table is a part of a figure;
-            the others then count as if their p were 1.
-
-    Raises:
-        ValueError: Fewer than two units in a cell, or no row of the masking to compare with.
-    """
-    if against not in set(table["masking"]):
-        raise ValueError(f"the table has no masking {against!r} to compare with")
-    rows = []
-    for cell, group in table.groupby(list(by), sort=False):
-        units = group.groupby(["masking", "seed"], sort=False)["score"].mean()
-        reference = units[against]
-        for name in group["masking"].unique():
-            values = units[name].loc[reference.index].to_numpy()
-            value = bootstrap_interval(values, seed=seed)
-            part = group[group["masking"] == name]
-            row = dict(zip(by, cell, strict=True)) | {
-                "masking": name,
-                "heads": int(part["heads"].max()),
-                "draws": part["draw"].nunique(),
-                "score": value.value,
-                "low": value.low,
-                "high": value.high,
-                "n": value.n,
-            }
-            if name != against:
-                change = paired_difference(values, reference.to_numpy(), seed=seed)
-                row |= {
-                    "change": change.value,
-                    "change_low": change.low,
-                    "change_high": change.high,
-                    "p": change.p,
-                }
-            rows.append(row)
-    result = pd.DataFrame(rows)
-    compared = result["masking"] != against
-    if compared.any():
-        p = result.loc[compared, "p"].to_numpy()
-        padded = np.concatenate([p, np.ones(max(0, family - len(p)))])
-        result.loc[compared, "p_holm"] = holm(padded)[: len(p)]
-    return result
-
-
-def gate_gradients(
-    vlm: VLM, examples: Iterable[Example], *, progress: bool = True
-) -> NDArray[np.float32]:
-    """First-order estimate of what each head does for the answer -> [example, layer, head], nats.
-
-    The gradient of the right answer's log-odds (see `log_odds`) with respect to a factor of 1 on
-    the head's output: to first order, what is lost when the head is ablated (mode "zero"). One
-    forward and backward pass an example gives all heads.
-
-    Raises:
-        ValueError: No example, or one without an answer.
-    """
-    found = []
-    shape = (1, vlm.geometry.layers, vlm.geometry.heads)
-    for example in tqdm(examples, desc="gates", disable=not progress, leave=False):
-        gates = torch.ones(shape, device=vlm.device, requires_grad=True)
-        with torch.enable_grad(), gate(vlm, gates):
-            odds = log_odds(vlm, encode(vlm, example))
-        (slope,) = torch.autograd.grad(odds.sum(), gates)
-        found.append(slope[0].float().cpu().numpy())
-    if not found:
-        raise ValueError("there is no example to differentiate")
-    return np.stack(found)
-
-
-def single_head_effects(
-    vlm: VLM,
-    examples: Iterable[Example],
-    *,
-    batch_tokens: int = 0,
-    progress: bool = True,
-) -> NDArray[np.float32]:
-    """What the right answer loses when one head is ablated -> [example, layer, head], nats.
-
-    The fall of the right answer's log-odds (see `log_odds`) under the mode "zero": as many forward
-    passes as heads, and one.
-
-    Raises:
-        ValueError: No example, or one without an answer.
-    """
-    found = []
-    layers, width = vlm.geometry.layers, vlm.geometry.heads
-    gates = torch.ones(layers * width + 1, layers, width, device=vlm.device)
-    for index in range(layers * width):
-        gates[index + 1, index // width, index % width] = 0
-    for example in tqdm(examples, desc="heads", disable=not progress, leave=False):
-        prompt = encode(vlm, example)
-        values = []
-        for part in gates.split(max(1, (batch_tokens or _batch_tokens(vlm)) // len(prompt))):
-            with torch.no_grad(), gate(vlm, part):
-                values.append(log_odds(vlm, prompt, len(part)).cpu())
-        whole, *without = torch.cat(values).tolist()
-        found.append(whole - np.array(without, np.float32).reshape(layers, width))
-    if not found:
-        raise ValueError("there is no example to ablate heads on")
-    return np.stack(found)
-
-
-def log_odds(vlm: VLM, prompt: Prompt, rows: int = 1) -> torch.Tensor:
-    """[row] log p / (1 - p) of the first token of the right answer, of equal rows of a batch.
-
-    Unlike log p, it does not saturate where the model is sure.
-
-    Raises:
-        ValueError: The example has no answer.
-    """
-    wanted = prompt.example.answer
-    ids = vlm.tokenizer(wanted, add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise ValueError(f"the answer {wanted!r} of an example has no token")
-    inputs = _stacked([prompt] * rows)
-    logits = vlm.model(**on_device(vlm, inputs), use_cache=False, logits_to_keep=1).logits
-    logits = logits[:, -1].float()
-    others = torch.arange(logits.shape[1], device=logits.device) != ids[0]
-    odds: torch.Tensor = logits[:, ids[0]] - logits[:, others].logsumexp(-1)
-    return odds
-
-
 def _sets(maskings: Maskings, whole: HeadSet) -> dict[tuple[str, int], HeadSet]:
     """Sets of heads by name and draw, that of the whole model first."""
     found = {(WHOLE, 0): whole}
@@ -381,7 +247,8 @@ def _sets(maskings: Maskings, whole: HeadSet) -> dict[tuple[str, int], HeadSet]:
     return found
 
 
-def _batch_tokens(vlm: VLM) -> int:
+def default_batch_tokens(vlm: VLM) -> int:
+    """Prompt tokens per batch on the model's device."""
     return TOKENS_A_BATCH.get(vlm.device.type, TOKENS_A_BATCH["cuda"])
 
 
@@ -415,13 +282,14 @@ def _shapes(prompt: Prompt) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape[1:]) for name, value in prompt.inputs.items()}
 
 
-def _stacked(prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
+def stacked(prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
+    """Model inputs of prompts of one shape as one batch."""
     return {name: torch.cat([p.inputs[name] for p in prompts]) for name in prompts[0].inputs}
 
 
 @torch.no_grad()
 def _generate(vlm: VLM, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
-    inputs = on_device(vlm, _stacked(prompts))
+    inputs = on_device(vlm, stacked(prompts))
     tokens = vlm.model.generate(
         **inputs,
         max_new_tokens=max_new_tokens,

@@ -47,15 +47,15 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mmheads import paths
-from mmheads.attention import Streaming, record_keys, record_mass, stream
-from mmheads.banded import cache_bytes
-from mmheads.evidence import Prompt, Span, encode
+from mmheads.attention import record_keys, record_mass
 from mmheads.examples import Example
 from mmheads.heads import Head, HeadSet, ceil_share
 from mmheads.models import VLM
 from mmheads.prefix import on_device
+from mmheads.prompts import Prompt, Span, encode
 from mmheads.retrieval import DocumentIndex
 from mmheads.scoring import score_prompt
+from mmheads.streaming import Streaming, cache_bytes, stream
 from mmheads.tasks.pages import CELL
 from mmheads.zoo import architectures
 

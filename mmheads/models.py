@@ -34,7 +34,8 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils.import_utils import is_torchvision_available
 
 from mmheads import paths
-from mmheads.heads import Head, HeadGeometry, HeadSet, Provenance
+from mmheads.heads import Head, HeadGeometry, HeadSet
+from mmheads.scores import Provenance
 
 _LIBRARIES = ("mmheads", "torch", "transformers")
 

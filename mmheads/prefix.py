@@ -16,10 +16,10 @@ import torch
 from transformers import DynamicCache
 
 from mmheads.attention import up_to
-from mmheads.banded import cache_bytes
-from mmheads.evidence import GRIDS, Prompt, common_prefix, encode
 from mmheads.examples import Example
 from mmheads.models import VLM
+from mmheads.prompts import GRIDS, Prompt, common_prefix, encode
+from mmheads.streaming import cache_bytes
 
 _KNOWN = {
     *("input_ids", "inputs_embeds", "position_ids", "attention_mask", "past_key_values"),

@@ -20,7 +20,8 @@ import pooch
 from tqdm import tqdm
 
 from mmheads import paths
-from mmheads.heads import Head, HeadGeometry, HeadScores, Provenance, head_names
+from mmheads.heads import Head, HeadGeometry, head_names
+from mmheads.scores import HeadScores, Provenance
 
 COMMIT = "126112d6936b55f0ce7bc884ee4c87e567d89895"
 RELEASE = f"ab-cli/MMRetHead@{COMMIT}"

@@ -1,19 +1,15 @@
 """Score every head of a model: how much attention goes from the question to the evidence.
 
-    python -m mmheads.scoring --model data/models/tiny-qwen3-vl-m --examples examples.jsonl
-
 Definitions: paper A (arXiv 2605.27243, Sec. 3) for the retrieval score and its calibration by a
 null question; paper B (arXiv 2606.05843) for Retrieval Attention Mass (RAM).
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import json
 import re
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
@@ -23,14 +19,16 @@ from typing import Any, Protocol
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from mmheads import examples as example_files
-from mmheads import figures, paths
-from mmheads.attention import record_mass
-from mmheads.evidence import (
+from mmheads import paths
+from mmheads.attention.recording import record_mass
+from mmheads.examples import Example
+from mmheads.heads import head_names
+from mmheads.models import VLM
+from mmheads.prefix import Prefix, prefill
+from mmheads.prompts import (
     NULL_QUESTION,
     Prompt,
     encode,
@@ -38,10 +36,7 @@ from mmheads.evidence import (
     shuffled_question,
     with_question,
 )
-from mmheads.examples import Example
-from mmheads.heads import HeadScores, Provenance, head_names
-from mmheads.models import VLM, load
-from mmheads.prefix import Prefix, prefill
+from mmheads.scores import HeadScores, Provenance
 from mmheads.tasks import needles
 
 QUANTITIES = {
@@ -54,8 +49,14 @@ QUANTITIES = {
     "shuffled": "attention to the evidence when the question's words are shuffled",
 }
 """What `score_heads` records beside the calibrated score: means over question tokens."""
+
+
 NULL_IMAGES = ("pixels", "placeholders")
+
+
 ROUNDING = 1e-5
+
+
 SAVE_EVERY = 60.0
 """Seconds between saves of a long run."""
 
@@ -434,47 +435,3 @@ def _collect(vlm: VLM, scored: list[_Scored], provenance: Provenance) -> HeadSco
         quantities=quantities,
         provenance=provenance,
     )
-
-
-def _picture(scores: HeadScores) -> Figure:
-    figure = Figure(figsize=(figures.COLUMN, figures.COLUMN), dpi=200, layout="constrained")
-    axis = figure.subplots()
-    axis.set_title(f"{scores.provenance.model}, n = {len(scores.values)}")
-    image = figures.heat_map(axis, scores.mean)
-    figure.colorbar(image, label="calibrated retrieval score")
-    return figure
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """`python -m mmheads.scoring`: score a user's own examples, write tables and a heat map."""
-    parser = argparse.ArgumentParser(prog="python -m mmheads.scoring", description=__doc__)
-    parser.add_argument("--model", required=True, help="folder, or name on the hub")
-    parser.add_argument("--examples", required=True, help="a .jsonl file, or a folder with one")
-    parser.add_argument("--out", default="", help="folder of the results, default runs/scores")
-    parser.add_argument("--device", default="", help="cpu, cuda:0 or auto")
-    parser.add_argument("--fraction", type=float, default=0.05, help="share of heads to list")
-    args = parser.parse_args(arguments)
-    try:
-        vlm = load(args.model, device=args.device)
-        given = example_files.read(args.examples)
-        out = scores_folder(args.out)
-        stem = out / f"{Path(vlm.model_id).name}-{Path(args.examples).stem}"
-        scores = score_heads(vlm, given, path=stem.with_suffix(".parquet"))
-        with paths.write_whole(stem.with_suffix(".csv")) as path:
-            scores.table().to_csv(path, index=False)
-        with paths.write_whole(stem.with_suffix(".json")) as path:
-            path.write_text(json.dumps(scores.released_format()))
-        with paths.write_whole(stem.with_suffix(".png")) as path:
-            _picture(scores).savefig(path)
-        top = scores.top(args.fraction)
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    for head in top:
-        print(f"{head!s:>8}  {scores.mean[head]:+.4f}")
-    print(f"{len(given)} examples; {stem}.parquet, .csv, .json, .png")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

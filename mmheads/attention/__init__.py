@@ -1,0 +1,23 @@
+"""Record where heads look, ablate them, and measure what a change of their output does.
+
+One attention function is registered beside the stock ones (`hook`). Recording (`recording`) and
+interventions (`interventions`) are attached to it layer by layer, inside of a `with` block.
+"""
+
+from mmheads.attention.hook import check_heads, up_to
+from mmheads.attention.interventions import MODES, WHEN, ablate, gate, mean_outputs
+from mmheads.attention.recording import KeyRecording, Recording, record_keys, record_mass
+
+__all__ = [
+    "MODES",
+    "WHEN",
+    "KeyRecording",
+    "Recording",
+    "ablate",
+    "check_heads",
+    "gate",
+    "mean_outputs",
+    "record_keys",
+    "record_mass",
+    "up_to",
+]

@@ -1,0 +1,204 @@
+"""The attention function that is registered beside the stock ones, and how work is attached to it.
+
+It is registered once under a neutral name and switched on only for the language model. It gives
+what the stock attention gives, so that logits do not change by one bit, and hands each layer's
+queries, keys and values to whatever is attached to that layer.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from mmheads.heads import HeadSet
+from mmheads.models import VLM
+
+_NAMES = {"sdpa": "mmheads", "eager": "mmheads_eager"}
+"""By stock attention, the name of ours on top of it: masks are made by name."""
+
+
+_STATE = "_mmheads"
+"""Attribute of an attention module that says what to do there."""
+
+
+WORKING_SET = 64 << 20
+"""Bytes that the scores of a layer may take at a time."""
+
+
+@dataclass(eq=False)
+class Call:
+    """One layer's attention in one forward call.
+
+    Attributes:
+        layer: Its number.
+        query: [example, head, row, channel].
+        key: [example, KV group, key, channel].
+        value: Like `key`.
+        mask: [example, 1 or head, row, key] bool or a number to add; None where every row sees
+            the keys up to its own, or `causal` is False and it sees all.
+        causal: See `mask`.
+        scaling: Factor on the scores.
+        softcap: Bound of the scores, if any.
+        sinks: [head] score of a key that takes attention and gives nothing, if any.
+        stock: Runs the stock attention -> its output, and its weights where it gives them.
+    """
+
+    layer: int
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+    causal: bool
+    scaling: float
+    softcap: float | None
+    sinks: torch.Tensor | None
+    stock: Callable[[], tuple[torch.Tensor, torch.Tensor | None]]
+    weights: torch.Tensor | None = None
+
+    @cached_property
+    def output(self) -> torch.Tensor:
+        """[example, row, head, channel] what the stock attention gives."""
+        output, self.weights = self.stock()
+        return output
+
+    def allowed(self, rows: torch.Tensor) -> torch.Tensor | None:
+        """[example, 1 or head, row, key] for rows by index; None where all is allowed."""
+        keys, device = self.key.shape[2], self.query.device
+        rows = rows.to(device)
+        if self.mask is not None:
+            mask = self.mask[..., :keys].expand(len(self.query), -1, -1, -1)
+            index = rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1])
+            return mask.gather(2, index)
+        if self.causal and self.query.shape[2] > 1:
+            return torch.arange(keys, device=device) <= rows[:, None, :, None]
+        return None
+
+
+_State = Callable[[Call], torch.Tensor]
+"""What is done in a layer -> [example, row, head, channel], the heads' output."""
+
+
+@contextmanager
+def up_to(vlm: VLM, layer: int) -> Iterator[None]:
+    """End a forward call inside at the attention of a layer: enough to fill the cache so far."""
+
+    def stop(call: Call) -> torch.Tensor:
+        raise EnoughError
+
+    with suppress(EnoughError), attached(vlm, {layer: stop}):
+        yield
+
+
+class EnoughError(Exception):
+    """Ends a forward call that has given what was wanted."""
+
+
+def check_heads(vlm: VLM, sets: Sequence[HeadSet], what: str) -> None:
+    """Raise ValueError if heads are of another model; `what` says what they were meant for."""
+    for chosen in sets:
+        of_other = chosen.model and vlm.model_id and chosen.model != vlm.model_id
+        if of_other or chosen.geometry != vlm.geometry:
+            raise ValueError(
+                f"heads of {chosen.model or 'a model'} with {chosen.geometry} cannot be {what} in "
+                f"{vlm} with {vlm.geometry}"
+            )
+
+
+@contextmanager
+def attached(vlm: VLM, states: Mapping[int, _State]) -> Iterator[None]:
+    """Switch the language model to our attention, with something to do in some layers."""
+    config = vlm.text_config
+    stock = config._attn_implementation
+    if stock in _NAMES.values():
+        raise ValueError(
+            f"{vlm} is inside another `record_mass`, `ablate` or `gate`; leave that one first"
+        )
+    if stock not in _NAMES:
+        raise ValueError(
+            f"{vlm} runs on the attention {stock!r}; load it with one of "
+            f"{', '.join(map(repr, _NAMES))}"
+        )
+    _switch(vlm, _NAMES[stock])
+    try:
+        for layer, state in states.items():
+            setattr(vlm.attentions[layer], _STATE, state)
+        yield
+    finally:
+        for module in vlm.attentions.values():
+            module.__dict__.pop(_STATE, None)
+        _switch(vlm, stock)
+
+
+def _switch(vlm: VLM, name: str) -> None:
+    config = vlm.model.config
+    if vlm.is_text_only:
+        vlm.model.set_attn_implementation(name)
+        return
+    key = next(key for key in config.sub_configs if getattr(config, key) is vlm.text_config)
+    vlm.model.set_attn_implementation({key: name})
+
+
+def _attention(base: str) -> Any:
+    def attend(
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        is_causal: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        stock = ALL_ATTENTION_FUNCTIONS.get_interface(base, _eager(module))
+        settings = dict(kwargs) if is_causal is None else {**kwargs, "is_causal": is_causal}
+
+        def attended() -> tuple[torch.Tensor, torch.Tensor | None]:
+            given: tuple[torch.Tensor, torch.Tensor | None] = stock(
+                module,
+                query,
+                key,
+                value,
+                attention_mask,
+                scaling=scaling,
+                dropout=dropout,
+                **settings,
+            )
+            return given
+
+        state: _State | None = getattr(module, _STATE, None)
+        if state is None:
+            return attended()
+        if kwargs.get("position_bias") is not None:
+            raise ValueError("attention with a position bias is not known here")
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        scale = scaling or query.shape[-1] ** -0.5
+        call = Call(
+            module.layer_idx,
+            *(query, key, value, attention_mask, causal, scale),
+            kwargs.get("softcap"),
+            kwargs.get("s_aux"),
+            attended,
+        )
+        return state(call), call.weights
+
+    return attend
+
+
+def _eager(module: Any) -> Any:
+    """The eager attention of the module's own modelling file."""
+    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+
+
+for _base, _name in _NAMES.items():
+    AttentionInterface.register(_name, _attention(_base))
+    AttentionMaskInterface.register(_name, ALL_MASK_ATTENTION_FUNCTIONS[_base])

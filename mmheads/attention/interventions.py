@@ -1,0 +1,162 @@
+"""Take heads out of a model, replace their output, or weigh it by a gate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mmheads.attention.hook import WORKING_SET, Call, attached, check_heads
+from mmheads.attention.recording import stacked
+from mmheads.heads import HeadSet
+from mmheads.models import VLM
+
+MODES = ("zero", "mean", "uniform")
+
+
+WHEN = ("both", "prefill", "decode", "answer")
+
+
+@contextmanager
+def ablate(
+    vlm: VLM,
+    heads: HeadSet | Sequence[HeadSet],
+    mode: str = "zero",
+    when: str = "both",
+    *,
+    means: torch.Tensor | None = None,
+) -> Iterator[None]:
+    """Take heads out of the model, in every forward call inside, also those of `generate`.
+
+    With an empty set, nothing changes by one bit. The model is as before at exit, also after an
+    exception.
+
+    Args:
+        vlm: The model.
+        heads: For all rows of a batch, or a set for each row.
+        mode: "zero": attention weights after the softmax, and so the head's output, are zero
+            (paper A, Sec. 5). "mean": the output is that of `means`. "uniform": the weights are
+            equal over the keys that the head may see.
+        when: For which tokens: "prefill" is a call with several, "decode" one with a single token,
+            "answer" the tokens that an answer's tokens are predicted at: the last of the prompt
+            (padded on the left, if at all) and those decoded.
+        means: [layer, head, channel] for the mode "mean": see `mean_outputs`.
+
+    Raises:
+        ValueError: An unknown mode or time, heads of another model, means where none are used or
+            none where they are, or another number of sets than rows in a batch.
+    """
+    if mode not in MODES or when not in WHEN:
+        raise ValueError(f"mode {mode!r}, when {when!r}; expected one of {MODES}, one of {WHEN}")
+    if (means is None) == (mode == "mean"):
+        raise ValueError(f"mode {mode!r} with {'no' if means is None else 'given'} means")
+    sets = [heads] if isinstance(heads, HeadSet) else list(heads)
+    check_heads(vlm, sets, "ablated")
+    masks = torch.from_numpy(np.stack([chosen.mask for chosen in sets]))
+    state = _Ablation(masks, mode, when, means)
+    layers = masks.any(dim=(0, 2)).nonzero()[:, 0].tolist()
+    with attached(vlm, dict.fromkeys(layers, state)):
+        yield
+
+
+@dataclass(eq=False)
+class _Ablation:
+    """What `ablate` does in a layer; heads [row of the batch or 1, layer, head] bool."""
+
+    heads: torch.Tensor
+    mode: str
+    when: str
+    means: torch.Tensor | None
+
+    def __call__(self, call: Call) -> torch.Tensor:
+        output = call.output
+        here = self.heads[:, call.layer].to(output.device)
+        if len(here) not in (1, len(output)):
+            raise ValueError(f"{len(here)} head sets for a batch of {len(output)} rows")
+        decoding = output.shape[1] == 1
+        rows = slice(-1, None) if self.when == "answer" else slice(None)
+        if self.when == ("prefill" if decoding else "decode"):
+            return output
+        if self.mode == "zero" and self.when != "answer":
+            return output.masked_fill(here[:, None, :, None], 0.0)
+        if self.mode == "zero":
+            instead = output.new_zeros(())
+        elif self.means is not None:
+            instead = self.means[call.layer].to(output)
+        else:
+            instead = _uniform(call, rows).to(output.dtype)
+        changed = output.clone()
+        changed[:, rows] = torch.where(here[:, None, :, None], instead, output[:, rows])
+        return changed
+
+
+def _uniform(call: Call, rows: slice) -> torch.Tensor:
+    """[example, row, head, channel] mean of the values that each row may see."""
+    count, values = call.query.shape[2], call.value.float()
+    shared = call.query.shape[1] // values.shape[1]
+    index = torch.arange(count, device=values.device)[rows].expand(len(values), -1)
+    if call.mask is None and call.causal and count > 1:
+        seen = index + 1
+        means = values[:, :, :count].cumsum(dim=2)[:, :, rows] / seen[:, None, :, None]
+        return means.repeat_interleave(shared, dim=1).transpose(1, 2)
+    values = values.repeat_interleave(shared, dim=1)
+    block = max(1, WORKING_SET // (4 * values.shape[1] * values.shape[2] * len(values)))
+    parts = []
+    for some in index.split(block, dim=1):
+        allowed = call.allowed(some)
+        if allowed is None:
+            parts.append(values.mean(dim=2, keepdim=True).expand(-1, -1, some.shape[1], -1))
+            continue
+        if allowed.dtype != torch.bool:
+            allowed = allowed > torch.finfo(allowed.dtype).min / 2
+        weights = allowed / allowed.sum(dim=-1, keepdim=True).clamp(min=1)
+        parts.append(weights @ values)
+    return torch.cat(parts, dim=2).transpose(1, 2)
+
+
+@contextmanager
+def mean_outputs(vlm: VLM) -> Iterator[Callable[[], torch.Tensor]]:
+    """Average what each head gives over all tokens of all calls inside, for the mode "mean".
+
+    Yields a function that gives the means [layer, head, channel], float32, on the CPU. Padding
+    counts as tokens: run prompts of one length, or one by one.
+    """
+    sums: dict[int, torch.Tensor] = {}
+    counts: dict[int, int] = {}
+    layers = vlm.geometry.layers
+
+    def add(call: Call) -> torch.Tensor:
+        total = call.output.detach().double().sum(dim=(0, 1)).cpu()
+        sums[call.layer] = sums.get(call.layer, 0) + total
+        counts[call.layer] = counts.get(call.layer, 0) + call.output[..., 0, 0].numel()
+        return call.output
+
+    def means() -> torch.Tensor:
+        found = {layer: total / counts[layer] for layer, total in sums.items()}
+        return stacked({layer: mean[None].float() for layer, mean in found.items()}, layers)[0]
+
+    with attached(vlm, dict.fromkeys(vlm.attentions, add)):
+        yield means
+
+
+@contextmanager
+def gate(vlm: VLM, gates: torch.Tensor) -> Iterator[None]:
+    """Multiply each head's output by its gate [row of the batch, layer, head].
+
+    A gate of 1 changes nothing; the gradient at 1 is the first-order effect of a head.
+
+    Raises:
+        ValueError: Gates of another shape than the model's heads.
+    """
+    shape = (vlm.geometry.layers, vlm.geometry.heads)
+    if gates.ndim != 3 or gates.shape[1:] != shape:
+        raise ValueError(f"gates have shape {tuple(gates.shape)}, expected [row, {shape}]")
+
+    def multiply(call: Call) -> torch.Tensor:
+        return call.output * gates[:, call.layer].to(call.output)[:, None, :, None]
+
+    with attached(vlm, dict.fromkeys(vlm.attentions, multiply)):
+        yield

@@ -1,0 +1,244 @@
+"""Record where the rows of a forward pass look, from the queries and keys that the model used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import product
+
+import torch
+
+from mmheads.attention.hook import WORKING_SET, Call, EnoughError, attached, check_heads
+from mmheads.heads import Head, HeadSet
+from mmheads.models import VLM
+
+
+@dataclass(eq=False)
+class Recording:
+    """Where the rows of one forward call look, filled layer by layer.
+
+    Attributes:
+        rows: [example, row] rows of the call, by index; -1 is padding.
+        weights: [example, key, span] share of each key that belongs to each span.
+        text: [example, key] keys over which the entropy is taken.
+        masses: By layer: [example, head, row, span] attention to the span, float32.
+        entropies: By layer: [example, head, row] entropy in nats of the attention among `text`; 0
+            where no attention goes there.
+        norms: By layer: [example, head, row] Euclidean norm of the head's output.
+    """
+
+    rows: torch.Tensor
+    weights: torch.Tensor
+    text: torch.Tensor | None = None
+    masses: dict[int, torch.Tensor] = field(default_factory=dict)
+    entropies: dict[int, torch.Tensor] = field(default_factory=dict)
+    norms: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def __call__(self, call: Call) -> torch.Tensor:
+        """Record a layer, in its first call alone."""
+        if call.layer not in self.masses:
+            _record(self, call)
+        return call.output
+
+    def mass(self, layers: int) -> torch.Tensor:
+        """[example, layer, head, row, span] on the CPU; 0 in layers without heads."""
+        return stacked(self.masses, layers)
+
+    def entropy(self, layers: int) -> torch.Tensor:
+        """[example, layer, head, row] on the CPU; 0 in layers without heads."""
+        return stacked(self.entropies, layers)
+
+    def norm(self, layers: int) -> torch.Tensor:
+        """[example, layer, head, row] on the CPU; 0 in layers without heads."""
+        return stacked(self.norms, layers)
+
+
+def stacked(by_layer: dict[int, torch.Tensor], layers: int) -> torch.Tensor:
+    """Tensors by layer as one, layers second, on the CPU; 0 in layers without heads."""
+    if not by_layer:
+        raise ValueError("nothing was recorded: no forward call ran inside")
+    empty = torch.zeros_like(next(iter(by_layer.values())), device="cpu")
+    found = [by_layer[i].cpu() if i in by_layer else empty for i in range(layers)]
+    return torch.stack(found, dim=1)
+
+
+@contextmanager
+def record_mass(
+    vlm: VLM,
+    rows: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    text: torch.Tensor | None = None,
+) -> Iterator[Recording]:
+    """Record, in the first forward call inside, where the given rows look.
+
+    Masses are computed in float32 from the model's own queries and keys; memory grows with
+    rows x keys. The model is as before at exit, also after an exception.
+
+    Args:
+        vlm: The model.
+        rows: [example, row] indices of the call's tokens; -1 is padding and gives 0.
+        weights: [example, key, span], keys counted from the first token in the cache.
+        text: [example, key] bool; also record the entropy of the attention among these keys.
+
+    Raises:
+        ValueError: The model runs on another attention than "sdpa" or "eager".
+    """
+    recording = Recording(rows, weights, text)
+    with attached(vlm, dict.fromkeys(vlm.attentions, recording)):
+        yield recording
+
+
+@dataclass(eq=False)
+class KeyRecording:
+    """How much attention every key gets from some rows of one forward call of one example.
+
+    Attributes:
+        rows: [row] rows of the call, by index.
+        heads: The heads that are recorded.
+        by_head: By head: [key] mean over the rows, float32.
+    """
+
+    rows: torch.Tensor
+    heads: HeadSet
+    by_head: dict[Head, torch.Tensor] = field(default_factory=dict)
+
+    def __call__(self, call: Call) -> torch.Tensor:
+        """Record a layer; the last one ends the call."""
+        if len(call.query) != 1:
+            raise ValueError(f"a batch of {len(call.query)}: expected one example")
+        rows = self.rows.to(call.query.device)
+        allowed = call.allowed(rows[None])
+        shared = call.query.shape[1] // call.key.shape[1]
+        for group in range(call.key.shape[1]):
+            here = [h.head for h in self.heads if h.layer == call.layer]
+            here = [head for head in here if head // shared == group]
+            if not here:
+                continue
+            block = max(1, WORKING_SET // (3 * 4 * len(here) * call.key.shape[2]))
+            total = torch.zeros((), device=rows.device)
+            for top in range(0, len(rows), block):
+                part = slice(top, top + block)
+                groups = slice(group, group + 1)
+                total = total + _attend(call, 0, groups, here, rows[part], allowed, part).sum(1)
+            for head, mean in zip(here, total / len(rows), strict=True):
+                self.by_head[Head(call.layer, head)] = mean
+        if call.layer == self.heads.layers[-1]:
+            raise EnoughError
+        return call.output
+
+    def attention(self) -> torch.Tensor:
+        """[head, key] on the CPU, heads in their order.
+
+        Raises:
+            ValueError: No call ran inside.
+        """
+        if not self.by_head:
+            raise ValueError("nothing was recorded: no forward call ran inside")
+        return torch.stack([self.by_head[head].cpu() for head in self.heads])
+
+
+@contextmanager
+def record_keys(vlm: VLM, rows: torch.Tensor, heads: HeadSet) -> Iterator[KeyRecording]:
+    """Record, in a forward call inside, how much attention each key gets from the given rows.
+
+    The call ends at the deepest of these heads, and with it the `with` block: what stands behind
+    it inside is not run. The model is as before at exit.
+
+    Args:
+        vlm: The model.
+        rows: [row] indices of the call's tokens; the batch holds one example.
+        heads: Of this model, at least one.
+
+    Raises:
+        ValueError: As `ablate` does for heads of another model, or the set is empty.
+    """
+    check_heads(vlm, [heads], "recorded")
+    if not len(heads):
+        raise ValueError("no head to record; give a set of at least one head")
+    recording = KeyRecording(rows, heads)
+    with suppress(EnoughError), attached(vlm, dict.fromkeys(heads.layers, recording)):
+        yield recording
+
+
+def _record(state: Recording, call: Call) -> None:
+    """Add a layer to a recording."""
+    examples, heads = call.query.shape[:2]
+    groups, keys = call.key.shape[1:3]
+    shared = heads // groups
+    rows = state.rows.to(call.query.device)
+    seen = rows.clamp(min=0)
+    count = rows.shape[1]
+    allowed = call.allowed(seen)
+    weights = _of_keys(state.weights.to(rows.device, torch.float32), keys)
+    text = None
+    if state.text is not None:
+        text = _of_keys(state.text.to(rows.device)[..., None], keys)[..., 0]
+    mass = weights.new_empty(examples, heads, count, weights.shape[2])
+    entropy = weights.new_zeros(examples, heads, count)
+    line = 6 * 4 * shared * keys
+    step = min(groups, max(1, WORKING_SET // (line * count)))
+    block = max(1, WORKING_SET // (line * step))
+    for example, first, top in product(
+        range(examples), range(0, groups, step), range(0, count, block)
+    ):
+        some, part = slice(first * shared, (first + step) * shared), slice(top, top + block)
+        attention = _attend(
+            call, example, slice(first, first + step), some, seen[example, part], allowed, part
+        )
+        mass[example, some, part] = attention @ weights[example]
+        if text is not None:
+            among = attention * text[example]
+            total = among.sum(-1)
+            spread = total.log() - torch.xlogy(among, among).sum(-1) / total
+            entropy[example, some, part] = torch.where(total > 0, spread, 0.0)
+    padding = (rows < 0)[:, None, :]
+    output = call.output.detach()
+    index = seen[:, :, None, None].expand(-1, -1, *output.shape[2:])
+    norm = output.gather(1, index).float().norm(dim=-1).transpose(1, 2)
+    state.masses[call.layer] = mass.masked_fill_(padding[..., None], 0.0)
+    state.entropies[call.layer] = entropy.masked_fill_(padding, 0.0)
+    state.norms[call.layer] = norm.masked_fill(padding, 0.0)
+
+
+def _attend(
+    call: Call,
+    example: int,
+    groups: slice,
+    heads: slice | list[int],
+    rows: torch.Tensor,
+    allowed: torch.Tensor | None,
+    part: slice,
+) -> torch.Tensor:
+    """[head, row, key] attention of some rows, float32.
+
+    The heads are those of the KV groups, or of one group some; `allowed` [example, 1 or head, row,
+    key] holds these rows as `part`.
+    """
+    key = call.key.detach()[example, groups].float()
+    picked = call.query.detach()[example, heads].index_select(1, rows).float()
+    grouped = (picked * call.scaling).reshape(len(key), -1, picked.shape[2])
+    scores = (grouped @ key.transpose(1, 2)).view(*picked.shape[:2], key.shape[1])
+    if call.softcap is not None:
+        scores = call.softcap * torch.tanh(scores / call.softcap)
+    if allowed is not None:
+        here = allowed[example, :, part] if allowed.shape[1] == 1 else allowed[example, heads, part]
+        if here.dtype == torch.bool:
+            scores.masked_fill_(~here, float("-inf"))
+        else:
+            scores += here.float()
+    if call.sinks is None:
+        return scores.softmax(-1)
+    sink = call.sinks[heads].float().view(-1, 1, 1).expand(-1, scores.shape[1], 1)
+    return torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
+
+
+def _of_keys(values: torch.Tensor, keys: int) -> torch.Tensor:
+    """Values [example, token, ...] of the keys that a layer holds.
+
+    A sliding cache holds the last ones alone, a static one empty ones behind.
+    """
+    values = values[:, -keys:]
+    missing = keys - values.shape[1]
+    return torch.nn.functional.pad(values, (0, 0, 0, missing)) if missing else values

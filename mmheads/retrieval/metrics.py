@@ -1,0 +1,131 @@
+"""Recall of pages and layout elements as MMDocIR defines it (arXiv 2501.08828)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import ir_measures
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from mmheads.tasks.documents import PageBox
+
+PAGE_CUTS = (1, 3, 5)
+
+
+LAYOUT_CUTS = (1, 5, 10)
+
+
+def page_recall(
+    rankings: Sequence[Sequence[int]],
+    gold: Sequence[Iterable[int]],
+    cuts: Sequence[int] = PAGE_CUTS,
+) -> NDArray[np.float64]:
+    """Share of each question's gold pages among the first of its ranking -> [question, cut].
+
+    Computed by `ir_measures`, as R@k.
+
+    Raises:
+        ValueError: A question has no gold page, or a cut is less than 1.
+    """
+    wanted = [set(pages) for pages in gold]
+    if len(rankings) != len(wanted) or any(len(set(r)) < len(r) for r in rankings):
+        raise ValueError(
+            f"{len(rankings)} rankings of {len(wanted)} questions: expected one each, with every "
+            "page once"
+        )
+    if not all(wanted) or min(cuts) < 1:
+        raise ValueError(
+            f"recall at {tuple(cuts)}, gold pages {wanted}: expected cuts of 1 or more, and a page "
+            "for every question"
+        )
+    relevant = [
+        ir_measures.Qrel(str(number), str(page), 1)
+        for number, pages in enumerate(wanted)
+        for page in pages
+    ]
+    found = [
+        ir_measures.ScoredDoc(str(number), str(page), -place)
+        for number, ranking in enumerate(rankings)
+        for place, page in enumerate(ranking)
+    ]
+    measures = {ir_measures.R @ cut: column for column, cut in enumerate(cuts)}
+    recall = np.zeros((len(wanted), len(cuts)))
+    for metric in ir_measures.iter_calc(list(measures), relevant, found):
+        recall[int(metric.query_id), measures[metric.measure]] = metric.value
+    return recall
+
+
+def layout_recall(ranking: Sequence[PageBox], gold: Sequence[PageBox], k: int) -> float:
+    """Share of the area of the gold boxes that the first `k` boxes of a ranking cover.
+
+    There is no penalty for size: the box of a whole page covers all gold on it. Look at `box_area`
+    beside it. Where boxes overlap each other, their common area counts once.
+
+    Raises:
+        ValueError: The gold boxes have no area, or `k` is less than 1.
+    """
+    found = list(ranking[:k])
+    covered = total = 0.0
+    for page in {box.page for box in gold}:
+        here = [box for box in gold if box.page == page]
+        wanted = [_points(box) for box in here]
+        shown = [_points(box, here[0].size) for box in found if box.page == page]
+        total += _area(wanted)
+        covered += _area(wanted, shown)
+    if not total or k < 1:
+        raise ValueError(f"recall at {k} of gold boxes of area {total}: expected both above 0")
+    return covered / total
+
+
+def box_area(ranking: Sequence[PageBox], k: int) -> float:
+    """Area of the first `k` boxes in pages: 1.0 is as much as one whole page."""
+    return sum(_area([_points(box)]) / (box.size[0] * box.size[1]) for box in ranking[:k])
+
+
+def _points(
+    box: PageBox, size: tuple[float, float] | None = None
+) -> tuple[float, float, float, float]:
+    """A box with its corners in order and inside its page, in units of a page of `size`."""
+    (left, top, right, bottom), (width, height) = box.box, box.size
+    wide, high = np.divide(size or box.size, box.size)
+    across = np.clip(sorted((left, right)), 0, width) * wide
+    down = np.clip(sorted((top, bottom)), 0, height) * high
+    return float(across[0]), float(down[0]), float(across[1]), float(down[1])
+
+
+def _area(
+    boxes: Sequence[tuple[float, ...]], inside: Sequence[tuple[float, ...]] | None = None
+) -> float:
+    """Area that boxes cover, once; with `inside`, that of it which these cover too."""
+    if not boxes or inside == []:
+        return 0.0
+    corners = np.array([*boxes, *(inside or [])])
+    x, y = np.unique(corners[:, [0, 2]]), np.unique(corners[:, [1, 3]])
+    cells = np.outer(np.diff(y), np.diff(x))
+
+    def covered(some: Sequence[tuple[float, ...]]) -> NDArray[np.bool_]:
+        mask = np.zeros(cells.shape, dtype=bool)
+        for left, top, right, bottom in some:
+            mask[
+                np.ix_((y[:-1] >= top) & (y[1:] <= bottom), (x[:-1] >= left) & (x[1:] <= right))
+            ] = True
+        return mask
+
+    mask = covered(boxes) if inside is None else covered(boxes) & covered(inside)
+    return float(cells[mask].sum())
+
+
+def summarise(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """Means of metric columns, a row a domain, then "macro" and "micro" with n each.
+
+    Micro is the mean over questions, macro the mean of the domains' means (MMDocIR).
+    """
+    domains = table.groupby("domain")[list(columns)].mean()
+    domains["n"] = table.groupby("domain").size()
+    summary = pd.DataFrame(
+        [domains[list(columns)].mean(), table[list(columns)].mean()], index=["macro", "micro"]
+    )
+    summary["n"] = [len(domains), len(table)]
+    return pd.concat([domains, summary]).rename_axis("domain").reset_index()

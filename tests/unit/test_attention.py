@@ -1,0 +1,186 @@
+"""Recorded masses equal eager attention, and recording changes no bit."""
+
+from types import SimpleNamespace
+
+import example_prompts
+import numpy as np
+import pytest
+import random_models
+import torch
+
+from mmheads.attention import Recording, hook, record_mass, recording
+from mmheads.models import VLM
+
+
+@pytest.fixture(params=random_models.FAMILIES)
+def vlm(request) -> VLM:
+    return example_prompts.vlm(request.param)
+
+
+def padded_batch(vlm: VLM, side: str) -> dict[str, torch.Tensor]:
+    """Two prompts of unequal length; vision families see two images in each."""
+    texts, images = [], []
+    for words in ("one short", "the other one is longer than that"):
+        content = [{"type": "text", "text": words}]
+        if not vlm.is_text_only:
+            content[:0] = [{"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}]
+            images.append([example_prompts.picture(60, 40), example_prompts.picture(40, 60, 1)])
+        else:
+            content = words
+        texts.append(
+            vlm.processor.apply_chat_template(
+                [{"role": "user", "content": content}], tokenize=False
+            )
+        )
+    vlm.tokenizer.padding_side = side
+    extra = {} if vlm.is_text_only else {"images": images}
+    return dict(vlm.processor(text=texts, padding=True, return_tensors="pt", **extra))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_masses_equal_eager_attention_and_logits_keep_every_bit(vlm, side):
+    inputs = padded_batch(vlm, side)
+    examples, tokens = inputs["input_ids"].shape
+    rng = np.random.default_rng(0)
+    first = inputs["attention_mask"].argmax(-1)
+    rows = torch.stack([start + torch.tensor([3, 7, 11]) for start in first])
+    rows[0, 2] = -1
+    weights = torch.from_numpy(rng.random((examples, tokens, 2), dtype=np.float32))
+    with torch.no_grad():
+        plain = vlm.model(**inputs, use_cache=False).logits
+        with record_mass(vlm, rows, weights) as recording:
+            recorded = vlm.model(**inputs, use_cache=False).logits
+        again = vlm.model(**inputs, use_cache=False).logits
+        vlm.model.set_attn_implementation("eager")
+        eager = vlm.model(**inputs, use_cache=False, output_attentions=True).attentions
+    assert torch.equal(plain, recorded)
+    assert torch.equal(plain, again)
+    mass = recording.mass(len(eager))
+    assert mass.shape == (examples, 4, 8, 3, 2)
+    for example in range(examples):
+        for index, row in enumerate(rows[example].tolist()):
+            expected = torch.stack([layer[example, :, row] @ weights[example] for layer in eager])
+            if row < 0:
+                expected = torch.zeros_like(expected)
+            torch.testing.assert_close(mass[example, :, :, index], expected, atol=1e-5, rtol=0)
+
+
+def test_masses_are_recorded_in_the_prefill_of_generate(vlm):
+    inputs = padded_batch(vlm, "left")
+    tokens = inputs["input_ids"].shape[1]
+    rows, weights = torch.full((2, 1), tokens - 1), torch.ones(2, tokens, 1)
+    with record_mass(vlm, rows, weights) as recording:
+        vlm.model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    torch.testing.assert_close(recording.mass(4), torch.ones(2, 4, 8, 1, 1))
+
+
+def test_the_model_is_restored_after_an_exception():
+    vlm = example_prompts.vlm("qwen3_vl")
+    before = vlm.text_config._attn_implementation, vlm.model.config._attn_implementation
+    nothing = (torch.zeros(1, 1).long(), torch.ones(1, 1, 1))
+    with pytest.raises(RuntimeError, match="on purpose"), record_mass(vlm, *nothing):
+        raise RuntimeError("on purpose")
+    assert (vlm.text_config._attn_implementation, vlm.model.config._attn_implementation) == before
+    assert not any(hasattr(module, "_mmheads") for module in vlm.attentions.values())
+
+
+def test_recording_nothing_is_an_error():
+    vlm = example_prompts.vlm("qwen3")
+    with record_mass(vlm, torch.zeros(1, 1).long(), torch.ones(1, 1, 1)) as recording:
+        pass
+    with pytest.raises(ValueError, match="nothing was recorded"):
+        recording.mass(4)
+
+
+def test_another_attention_is_refused():
+    vlm = example_prompts.vlm("qwen3")
+    vlm.text_config._attn_implementation_internal = "flex_attention"
+    recording = record_mass(vlm, torch.zeros(1, 1).long(), torch.ones(1, 1, 1))
+    with pytest.raises(ValueError, match="load it with one of 'sdpa', 'eager'"), recording:
+        pass
+
+
+def softmax_by_hand(query, key, scaling, softcap, sinks, allowed):
+    """[head, row, key] in float64, one number at a time."""
+    heads, rows, keys = query.shape[0], query.shape[1], key.shape[1]
+    shared = heads // key.shape[0]
+    result = np.zeros((heads, rows, keys))
+    for head in range(heads):
+        for row in range(rows):
+            scores = key[head // shared] @ query[head, row] * scaling
+            if softcap:
+                scores = softcap * np.tanh(scores / softcap)
+            powers = np.where(allowed[row], np.exp(scores), 0)
+            result[head, row] = powers / (
+                powers.sum() + (np.exp(sinks[head]) if sinks is not None else 0)
+            )
+    return result
+
+
+@pytest.mark.parametrize("working_set", [1, 64 << 20])
+@pytest.mark.parametrize(("softcap", "with_sinks"), [(None, False), (5.0, False), (None, True)])
+def test_masses_entropies_and_norms_equal_a_computation_by_hand(
+    softcap, with_sinks, working_set, monkeypatch
+):
+    monkeypatch.setattr(recording, "WORKING_SET", working_set)
+    rng = np.random.default_rng(1)
+    query, key = rng.normal(size=(1, 4, 5, 8)), rng.normal(size=(1, 2, 5, 8))
+    sinks = rng.normal(size=4) if with_sinks else None
+    output = rng.normal(size=(1, 5, 4, 8))
+    rows, text = [1, 4], np.array([True, False, True, True, False])
+    weights = rng.random((5, 2))
+    as_tensor = torch.from_numpy
+    state = Recording(torch.tensor([rows]), as_tensor(weights)[None].float(), as_tensor(text)[None])
+    module = SimpleNamespace(layer_idx=0, is_causal=True, _mmheads=state)
+    monkeypatch.setitem(
+        hook.ALL_ATTENTION_FUNCTIONS._global_mapping,
+        "sdpa",
+        lambda *_, **__: (as_tensor(output), None),
+    )
+    hook._attention("sdpa")(
+        module,
+        as_tensor(query),
+        as_tensor(key),
+        None,
+        None,
+        scaling=0.3,
+        softcap=softcap,
+        s_aux=as_tensor(sinks) if with_sinks else None,
+    )
+    allowed = np.tril(np.ones((5, 5), dtype=bool))[rows]
+    expected = softmax_by_hand(query[0][:, rows], key[0], 0.3, softcap, sinks, allowed)
+    np.testing.assert_allclose(state.masses[0][0], expected @ weights, atol=1e-6)
+    among = expected[..., text] / expected[..., text].sum(-1, keepdims=True)
+    entropy = -np.where(among > 0, among * np.log(np.where(among > 0, among, 1)), 0).sum(-1)
+    np.testing.assert_allclose(state.entropies[0][0], entropy, atol=1e-6)
+    norms = np.linalg.norm(output[0, rows], axis=-1).T
+    np.testing.assert_allclose(state.norms[0][0], norms, rtol=1e-6)
+
+
+def test_huge_logits_in_bfloat16_stay_probabilities():
+    torch.manual_seed(0)
+    query, key = (100 * torch.randn(1, heads, 64, 16, dtype=torch.bfloat16) for heads in (8, 2))
+    state = Recording(torch.arange(64)[None], torch.ones(1, 64, 1))
+    call = hook.Call(
+        layer=0,
+        query=query,
+        key=key,
+        value=key,
+        mask=None,
+        causal=True,
+        scaling=1.0,
+        softcap=None,
+        sinks=None,
+        stock=lambda: (query.transpose(1, 2), None),
+    )
+    assert state(call) is call.output
+    assert ((state.masses[0] >= 0) & (state.masses[0] <= 1 + 1e-5)).all()
+    torch.testing.assert_close(state.masses[0], torch.ones_like(state.masses[0]))
+
+
+def test_sliding_layers_are_not_eligible():
+    gemma, qwen = example_prompts.vlm("gemma3"), example_prompts.vlm("qwen3_vl")
+    assert gemma.geometry.global_layers == (1, 3)
+    assert gemma.geometry.eligible.any(axis=1).tolist() == [False, True, False, True]
+    assert qwen.geometry.eligible.all()
+    assert (qwen.geometry.layers, qwen.geometry.heads, qwen.geometry.kv_groups) == (4, 8, 2)

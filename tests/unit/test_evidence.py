@@ -1,0 +1,266 @@
+"""Question, evidence and boxes are found exactly, in every family."""
+
+import dataclasses
+import re
+
+import example_prompts
+import numpy as np
+import pytest
+import random_models
+import torch
+
+from mmheads import families, paper_b, prefix, prompts
+from mmheads.examples import Example, Region, Video
+from mmheads.models import VLM, load
+
+
+@pytest.fixture(scope="module", params=random_models.FAMILIES)
+def vlm(request) -> VLM:
+    return example_prompts.vlm(request.param)
+
+
+@pytest.fixture(scope="module")
+def qwen() -> VLM:
+    return example_prompts.vlm("qwen3_vl")
+
+
+def words(vlm: VLM, prompt: prompts.Prompt, tokens: np.ndarray) -> str:
+    return vlm.tokenizer.decode(prompt.ids[tokens])
+
+
+def vision(vlm: VLM) -> VLM:
+    if vlm.is_text_only:
+        pytest.skip("reads text alone")
+    return vlm
+
+
+def test_question_is_found_where_it_is_asked_not_where_it_is_quoted(vlm):
+    prompt = prompts.encode(vlm, example_prompts.example(vlm.family))
+    asked = words(vlm, prompt, prompt.question)
+    assert asked.startswith("which rain falls")
+    assert asked.endswith("falls" if vlm.is_text_only else "?")
+    assert words(vlm, prompt, prompt.parts[0].tokens).strip().endswith("which rain falls ?")
+    assert prompt.parts[0].tokens.max() < prompt.question.min()
+    after = words(vlm, prompt, np.arange(prompt.question.max() + 1, len(prompt)))
+    assert after.strip().startswith("In a word.")
+
+
+def test_text_evidence_is_found_by_its_characters(vlm):
+    example = example_prompts.example(vlm.family)
+    prompt = prompts.encode(vlm, example)
+    (span,) = [
+        span for span, region in zip(prompt.evidence, example.evidence, strict=True) if region.chars
+    ]
+    assert words(vlm, prompt, span.tokens).strip() == "needle"
+    assert (span.weights == 1).all()
+
+
+def test_an_image_is_all_its_visual_tokens_and_nothing_else(vlm):
+    prompt = prompts.encode(vision(vlm), example_prompts.example(vlm.family))
+    visual = np.flatnonzero(np.isin(prompt.ids.numpy(), list(vlm.visual_ids)))
+    in_question = np.intersect1d(visual, prompt.question)
+    found = np.concatenate([prompt.parts[1].tokens, prompt.parts[3].tokens, in_question])
+    np.testing.assert_array_equal(found, visual)
+
+
+def test_tokens_of_a_box_are_those_whose_pixels_it_holds(vlm):
+    vlm = vision(vlm)
+    for name, weight in vlm.model.named_parameters():  # tokens then depend on their pixels alone
+        if re.search(r"vis.*(attn\.proj|out_proj|projection_layer)\.(weight|bias)$", name):
+            torch.nn.init.zeros_(weight)
+    box = (12, 8, 45, 32)
+    image = example_prompts.picture(60, 40)
+    painted = image.copy()
+    painted.paste((255, 0, 255), box)
+    region = Region(part=0, box=box)
+    features = []
+    for shown in (image, painted):
+        example = Example(context=(shown, "and"), question=("why ?",), evidence=(region,))
+        prompt = prompts.encode(vlm, example)
+        caught = prefix._catch(vlm, prompt).embeddings[0]
+        features.append(caught[prompt.parts[0].tokens])
+    change = (features[0] - features[1]).norm(dim=-1).numpy()
+    change /= np.median(features[0].norm(dim=-1).numpy())
+    shares = families.box_shares(prompt.boxes[0], box)
+    assert (shares > 0.6).any()
+    assert (shares == 0).any()
+    assert change[shares > 0.6].min() > 0.02
+    assert change[shares == 0].max() < change[shares > 0.6].min()
+    (span,) = prompt.evidence
+    np.testing.assert_allclose(span.weights, shares[shares > 0], rtol=1e-6)
+
+
+def test_box_shares_of_a_hand_worked_grid():
+    boxes = families._grid(2, 2, (0, 0, 20, 20))
+    np.testing.assert_allclose(families.box_shares(boxes, (5, 0, 20, 15)), [0.5, 1, 0.25, 0.5])
+
+
+def test_the_three_ways_to_find_a_target_agree(vlm):
+    vlm = vision(vlm)
+    same_size = tuple(example_prompts.picture(48, 32, seed) for seed in range(3))
+    example = Example(context=("Look", *same_size), question=("why ?",))
+    prompt = prompts.encode(vlm, example)
+    for part in (1, 2, 3):
+        ours = prompt.parts[part].tokens
+        np.testing.assert_array_equal(paper_b.find_by_tags(vlm, example, part), ours)
+        np.testing.assert_array_equal(paper_b.find_by_slicing(vlm, prompt, part), ours)
+        if vlm.family != "llava_onevision":  # an image alone has another number of tokens
+            np.testing.assert_array_equal(paper_b.find_by_offsets(vlm, prompt, part), ours)
+
+
+def test_slices_of_unequal_images_are_refused(qwen):
+    images = (
+        example_prompts.picture(48, 32),
+        example_prompts.picture(64, 40),
+    )  # 24 and 40 tokens, an even sum
+    prompt = prompts.encode(qwen, Example(context=images, question=("why ?",)))
+    with pytest.raises(ValueError, match="uniform slices do not apply"):
+        paper_b.find_by_slicing(qwen, prompt, 0)
+    np.testing.assert_array_equal(paper_b.find_by_offsets(qwen, prompt, 1), prompt.parts[1].tokens)
+
+
+def test_tags_that_the_context_holds_are_refused(qwen):
+    example = Example(
+        context=("a <GT_START> b", example_prompts.picture(48, 32)), question=("why ?",)
+    )
+    with pytest.raises(ValueError, match="stands 2 times"):
+        paper_b.find_by_tags(qwen, example, 1)
+
+
+def test_another_question_is_encoded_as_if_from_the_start(vlm):
+    example = example_prompts.example(vlm.family)
+    prompt = prompts.encode(vlm, example)
+    null = prompts.null_question(example.question)
+    changed = prompts.with_question(vlm, prompt, null)
+    afresh = prompts.encode(vlm, dataclasses.replace(example, question=null))
+    assert changed.inputs.keys() == afresh.inputs.keys()
+    for name, value in afresh.inputs.items():
+        assert torch.equal(changed.inputs[name], value), name
+    np.testing.assert_array_equal(changed.question, afresh.question)
+    assert "N/A N/A N/A N/A N/A" in words(vlm, changed, changed.question)
+    for one, other in zip(changed.evidence, afresh.evidence, strict=True):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+
+
+def test_a_null_question_keeps_the_images():
+    image = example_prompts.picture(8, 8)
+    assert prompts.null_question(("which", image, "a", "?"), "N/A") == ("N/A", image)
+    assert prompts.null_question((image, "is it ?"), "N/A") == (image, "N/A")
+
+
+def test_a_shuffled_question_holds_the_same_words_in_another_order():
+    image = example_prompts.picture(8, 8)
+    question = ("which of these", image, "a b ?")
+    for seed in range(5):
+        first, kept, second = prompts.shuffled_question(question, seed)
+        assert kept is image
+        assert sorted(f"{first} {second}".split()) == ["?", "a", "b", "of", "these", "which"]
+        assert f"{first} {second}" != "which of these a b ?"
+    assert prompts.shuffled_question(("why",), 0) == ("why",)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+def test_frames_of_a_video_are_found(family):
+    vlm = example_prompts.vlm(family)
+    random_models.add_video(vlm.processor, family)
+    frames = tuple(example_prompts.picture(48, 32, seed) for seed in range(5))
+    region = Region(part=1, frames=(1, 3), box=(0, 0, 24, 32))
+    prompt = prompts.encode(
+        vlm,
+        Example(
+            context=("see", Video(frames=frames, fps=2.0)),
+            question=("why ?",),
+            evidence=(region,),
+        ),
+    )
+    whole, (span,) = prompt.parts[1], prompt.evidence
+    each = len(whole) // 3  # two frames share a token, the last one is repeated
+    assert len(whole) == 3 * 4 * 6
+    np.testing.assert_array_equal(
+        np.unique((np.searchsorted(whole.tokens, span.tokens)) // each), [0, 1]
+    )
+    assert (span.weights == 0.5).all()
+    assert len(span) == each
+
+
+def test_without_torchvision_a_video_is_refused(qwen):
+    video = Video(frames=(example_prompts.picture(48, 32),) * 2)
+    with pytest.raises(ValueError, match="install torchvision, or give the frames as images"):
+        prompts.encode(qwen, Example(context=(video,), question=("why ?",)))
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        (Example(context=("a",), question=(" ",)), "the question is empty"),
+        (Example(context=("a <|image_pad|>",), question=("why ?",)), "which marks images"),
+        (
+            Example(context=("a    b",), question=("?",), evidence=(Region(part=0, chars=(2, 4)),)),
+            None,
+        ),
+        (
+            Example(context=("a", "  "), question=("?",), evidence=(Region(part=1),)),
+            "covers no token",
+        ),
+    ],
+)
+def test_what_cannot_be_found_is_an_error_never_an_empty_span(qwen, example, message):
+    if message is None:
+        assert len(prompts.encode(qwen, example).evidence[0])
+        return
+    with pytest.raises(ValueError, match=message):
+        prompts.encode(qwen, example)
+
+
+def test_a_cut_off_context_is_an_error(qwen):
+    example = example_prompts.example("qwen3_vl")
+    tokens = len(prompts.encode(qwen, example))
+    assert len(prompts.encode(qwen, example, max_tokens=tokens)) == tokens
+    with pytest.raises(ValueError, match=f"has {tokens} tokens, qwen3_vl takes {tokens - 1}"):
+        prompts.encode(qwen, example, max_tokens=tokens - 1)
+
+
+def test_an_image_for_a_text_model_is_an_error():
+    with pytest.raises(ValueError, match="reads text alone"):
+        prompts.encode(example_prompts.vlm("qwen3"), example_prompts.example("qwen3_vl"))
+
+
+def test_a_template_that_drops_parts_is_an_error(qwen):
+    qwen.processor.chat_template, kept = "{{ messages[0]['role'] }}", qwen.processor.chat_template
+    try:
+        with pytest.raises(ValueError, match="does not keep the parts"):
+            prompts.encode(qwen, example_prompts.example("qwen3_vl"))
+    finally:
+        qwen.processor.chat_template = kept
+
+
+def test_boxes_of_an_unknown_family_are_refused(qwen, monkeypatch):
+    monkeypatch.setattr(VLM, "family", "another")
+    with pytest.raises(ValueError, match="give the whole image"):
+        prompts.encode(qwen, example_prompts.example("qwen3_vl"))
+
+
+def test_candidates_of_a_document_become_spans():
+    from mmheads import paths
+    from mmheads.tasks import needles
+
+    vlm = load(paths.MODELS / "tiny-qwen3-vl-m", device="cpu")
+    document = needles.document(4, split="test")
+    prompt = prompts.encode(vlm, document)
+    pages, layouts = prompt.candidates["page"], prompt.candidates["layout"]
+    assert [len(page) for page in pages] == [16] * 4
+    assert [len(layout) for layout in layouts] == [4] * 16
+    (span,) = prompt.evidence
+    assert any(np.array_equal(span.tokens, layout.tokens) for layout in layouts)
+
+
+@pytest.mark.parametrize("task", ["text", "image", "rendered", "identical"])
+def test_needles_stand_where_the_task_placed_them(task):
+    from mmheads import paths
+    from mmheads.tasks import needles
+
+    vlm = load(paths.MODELS / "tiny-qwen3-vl-m", device="cpu")
+    example = needles.make(task, 256, 0.4, split="test")
+    prompt = prompts.encode(vlm, example)
+    placed = [token for first, last in example.tokens for token in range(first, last)]
+    np.testing.assert_array_equal(np.flatnonzero(prompt.weights(prompt.evidence)), placed)

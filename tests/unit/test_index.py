@@ -1,0 +1,318 @@
+"""The index gives what a full pass gives: eager attention over the whole prompt is the check."""
+
+from itertools import pairwise
+
+import example_prompts
+import numpy as np
+import pytest
+import random_models
+import torch
+
+from mmheads import retrieval
+from mmheads.attention import record_keys, up_to
+from mmheads.examples import Example
+from mmheads.families import box_shares
+from mmheads.heads import Head, HeadSet
+from mmheads.models import load
+from mmheads.prompts import encode, null_question
+from mmheads.retrieval import DocumentIndex, index
+from mmheads.tasks import needles
+from mmheads.tasks.documents import PageBox
+
+TEXT = ("First the rain falls.", "Here the needle is hidden.", "Ask which rain falls ?")
+QUESTION = "which rain falls"
+BOXES = ((0, 0, 30, 40), (30, 0, 60, 40))
+
+
+def candidates(family: str) -> list:
+    if family == "qwen3":
+        return list(TEXT)
+    images = [
+        example_prompts.picture(60, 40),
+        example_prompts.picture(40, 60, 1),
+        example_prompts.picture(32, 32, 2),
+    ]
+    return [images[0], (images[1], TEXT[1]), lambda: images[2]]
+
+
+def parts(candidate) -> tuple:
+    made = candidate() if callable(candidate) else candidate
+    return made if isinstance(made, tuple) else (made,)
+
+
+def some_heads(vlm, count: int = 5) -> HeadSet:
+    """Not in the last layer, so that it need not run."""
+    eligible = np.argwhere(vlm.geometry.eligible)
+    eligible = eligible[eligible[:, 0] < max(1, vlm.geometry.layers - 1)]
+    chosen = np.random.default_rng(0).permutation(eligible)[:count]
+    return HeadSet(tuple(Head(*map(int, head)) for head in chosen), vlm.geometry, vlm.model_id)
+
+
+def full_pass(vlm, given, question, *, instruction=""):
+    """[head, token] mean over question tokens of eager attention, and the prompt."""
+    context = tuple(part for candidate in given for part in parts(candidate))
+    prompt = encode(vlm, Example(context=context, question=question, instruction=instruction))
+    vlm.model.set_attn_implementation("eager")
+    with torch.no_grad():
+        maps = vlm.model(**prompt.inputs, output_attentions=True).attentions
+    vlm.model.set_attn_implementation("sdpa")
+    return torch.stack([m[0][:, prompt.question].mean(1) for m in maps]).numpy(), prompt
+
+
+def expected_masses(vlm, heads, given, question, null="N/A", calibrated=True):
+    """[head, candidate] from full passes with and without the question."""
+
+    def sums(asked):
+        attention, prompt = full_pass(vlm, given, asked)
+        spans = iter(prompt.parts)
+        columns = []
+        for candidate in given:
+            tokens = np.concatenate([next(spans).tokens for _ in parts(candidate)])
+            columns.append([attention[head][tokens].sum() for head in heads])
+        return np.array(columns).T
+
+    found = sums(question)
+    return found - sums(null_question(question, null)) if calibrated else found
+
+
+@pytest.mark.parametrize("family", random_models.FAMILIES)
+def test_scores_equal_a_full_pass(family):
+    vlm = example_prompts.vlm(family)
+    heads, given = some_heads(vlm), candidates(family)
+    index = DocumentIndex(vlm, heads, given)
+    for asked in (QUESTION, "hidden needle", QUESTION):
+        np.testing.assert_allclose(
+            index.masses(asked), expected_masses(vlm, heads, given, (asked,)), atol=1e-5
+        )
+    ranking = index.rank(QUESTION)
+    np.testing.assert_allclose(ranking.scores, index.masses(QUESTION).mean(0), atol=1e-6)
+    assert ranking.order == retrieval.rank(ranking.scores)
+    assert ranking.window == 3
+    assert vlm.text_config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("family", example_prompts.VISION)
+def test_questions_with_images_equal_a_full_pass(family):
+    vlm = example_prompts.vlm(family)
+    heads, given = some_heads(vlm), candidates(family)
+    index = DocumentIndex(vlm, heads, given)
+    asked = ("which", example_prompts.picture(32, 32, 5), "?")
+    refused = {"gemma3": "ask in words", "llava_onevision": "other tokens alone"}
+    if family in refused:
+        with pytest.raises(ValueError, match=refused[family]):
+            index.masses(asked)
+        return
+    raw = expected_masses(vlm, heads, given, asked, calibrated=False)
+    plain = expected_masses(vlm, heads, given, ("N/A",), calibrated=False)
+    np.testing.assert_allclose(index.masses(asked), raw - plain, atol=1e-5)
+    pixels = DocumentIndex(vlm, heads, given, null_images="pixels")
+    np.testing.assert_allclose(
+        pixels.masses(asked), expected_masses(vlm, heads, given, asked), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("keep", ["device", "cpu"])
+def test_saved_and_loaded_the_scores_are_the_same(tmp_path, keep):
+    vlm = example_prompts.vlm("qwen3_vl")
+    index = DocumentIndex(vlm, some_heads(vlm), candidates("qwen3_vl"), window=2, keep=keep)
+    index.save(tmp_path / "d.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["d.safetensors"]
+    again = DocumentIndex.load(tmp_path / "d.safetensors", vlm, keep=keep)
+    region = [PageBox(1, (0, 0, 20, 20), (40, 60))]
+    for asked in (QUESTION, (QUESTION, example_prompts.picture(32, 32, 5))):
+        np.testing.assert_array_equal(index.masses(asked), again.masses(asked))
+        np.testing.assert_array_equal(index.masses(asked, region), again.masses(asked, region))
+    np.testing.assert_array_equal(again.rank(QUESTION).heat[0][1], index.rank(QUESTION).heat[0][1])
+    assert again.window == index.window == 2
+
+
+def test_an_index_of_another_model_or_file_is_refused(tmp_path):
+    vlm, path = example_prompts.vlm("qwen3_vl"), tmp_path / "d.safetensors"
+    DocumentIndex(vlm, some_heads(vlm), candidates("qwen3_vl")).save(path)
+    with pytest.raises(ValueError, match=r"indexed otherwise: model 'qwen3_vl', now 'qwen3'"):
+        DocumentIndex.load(path, example_prompts.vlm("qwen3"))
+    with pytest.raises(ValueError, match="does not exist"):
+        DocumentIndex.load(tmp_path / "other.safetensors", vlm)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="no whole index"):
+        DocumentIndex.load(path, vlm)
+
+
+def test_windows_are_of_one_size_and_cover_all():
+    for count in range(1, 40):
+        for window in range(1, 12):
+            for overlap in range(window):
+                spread = index._spread(count, window, overlap)
+                assert {len(each) for each in spread} == {len(spread[0])}
+                assert len(spread[0]) <= window
+                assert sorted({i for each in spread for i in each}) == list(range(count))
+                for a, b in pairwise(spread):
+                    assert len(set(a) & set(b)) >= overlap
+
+
+def test_windows_are_passes_of_their_own_and_shared_candidates_are_averaged():
+    vlm = example_prompts.vlm("qwen3_vl")
+    heads, given = some_heads(vlm), candidates("qwen3_vl")
+    index = DocumentIndex(vlm, heads, given, window=2, overlap=1)
+    first, second = (expected_masses(vlm, heads, given[i : i + 2], (QUESTION,)) for i in (0, 1))
+    middle = (first[:, 1] + second[:, 0]) / 2
+    expected = np.stack([first[:, 0], middle, second[:, 1]], axis=1)
+    np.testing.assert_allclose(index.masses(QUESTION), expected, atol=1e-5)
+
+
+def test_length_normalisation_and_no_calibration():
+    vlm = example_prompts.vlm("qwen3_vl")
+    heads, given = some_heads(vlm), candidates("qwen3_vl")
+    raw = DocumentIndex(vlm, heads, given).masses(QUESTION, calibrated=False)
+    expected = expected_masses(vlm, heads, given, (QUESTION,), calibrated=False)
+    np.testing.assert_allclose(raw, expected, atol=1e-5)
+    assert (raw >= 0).all()
+    _, prompt = full_pass(vlm, given, (QUESTION,))
+    counts = [len(prompt.parts[0]), len(prompt.parts[1]) + len(prompt.parts[2])]
+    counts.append(len(prompt.parts[3]))
+    normal = DocumentIndex(vlm, heads, given, normalize=True)
+    np.testing.assert_allclose(
+        normal.masses(QUESTION, calibrated=False), raw / np.array(counts), atol=1e-6
+    )
+
+
+def test_all_heads_are_those_that_see_the_whole_context():
+    vlm = example_prompts.vlm("gemma3")
+    index = DocumentIndex(vlm, None, candidates("gemma3"))
+    np.testing.assert_array_equal(index.heads.mask, vlm.geometry.eligible)
+
+
+def test_regions_take_the_share_of_each_token():
+    vlm = example_prompts.vlm("qwen3_vl")
+    heads, given = some_heads(vlm), candidates("qwen3_vl")
+    index = DocumentIndex(vlm, heads, given)
+    regions = [PageBox(1, (100, 50, 300, 200), (400, 600)), PageBox.whole(0, (6, 4))]
+    found = index.masses(QUESTION, regions, calibrated=False)
+    attention, prompt = full_pass(vlm, given, (QUESTION,))
+    shares = box_shares(prompt.boxes[1], (10, 5, 30, 20))
+    expected = [attention[head][prompt.parts[1].tokens] @ shares for head in heads]
+    np.testing.assert_allclose(found[:, 0], expected, atol=1e-5)
+    whole = index.masses(QUESTION, calibrated=False)[:, 0]
+    np.testing.assert_allclose(found[:, 1], whole, atol=1e-6)
+    with pytest.raises(ValueError, match=r"page=7.* covers no token of the 3 candidates"):
+        index.masses(QUESTION, [PageBox.whole(7, (6, 4))])
+
+
+def test_heat_adds_up_to_the_score():
+    vlm = example_prompts.vlm("qwen3_vl")
+    index = DocumentIndex(vlm, some_heads(vlm), candidates("qwen3_vl")[:1] * 3, window=2)
+    ranking = index.rank(QUESTION)
+    for candidate, (boxes, values) in ranking.heat.items():
+        assert len(boxes) == len(values)
+        assert values.sum() == pytest.approx(ranking.scores[candidate], abs=1e-6)
+
+
+def test_a_question_that_runs_into_the_last_candidate_is_refused():
+    vlm = example_prompts.vlm("qwen3")
+    heads = some_heads(vlm)
+    for last, null, question in (("rain fa", "N/A", "lls"), ("rain fa", "lls", "N/A")):
+        with pytest.raises(ValueError, match=r"'lls'.* share a token"):
+            DocumentIndex(vlm, heads, ["first", last], null=null).rank(question)
+    index = DocumentIndex(vlm, heads, ["first", "rain fa\n"])
+    np.testing.assert_allclose(
+        index.masses("lls"),
+        expected_masses(vlm, heads, ["first", "rain fa\n"], ("lls",)),
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("family", ["gemma3", "smolvlm", "internvl"])
+def test_families_with_masks_and_tiles_are_saved_too(family, tmp_path):
+    vlm = example_prompts.vlm(family)
+    index = DocumentIndex(vlm, some_heads(vlm), candidates(family), window=2, overlap=1)
+    index.save(tmp_path / "10-K.2023")
+    again = DocumentIndex.load(tmp_path / "10-K.2023", vlm)
+    np.testing.assert_array_equal(index.masses(QUESTION), again.masses(QUESTION))
+    assert (again.window, again.overlap) == (2, 1)
+
+
+def test_regions_are_drawn_on_their_pages():
+    vlm = example_prompts.vlm("qwen3_vl")
+    images = [example_prompts.picture(60, 40, seed) for seed in range(2)]
+    index = DocumentIndex(vlm, some_heads(vlm), images)
+    regions = [PageBox(page, box, (60, 40)) for page in (0, 1) for box in BOXES]
+    ranking = index.rank(QUESTION, regions)
+    table = ranking.table()
+    best = regions[ranking.order[0]]
+    assert (table["candidate"][0], table["box"][0]) == (best.page, best.box)
+    figure = ranking.picture([lambda image=image: image for image in images])
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles[0].startswith(f"1: page {best.page + 1}, ")
+    assert len(titles) == 2
+    with pytest.raises(ValueError, match="candidate 0 has 2 images"):
+        DocumentIndex(vlm, some_heads(vlm), [images]).masses(QUESTION, regions[:1])
+
+
+def test_nothing_is_run_for_heads_of_another_model(monkeypatch):
+    vlm = example_prompts.vlm("qwen3")
+    other = some_heads(example_prompts.vlm("qwen3_vl"))
+    monkeypatch.setattr(index, "prefill", None)
+    with pytest.raises(ValueError, match="cannot be used to rank in qwen3"):
+        DocumentIndex(vlm, other, ["a"])
+
+
+def test_what_cannot_be_indexed_or_asked_is_said():
+    vlm = example_prompts.vlm("qwen3_vl")
+    heads = some_heads(vlm)
+    index = DocumentIndex(vlm, heads, candidates("qwen3_vl"))
+    for question in ("", "  ", ()):
+        with pytest.raises(ValueError, match="the question is empty"):
+            index.rank(question)
+    with pytest.raises(ValueError, match="0 candidates in windows of 200"):
+        DocumentIndex(vlm, heads, [])
+    with pytest.raises(ValueError, match="windows of 2 that overlap by 2"):
+        DocumentIndex(vlm, heads, ["a", "b"], window=2, overlap=2)
+    with pytest.raises(ValueError, match="keep is 'disk'"):
+        DocumentIndex(vlm, heads, ["a"], keep="disk")
+    with pytest.raises(ValueError, match="null_images is 'blank'"):
+        DocumentIndex(vlm, heads, ["a"], null_images="blank")
+    with pytest.raises(ValueError, match="candidate 1 has no token"):
+        DocumentIndex(vlm, heads, ["rain falls", " "])
+    with pytest.raises(ValueError, match="expected texts and images"):
+        DocumentIndex(vlm, heads, ["rain falls", (3,)])
+    with pytest.raises(ValueError, match="cannot be used to rank in qwen3_vl"):
+        DocumentIndex(vlm, some_heads(example_prompts.vlm("gemma3")), ["a"])
+    with pytest.raises(ValueError, match="no head to rank with"):
+        DocumentIndex(vlm, HeadSet((), vlm.geometry), ["a"])
+    assert vlm.text_config._attn_implementation == "sdpa"
+
+
+def test_a_call_ends_at_the_deepest_layer_that_is_wanted():
+    vlm = example_prompts.vlm("qwen3")
+    ran = []
+    for number, layer in enumerate(vlm.decoder.layers):
+        layer.mlp.register_forward_hook(lambda *_, number=number: ran.append(number))
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        with up_to(vlm, 1):
+            vlm.model(input_ids=ids)
+            raise AssertionError("the call must not return")
+        heads = HeadSet(((0, 0), (1, 1)), vlm.geometry, vlm.model_id)
+        with record_keys(vlm, torch.tensor([5]), heads) as recording:
+            vlm.model(input_ids=ids)
+    assert ran == [0, 0]
+    assert recording.attention().shape == (2, 6)
+    np.testing.assert_allclose(recording.attention().sum(1), 1, rtol=1e-5)
+
+
+def test_the_tiny_model_finds_the_page_and_the_block():
+    vlm = load("tiny-qwen3-vl-m")
+    examples = [needles.document(12, index=i, split="test") for i in range(6)]
+    heads = HeadSet(((4, 11), (4, 9), (2, 9), (4, 12)), vlm.geometry, vlm.model_id)
+    right = []
+    for example in examples:
+        index = DocumentIndex(vlm, heads, list(example.context))
+        blocks = [
+            PageBox(region.part, region.box, example.context[region.part].size)
+            for region in example.candidates["layout"]
+        ]
+        evidence = example.evidence[0]
+        best = blocks[index.rank(example.question, blocks).order[0]]
+        page = index.rank(example.question).order[0]
+        right += [page == evidence.part, (best.page, best.box) == (evidence.part, evidence.box)]
+    assert np.mean(right) >= 0.75
