@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from pathlib import Path
-from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -172,65 +169,6 @@ def _content(part: Part) -> dict[str, object]:
     if isinstance(part, Video):
         return {"type": "video", "video": part}
     return {"type": "image", "image": part}
-
-
-def read(path: str | Path) -> list[Example]:
-    """Examples of a JSON Lines file, or of `examples.jsonl` in a folder.
-
-    A line holds `context` and `question`, each a list of parts: a text, or `{"image": "page.png"}`
-    with a path relative to the file. Further fields are those of `Example`; an evidence region is
-    `{"part": 0}`, with `"chars": [12, 20]`, `"box": [left, top, right, bottom]`, or `"text"`: a
-    text that occurs once in the part.
-
-    Raises:
-        ValueError: A line is no example; the message names file and line.
-    """
-    path = Path(path)
-    path = path / "examples.jsonl" if path.is_dir() else path
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; expected a .jsonl file, or a folder with one")
-    found = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            found.append(_parse(json.loads(line), path.parent))
-        except (ValueError, TypeError, KeyError, OSError) as error:
-            raise ValueError(
-                f"{path}, line {number}: {type(error).__name__}: {error}; expected an object with "
-                "context, question and evidence (see mmheads.examples.read)"
-            ) from error
-    if not found:
-        raise ValueError(f"{path} holds no example")
-    return found
-
-
-def _parse(row: dict[str, Any], folder: Path) -> Example:
-    def parts(name: str) -> tuple[Part, ...]:
-        given = row.pop(name)
-        return tuple(
-            part if isinstance(part, str) else Image.open(folder / part["image"]).convert("RGB")
-            for part in ([given] if isinstance(given, str) else given)
-        )
-
-    context, question = parts("context"), parts("question")
-    evidence = row.pop("evidence", None)
-    if evidence is not None:
-        evidence = tuple(_region(region, context) for region in evidence)
-    for name in ("choices", "seed"):
-        row[name] = tuple(row.get(name, ()))
-    return Example(context=context, question=question, evidence=evidence, **row)
-
-
-def _region(region: dict[str, Any], context: tuple[Part, ...]) -> Region:
-    given: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in region.items()}
-    text = given.pop("text", None)
-    if text is not None:
-        part = context[given["part"]]
-        if not isinstance(part, str) or part.count(text) != 1:
-            raise ValueError(f"{text!r} does not occur once in part {given['part']}; give chars")
-        given["chars"] = (part.index(text), part.index(text) + len(text))
-    return Region(**given)
 
 
 _EVIDENCE = (213, 94, 0)

@@ -1,0 +1,241 @@
+"""Read a user's examples from a JSON Lines file.
+
+All that can be known without the model is checked before the first example is returned: every line,
+every field, every region, and that every image is a readable file. The pixels of an image are
+decoded when the turn of its example comes, so that a long file needs the memory of two examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, overload
+
+from PIL import Image
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationError
+
+from mmheads.examples import Example, Part, Region
+from mmheads.images import image_size, open_image
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+@dataclass(frozen=True)
+class _ImageFile:
+    name: str
+
+
+def _as_parts(value: object) -> list[str | _ImageFile]:
+    """The parts of a context or a question, from a text or a list of texts and images."""
+    parts = [value] if isinstance(value, str) else value
+    if not isinstance(parts, list):
+        raise ValueError('expected a text, or a list of texts and {"image": "file"} objects')
+    return [_as_part(part) for part in parts]
+
+
+def _as_part(value: object) -> str | _ImageFile:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict) and set(value) == {"image"} and isinstance(value["image"], str):
+        return _ImageFile(value["image"])
+    raise ValueError(f'{str(value)[:80]} is neither a text nor an {{"image": "file"}} object')
+
+
+_Parts = Annotated[list[Any], BeforeValidator(_as_parts)]
+
+
+class _RegionRecord(_Strict):
+    part: int = Field(ge=0)
+    text: str | None = Field(default=None, min_length=1)
+    chars: tuple[int, int] | None = None
+    box: tuple[FiniteFloat, FiniteFloat, FiniteFloat, FiniteFloat] | None = None
+
+    def region(self, context: Sequence[Part]) -> Region:
+        """The region in a context; `text` becomes the characters at which it occurs once."""
+        given = [name for name in ("text", "chars", "box") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"a region has {' and '.join(given)}; expected only one of them")
+        if self.part >= len(context):
+            raise ValueError(
+                f"a region names part {self.part}, and the context has {len(context)} parts; parts "
+                "are counted from 0"
+            )
+        if self.text is None:
+            return Region(part=self.part, chars=self.chars, box=self.box)
+        part = context[self.part]
+        if not isinstance(part, str):
+            raise ValueError(
+                f"a region gives the text {self.text!r}, but part {self.part} is an image"
+            )
+        if (count := part.count(self.text)) != 1:
+            raise ValueError(
+                f"{self.text!r} occurs {count} times in part {self.part}, expected once; give the "
+                'range of characters: "chars": [first, last + 1]'
+            )
+        first = part.index(self.text)
+        return Region(part=self.part, chars=(first, first + len(self.text)))
+
+
+class _Record(_Strict):
+    context: _Parts
+    question: _Parts
+    answer: str = ""
+    choices: tuple[str, ...] = ()
+    evidence: tuple[_RegionRecord, ...] | None = None
+    candidates: dict[str, tuple[_RegionRecord, ...]] = Field(default_factory=dict)
+    instruction: str = ""
+    task: str = ""
+    depth: float | None = Field(default=None, ge=0, le=1)
+
+    def files(self) -> Iterator[str]:
+        """The image files of the context and of the question."""
+        for part in (*self.context, *self.question):
+            if isinstance(part, _ImageFile):
+                yield part.name
+
+    def example(self, image: Callable[[str], Image.Image]) -> Example:
+        """The example, its images made by a function of the name of their file."""
+
+        def made(parts: Sequence[str | _ImageFile]) -> tuple[Part, ...]:
+            return tuple(part if isinstance(part, str) else image(part.name) for part in parts)
+
+        context, question = made(self.context), made(self.question)
+        if not any(not isinstance(part, str) or part.strip() for part in question):
+            raise ValueError("the question is empty; expected text or an image")
+        evidence = None
+        if self.evidence is not None:
+            evidence = tuple(record.region(context) for record in self.evidence)
+        return Example(
+            context=context,
+            question=question,
+            answer=self.answer,
+            choices=self.choices,
+            evidence=evidence,
+            candidates={
+                kind: tuple(record.region(context) for record in records)
+                for kind, records in self.candidates.items()
+            },
+            instruction=self.instruction,
+            task=self.task,
+            depth=self.depth,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class ExampleFile(Sequence[Example]):
+    """The examples of a file, each made when it is asked for.
+
+    Attributes:
+        path: The JSON Lines file.
+        lines: Number of each example's line in the file, from 1.
+    """
+
+    path: Path
+    lines: tuple[int, ...]
+    _records: tuple[_Record, ...]
+    _decoded: dict[str, Image.Image] = field(default_factory=dict)
+    """Images of the example that was made last, by name: neighbours often share their pages."""
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> ExampleFile: ...
+    def __getitem__(self, index: int | slice) -> Example | ExampleFile:
+        """One example, or a part of the file.
+
+        Raises:
+            ValueError: An image is damaged; the message names file and line.
+        """
+        if isinstance(index, slice):
+            return ExampleFile(self.path, self.lines[index], self._records[index])
+        record = self._records[index]
+        names = set(record.files())
+        for name in set(self._decoded) - names:
+            del self._decoded[name]
+        with _place(self.path, self.lines[index]):
+            for name in names - set(self._decoded):
+                self._decoded[name] = open_image(self.path.parent / name)
+            return record.example(self._decoded.__getitem__)
+
+
+def read_examples(path: str | Path) -> ExampleFile:
+    """Read the examples of a JSON Lines file, or of `examples.jsonl` in a folder.
+
+    A line is an object with `context` and `question`, each a text or a list of parts: a text, or
+    `{"image": "page.png"}` with a path relative to the file. An evidence region is `{"part": 0}`,
+    with `"box": [left, top, right, bottom]` in the pixels of the upright image, `"chars": [12, 20]`,
+    or `"text"`: a text that occurs once in the part. Further fields are `answer`, `choices`,
+    `candidates`, `instruction`, `task` and `depth` of `Example`.
+
+    Args:
+        path: The file, in UTF-8, or its folder.
+
+    Raises:
+        ValueError: There is no such file, it holds no example, or a line is not an example; the
+            message names file, line and field.
+    """
+    path = Path(path)
+    path = path / "examples.jsonl" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; expected a .jsonl file, or a folder with one")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text in UTF-8 ({error}); save it as UTF-8") from error
+    lines: list[int] = []
+    records: list[_Record] = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            with _place(path, number):
+                record = _Record.model_validate_json(line)
+                record.example(lambda name: _stand_in(path.parent / name))
+            lines.append(number)
+            records.append(record)
+    if not records:
+        raise ValueError(f"{path} holds no example")
+    return ExampleFile(path, tuple(lines), tuple(records))
+
+
+@contextmanager
+def _place(path: Path, line: int) -> Iterator[None]:
+    """Let an error inside name the file and the line."""
+    try:
+        yield
+    except ValidationError as error:
+        raise ValueError(f"{path}, line {line}: {_first(error)}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}, line {line}: {error}") from error
+
+
+def _first(error: ValidationError) -> str:
+    """The first thing that is wrong with a line, as a sentence."""
+    about = error.errors(include_url=False)[0]
+    field = ".".join(map(str, about["loc"]))
+    match about["type"]:
+        case "extra_forbidden":
+            return f"unknown field {field!r}; expected some of {', '.join(_Record.model_fields)}"
+        case "missing":
+            return f"the field {field!r} is missing"
+        case "json_invalid":
+            return f"{about['msg']}; expected one JSON object per line"
+    message = about["msg"].removeprefix("Value error, ")
+    value = str(about["input"])[:80]
+    return f"{field} is {value}: {message}" if field else f"{value}: {message}"
+
+
+def _stand_in(path: Path) -> Image.Image:
+    """A blank image as large as the file's longer side, whichever way up it is to be seen."""
+    return _blank(max(image_size(path)))
+
+
+@lru_cache(maxsize=8)
+def _blank(side: int) -> Image.Image:
+    return Image.new("1", (side, side))
