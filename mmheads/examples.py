@@ -13,6 +13,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from mmheads.images import open_image
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Video:
@@ -209,7 +211,7 @@ def _parse(row: dict[str, Any], folder: Path) -> Example:
     def parts(name: str) -> tuple[Part, ...]:
         given = row.pop(name)
         return tuple(
-            part if isinstance(part, str) else Image.open(folder / part["image"]).convert("RGB")
+            part if isinstance(part, str) else open_image(folder / part["image"])
             for part in ([given] if isinstance(given, str) else given)
         )
 
