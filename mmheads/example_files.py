@@ -171,8 +171,8 @@ def read_examples(path: str | Path) -> ExampleFile:
 
     A line is an object with `context` and `question`, each a text or a list of parts: a text, or
     `{"image": "page.png"}` with a path relative to the file. An evidence region is `{"part": 0}`,
-    with `"box": [left, top, right, bottom]` in the pixels of the upright image, `"chars": [12, 20]`,
-    or `"text"`: a text that occurs once in the part. Further fields are `answer`, `choices`,
+    with `"box": [left, top, right, bottom]` in the pixels of the upright image, `"chars": [12, 20]`
+    or `"text"`, a text that occurs once in the part. Further fields are `answer`, `choices`,
     `candidates`, `instruction`, `task` and `depth` of `Example`.
 
     Args:
