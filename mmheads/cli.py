@@ -1,101 +1,205 @@
-"""The commands of mmheads: `python -m mmheads score` and `python -m mmheads rank`."""
+"""The commands of mmheads: `mmheads score` and `mmheads rank`, also as `python -m mmheads`."""
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import math
+import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from matplotlib.figure import Figure
+from mmheads import paths
 
-from mmheads import examples as example_files
-from mmheads import figures, paths
-from mmheads.models import load
-from mmheads.retrieval.index import WINDOW, DocumentIndex, question_parts, selection
-from mmheads.scores import HeadScores
-from mmheads.scoring import score_heads, scores_folder
-from mmheads.tasks.documents import DPI, pdf
+EXAMPLES = """examples:
+  mmheads score --model tiny-qwen3-vl-m --examples examples.jsonl
+  mmheads rank --model tiny-qwen3-vl-m --heads scores.parquet --question "? B7" report.pdf
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, or 1 after an error in one sentence."""
-    parser = argparse.ArgumentParser(prog="mmheads", description=__doc__)
+    """Run one command.
+
+    Everything that can be checked without the model is checked before the model is loaded.
+
+    Args:
+        arguments: Words of the command line; by default those of this process.
+
+    Returns:
+        0, or 1 after an error, 130 after an interrupt. An error is one sentence on standard error.
+    """
+    parser = argparse.ArgumentParser(
+        prog="mmheads",
+        description="Find the attention heads that fetch evidence, and use them.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_score(commands)
     _add_rank(commands)
     options = parser.parse_args(arguments)
     try:
-        options.run(options)
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
+        with warnings.catch_warnings():
+            warnings.showwarning = _print_warning
+            options.run(options)
+            sys.stdout.flush()
+    except BrokenPipeError:  # The reader of a pipe has gone, as `head` does.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, TypeError, OSError, MemoryError) as error:
+        print(f"mmheads: {_sentence(error)}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("mmheads: interrupted; what was finished is kept", file=sys.stderr)
+        return 130
     return 0
 
 
-def _add_score(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    score = commands.add_parser("score", help="score the heads of a model on your own examples")
-    score.add_argument("--model", required=True, help="folder, or name on the hub")
+def _print_warning(message: Warning | str, *_: Any) -> None:
+    print(f"mmheads: warning: {message}", file=sys.stderr)
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, MemoryError):
+        return "not enough memory; give a smaller --window or --dpi, or a shorter example"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
+    """A reader of numbers from `low` to `high` for argparse."""
+
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            limits = f"from {low:g} to {high:g}" if high < math.inf else f"of at least {low:g}"
+            name = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {name} {limits}")
+        return value
+
+    return read
+
+
+_SHARE = _number(float, 1e-6, 1.0)
+
+
+def _add_score(commands: Any) -> None:
+    score = commands.add_parser(
+        "score",
+        help="score the heads of a model on your own examples",
+        description="Score every head on your examples; write all scores, the means, and a heat "
+        "map, and print the heads with the highest scores (L8H10 is layer 8, head 10, from 0).",
+    )
+    score.add_argument("--model", required=True, help="folder, shipped model, or name on the hub")
     score.add_argument("--examples", required=True, help="a .jsonl file, or a folder with one")
     score.add_argument("--out", default="", help="folder of the results, default runs/scores")
     score.add_argument("--device", default="", help="cpu, cuda:0 or auto")
-    score.add_argument("--fraction", type=float, default=0.05, help="share of heads to list")
+    score.add_argument("--fraction", type=_SHARE, default=0.05, help="share of heads to print")
     score.set_defaults(run=_score)
 
 
 def _score(options: argparse.Namespace) -> None:
+    from mmheads.example_files import read_examples
+    from mmheads.models import load
+    from mmheads.scoring import score_heads, scores_folder
+
+    examples = read_examples(options.examples)
+    for line, record in zip(examples.lines, examples.has_evidence, strict=True):
+        if not record:
+            raise ValueError(
+                f"{examples.path}, line {line}: the example has no evidence; heads are scored by "
+                "their attention to evidence"
+            )
+    out = paths.writable(scores_folder(options.out))
     vlm = load(options.model, device=options.device)
-    examples = example_files.read(options.examples)
-    stem = scores_folder(options.out) / f"{Path(vlm.model_id).name}-{Path(options.examples).stem}"
-    scores = score_heads(vlm, examples, path=stem.with_suffix(".parquet"))
-    with paths.write_whole(stem.with_suffix(".csv")) as path:
+    mark = hashlib.sha256(str(examples.path.resolve()).encode()).hexdigest()[:6]
+    stem = f"{Path(vlm.model_id).name}-{examples.path.stem}-{mark}"
+    scores = score_heads(vlm, examples, path=out / f"{stem}.parquet")
+    with paths.write_whole(out / f"{stem}.csv") as path:
         scores.table().to_csv(path, index=False)
-    with paths.write_whole(stem.with_suffix(".json")) as path:
-        path.write_text(json.dumps(scores.released_format()))
-    with paths.write_whole(stem.with_suffix(".png")) as path:
+    with paths.write_whole(out / f"{stem}.json") as path:
+        path.write_text(json.dumps(scores.released_format()), encoding="utf-8")
+    with paths.write_whole(out / f"{stem}.png") as path:
         _heat_map(scores).savefig(path)
     for head in scores.top(options.fraction):
         print(f"{head!s:>8}  {scores.mean[head]:+.4f}")
-    print(f"{len(examples)} examples; {stem}.parquet, .csv, .json, .png")
+    print(f"{len(examples)} examples; {out / stem}.parquet, .csv, .json, .png")
 
 
-def _heat_map(scores: HeadScores) -> Figure:
+def _heat_map(scores: Any) -> Any:
+    from matplotlib.figure import Figure
+
+    from mmheads import figures
+
     figure = Figure(figsize=(figures.COLUMN, figures.COLUMN), dpi=200, layout="constrained")
     axis = figure.subplots()
-    axis.set_title(f"{scores.provenance.model}, n = {len(scores.values)}")
+    axis.set_title(f"{scores.provenance.model}, n = {len(scores.values)}", parse_math=False)
     image = figures.heat_map(axis, scores.mean)
     figure.colorbar(image, label="calibrated retrieval score")
     return figure
 
 
-def _add_rank(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    rank = commands.add_parser("rank", help="rank the pages of a PDF file for a question")
+def _add_rank(commands: Any) -> None:
+    rank = commands.add_parser(
+        "rank",
+        help="rank the pages of a PDF file for a question",
+        description="Rank the pages of a PDF file by the attention of chosen heads; print the "
+        "best pages and write a picture of them.",
+    )
     rank.add_argument("pdf", help="the document")
-    rank.add_argument("--model", required=True, help="folder, or name on the hub")
-    rank.add_argument("--heads", required=True, help="scores of its heads, made by `score`")
+    rank.add_argument("--model", required=True, help="folder, shipped model, or name on the hub")
+    rank.add_argument("--heads", required=True, help="score file that `mmheads score` has written")
     rank.add_argument("--question", required=True)
-    rank.add_argument("--fraction", type=float, default=0.05, help="share of heads per task")
-    rank.add_argument("--window", type=int, default=WINDOW, help="pages per forward pass")
-    rank.add_argument("--dpi", type=int, default=DPI, help="resolution of the pages")
-    rank.add_argument("--top", type=int, default=5, help="pages to print")
+    rank.add_argument("--fraction", type=_SHARE, default=0.05, help="share of heads per task")
+    rank.add_argument("--window", type=_number(int, 1), default=0, help="pages per forward pass")
+    rank.add_argument(
+        "--dpi", type=_number(int, 1, 2400), default=0, help="resolution of the pages"
+    )
+    rank.add_argument("--password", default="", help="of an encrypted PDF file")
+    rank.add_argument("--top", type=_number(int, 1), default=5, help="pages to print")
     rank.add_argument("--out", default="", help="picture, default <document>.rank.png here")
     rank.add_argument("--device", default="", help="cpu, cuda:0 or auto")
     rank.set_defaults(run=_rank)
 
 
 def _rank(options: argparse.Namespace) -> None:
+    from mmheads.models import load
+    from mmheads.retrieval.index import WINDOW, DocumentIndex, question_parts, selection
+    from mmheads.scores import HeadScores
+    from mmheads.tasks.documents import DPI, pdf
+
     question_parts(options.question)
-    document = pdf(options.pdf, dpi=options.dpi)
+    out = Path(options.out or f"{Path(options.pdf).stem}.rank.png")
+    _check_picture(out)
+    document = pdf(options.pdf, dpi=options.dpi or DPI)
     images = [page.image for page in document.pages]
     heads = selection(HeadScores.load(options.heads), options.fraction)
     vlm = load(options.model, device=options.device)
-    index = DocumentIndex(vlm, heads, images, window=options.window, progress=True)
+    index = DocumentIndex(vlm, heads, images, window=options.window or WINDOW, progress=True)
     ranking = index.rank(options.question)
     for row in ranking.table().head(options.top).to_dict("records"):
         print(f"{row['rank']:>4}  page {row['candidate'] + 1:<5} {row['score']:+.5f}")
     print(f"{len(heads)} heads of {vlm}; {len(images)} pages in windows of {ranking.window}")
-    out = Path(options.out or f"{Path(options.pdf).stem}.rank.png")
     with paths.write_whole(out) as path:
         ranking.picture(images).savefig(path)
     print(out)
+
+
+def _check_picture(path: Path) -> None:
+    """Raise ValueError if a picture cannot be written there."""
+    from matplotlib.figure import Figure
+
+    kinds = sorted(Figure().canvas.get_supported_filetypes())
+    if path.suffix.removeprefix(".").lower() not in kinds:
+        raise ValueError(
+            f"--out is {path}; expected the name of a picture that ends in one of "
+            f"{', '.join('.' + kind for kind in kinds)}"
+        )
+    if path.is_dir():
+        raise ValueError(f"--out {path} is a folder; give the name of a picture")
+    paths.writable(path.parent)

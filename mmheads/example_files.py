@@ -141,6 +141,11 @@ class ExampleFile(Sequence[Example]):
     _decoded: dict[str, Image.Image] = field(default_factory=dict)
     """Images of the example that was made last, by name: neighbours often share their pages."""
 
+    @property
+    def has_evidence(self) -> tuple[bool, ...]:
+        """Whether each example has evidence."""
+        return tuple(bool(record.evidence) for record in self._records)
+
     def __len__(self) -> int:
         return len(self._records)
 

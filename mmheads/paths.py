@@ -49,6 +49,20 @@ def _given_or_beside(folder: str | Path, setting: str, name: str, content: str) 
     return beside if (beside / content).is_dir() else None
 
 
+def writable(folder: Path) -> Path:
+    """The folder, made if it does not exist, after a file was written there as a trial.
+
+    Raises:
+        ValueError: The folder cannot be made, or takes no files.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written to ({error}); name another folder") from error
+
+
 @contextmanager
 def write_whole(path: Path) -> Iterator[Path]:
     """Yield a temporary path that becomes `path` when the block ends without an exception.
