@@ -1,8 +1,6 @@
 """Scores of every head: equal to full eager passes, resumable, never mixed."""
 
 import dataclasses
-import json
-import re
 
 import example_prompts
 import numpy as np
@@ -11,7 +9,7 @@ import pytest
 import random_models
 import torch
 
-from mmheads import cli, models, paths, prompts, scoring
+from mmheads import models, paths, prompts, scoring
 from mmheads.examples import Example, Region
 from mmheads.models import VLM, load
 from mmheads.scores import HeadScores
@@ -251,91 +249,6 @@ def test_a_mass_outside_its_range_names_the_head():
         scoring._check_mass(mass, "raw", needles.make("text", 128, 0.0))
 
 
-@pytest.fixture
-def own_images(tmp_path):
-    """What a user brings: pages as files, questions in a JSON Lines file."""
-    rows = []
-    for index, task in enumerate(("rendered", "text")):
-        example = needles.make(task, 128, 0.4, pair=index, split="test")
-        parts = []
-        for number, part in enumerate(example.context):
-            if isinstance(part, str):
-                parts.append(part)
-            else:
-                part.save(tmp_path / f"{index}-{number}.png")
-                parts.append({"image": f"{index}-{number}.png"})
-        (region,) = example.evidence
-        where = {"box": region.box} if region.box else {"chars": region.chars}
-        rows.append(
-            {
-                "context": parts,
-                "question": example.question[0],
-                "answer": example.answer,
-                "evidence": [{"part": region.part, **where}],
-                "task": task,
-            }
-        )
-    (tmp_path / "examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tmp_path
-
-
-def test_command_scores_a_users_own_examples(own_images, tmp_path, capsys):
-    model = str(paths.MODELS / "tiny-qwen3-vl-m")
-    out = tmp_path / "out"
-    arguments = ["score", "--model", model, "--examples", str(own_images), "--out", str(out)]
-    assert cli.main([*arguments, "--device", "cpu"]) == 0
-    printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 6
-    scores = HeadScores.load(next(out.glob("*.parquet")))
-    assert scores.metadata["task"].tolist() == ["rendered", "text"]
-    expected = scoring.score_heads(
-        load(model, device="cpu"),
-        [
-            needles.make(task, 128, 0.4, pair=i, split="test")
-            for i, task in enumerate(("rendered", "text"))
-        ],
-        progress=False,
-    )
-    np.testing.assert_allclose(scores.values, expected.values, atol=1e-6)
-    table = pd.read_csv(next(out.glob("*.csv")))
-    assert len(table) == 2 * 96
-    assert {"layer", "head", "score", *scoring.QUANTITIES} <= set(table.columns)
-    released = json.loads(next(out.glob("*.json")).read_text())["head_score_list"]
-    best = scores.top(count=1).heads[0]
-    assert released[0][0] == f"{best.layer}-{best.head}"
-    assert printed[0].split()[0] == str(best)
-    assert next(out.glob("*.png")).stat().st_size > 1000
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "line 1: JSONDecodeError"),
-        ('{"question": "?"}', "line 1: KeyError: 'context'"),
-        ('{"context": ["a a"], "question": "?", "evidence": [{"part": 0, "text": "a"}]}', "once"),
-        ('{"context": [{"image": "no.png"}], "question": "?"}', "no.png"),
-        ('{"context": ["a"], "question": "?", "evidence": [{"part": 3}]}', "not in the context"),
-        ('{"context": ["a"], "question": "?", "colour": 3}', "colour"),
-        ("", "holds no example"),
-    ],
-)
-def test_a_bad_example_file_is_one_clear_error(tmp_path, capsys, line, message):
-    path = tmp_path / "mine.jsonl"
-    path.write_text(line)
-    model = str(paths.MODELS / "tiny-qwen3-vl-m")
-    out = tmp_path / "out"
-    arguments = ["score", "--model", model, "--examples", str(path), "--out", str(out)]
-    assert cli.main(arguments) == 1
-    assert message in capsys.readouterr().err
-    assert not out.exists()
-
-
-def test_a_model_that_is_not_there_is_one_clear_error(tmp_path, capsys):
-    arguments = ["score", "--model", str(tmp_path), "--examples", str(tmp_path)]
-    assert cli.main(arguments) == 1
-    assert "could not be loaded" in capsys.readouterr().err
-
-
 def test_shipped_models_have_heads_that_fetch_text(tiny):
     examples = needles.generate(["text"], [512], pairs=2, split="test")
     scores = scoring.score_heads(tiny, examples, progress=False)
@@ -352,31 +265,3 @@ def test_the_text_only_predecessor_is_scored_by_the_same_call():
     examples = needles.generate(["text"], [256], pairs=1, split="test", image_ratio=0.0)
     scores = scoring.score_heads(text, examples, progress=False)
     assert scores.mean.max() > 0.1
-
-
-def test_what_the_readme_shows_for_your_own_model_runs(tmp_path, capsys, monkeypatch):
-    readme = (paths.ROOT / "README.md").read_text()
-    (lines,) = re.findall(r"```json\n(.+?)```", readme, re.S)
-    (tmp_path / "examples.jsonl").write_text(lines)
-    for index in (1, 2):
-        example_prompts.picture(480, 360, index).save(tmp_path / f"page{index}.png")
-    examples = str(tmp_path / "examples.jsonl")
-    arguments = ["score", "--model", "tiny-qwen3-vl-m", "--examples", examples]
-    assert cli.main([*arguments, "--out", str(tmp_path), "--device", "cpu"]) == 0
-    assert "2 examples" in capsys.readouterr().out
-    section = readme.split("## Your model, your images")[1].split("\n## ")[0]
-    score, mask, rank, streamed = re.findall(r"```python\n(.+?)```", section, re.S)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(paths, "RUNS", tmp_path)
-    names: dict = {}
-    exec(score, names)
-    assert "L" in capsys.readouterr().out
-    exec(mask, names)
-    assert "p_holm" in capsys.readouterr().out
-    assert set(names["table"]["masking"]) == {"none", "top", "random"}
-    example_prompts.write_pdf(tmp_path / "report.pdf", 3)
-    exec(rank, names)
-    assert "candidate" in capsys.readouterr().out
-    assert (tmp_path / "report.safetensors").exists()
-    exec(streamed, names)
-    assert "of the KV groups" in capsys.readouterr().out

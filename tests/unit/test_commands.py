@@ -1,0 +1,240 @@
+"""The commands as a user runs them: what they print and write, and how they refuse bad input."""
+
+import json
+import re
+import subprocess
+import sys
+
+import example_prompts
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from mmheads import cli, paths, scoring
+from mmheads.models import load
+from mmheads.scores import HeadScores
+from mmheads.tasks import needles
+
+
+@pytest.fixture
+def own_images(tmp_path):
+    """What a user brings: pages as files, questions in a JSON Lines file."""
+    rows = []
+    for index, task in enumerate(("rendered", "text")):
+        example = needles.make(task, 128, 0.4, pair=index, split="test")
+        parts = []
+        for number, part in enumerate(example.context):
+            if isinstance(part, str):
+                parts.append(part)
+            else:
+                part.save(tmp_path / f"{index}-{number}.png")
+                parts.append({"image": f"{index}-{number}.png"})
+        (region,) = example.evidence
+        where = {"box": region.box} if region.box else {"chars": region.chars}
+        rows.append(
+            {
+                "context": parts,
+                "question": example.question[0],
+                "answer": example.answer,
+                "evidence": [{"part": region.part, **where}],
+                "task": task,
+            }
+        )
+    (tmp_path / "examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def test_command_scores_a_users_own_examples(own_images, tmp_path, capsys):
+    model = str(paths.MODELS / "tiny-qwen3-vl-m")
+    out = tmp_path / "out"
+    arguments = ["score", "--model", model, "--examples", str(own_images), "--out", str(out)]
+    assert cli.main([*arguments, "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 6
+    scores = HeadScores.load(next(out.glob("*.parquet")))
+    assert scores.metadata["task"].tolist() == ["rendered", "text"]
+    expected = scoring.score_heads(
+        load(model, device="cpu"),
+        [
+            needles.make(task, 128, 0.4, pair=i, split="test")
+            for i, task in enumerate(("rendered", "text"))
+        ],
+        progress=False,
+    )
+    np.testing.assert_allclose(scores.values, expected.values, atol=1e-6)
+    table = pd.read_csv(next(out.glob("*.csv")))
+    assert len(table) == 2 * 96
+    assert {"layer", "head", "score", *scoring.QUANTITIES} <= set(table.columns)
+    released = json.loads(next(out.glob("*.json")).read_text())["head_score_list"]
+    best = scores.top(count=1).heads[0]
+    assert released[0][0] == f"{best.layer}-{best.head}"
+    assert printed[0].split()[0] == str(best)
+    assert next(out.glob("*.png")).stat().st_size > 1000
+
+
+@pytest.fixture(scope="module")
+def score_file(tmp_path_factory):
+    """Scores of the shipped model that choose heads for `rank`."""
+    path = tmp_path_factory.mktemp("scores") / "scores.parquet"
+    examples = [needles.make("rendered", 128, depth) for depth in (0.0, 1.0)]
+    scoring.score_heads(load("tiny-qwen3-vl-m"), examples, path=path, progress=False)
+    return path
+
+
+LINE = {"context": ["rain falls . B7 K ."], "question": "? B7", "evidence": [{"part": 0}]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "no-such-model"], "no-such-model could not be loaded"),
+        (["--examples", "missing.jsonl"], "missing.jsonl does not exist"),
+        (["--device", "nonsense"], "nonsense"),
+        (["--device", "cuda:0"], "cuda:0"),
+        (["--out", "blocked/results"], "blocked/results cannot be written to"),
+    ],
+)
+def test_score_refuses_bad_options_in_one_sentence(
+    arguments, message, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples.jsonl").write_text(json.dumps(LINE), encoding="utf-8")
+    (tmp_path / "blocked").write_text("a file where a folder is expected", encoding="utf-8")
+    given = ["score", "--model", "tiny-qwen3-vl-m", "--examples", "examples.jsonl", "--out", "out"]
+    assert cli.main([*given, *arguments]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("value", ["1.5", "0", "nan", "-0.1", "five"])
+def test_a_share_of_heads_outside_0_to_1_is_refused_before_anything_runs(value, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["score", "--model", "m", "--examples", "e", "--fraction", value])
+    assert stopped.value.code == 2
+    assert f"{value!r} is not a number from 1e-06 to 1" in capsys.readouterr().err
+
+
+def test_an_example_without_evidence_is_named_before_the_model_is_loaded(
+    tmp_path, capsys, monkeypatch
+):
+    lines = [LINE, LINE | {"evidence": None}]
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    monkeypatch.setattr("mmheads.models.load", None)
+    assert cli.main(["score", "--model", "tiny-qwen3-vl-m", "--examples", str(path)]) == 1
+    assert f"{path}, line 2: the example has no evidence" in capsys.readouterr().err
+
+
+def test_files_of_one_name_in_two_folders_keep_their_own_results(tmp_path):
+    for folder, text in (("a", "B7 K ."), ("b", "rain falls .")):
+        (tmp_path / folder).mkdir()
+        line = LINE | {"evidence": [{"part": 0, "text": text}]}
+        (tmp_path / folder / "v1.examples.jsonl").write_text(json.dumps(line), encoding="utf-8")
+    for folder in ("a", "b"):
+        path = tmp_path / folder / "v1.examples.jsonl"
+        arguments = ["--examples", str(path), "--out", str(tmp_path / "out")]
+        assert cli.main(["score", "--model", "tiny-qwen3-vl-m", *arguments]) == 0
+    for suffix in ("parquet", "csv", "json", "png"):
+        assert len(list((tmp_path / "out").glob(f"tiny-qwen3-vl-m-v1.examples-*.{suffix}"))) == 2
+
+
+def test_rank_orders_the_pages_of_a_pdf_and_draws_them(score_file, tmp_path, capsys):
+    example_prompts.write_pdf(tmp_path / "d.pdf", 3)
+    command = ["rank", "--model", "tiny-qwen3-vl-m", "--heads", str(score_file)]
+    command += ["--out", str(tmp_path / "d.png"), "--window", "2", "--top", "2"]
+    question = "is $5 more than 3% of $100 ? B7"
+    assert cli.main([*command, "--question", question, str(tmp_path / "d.pdf")]) == 0
+    first, second, about, picture_line = capsys.readouterr().out.splitlines()
+    assert first.split()[:2] == ["1", "page"]
+    assert second.split()[:2] == ["2", "page"]
+    assert "5 heads of tiny-qwen3-vl-m; 3 pages in windows of 2" in about
+    assert picture_line == str(tmp_path / "d.png")
+    with Image.open(tmp_path / "d.png") as picture:
+        assert picture.size[0] > 300
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--question", " "], "the question is empty"),
+        (["e.pdf"], "e.pdf does not exist"),
+        (["empty.pdf"], "empty.pdf"),
+        (["text.pdf"], "text.pdf"),
+        (["--heads", "missing.parquet"], "missing.parquet"),
+        (["--heads", "table.csv"], "table.csv"),
+        (["--model", "no-such-model"], "no-such-model could not be loaded"),
+        (["--out", "picture.docx"], "picture.docx; expected the name of a picture"),
+        (["--out", "folder.png"], "folder.png is a folder"),
+        (["--device", "nonsense"], "nonsense"),
+    ],
+)
+def test_rank_refuses_bad_input_in_one_sentence(
+    arguments, message, score_file, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    example_prompts.write_pdf(tmp_path / "d.pdf", 2)
+    (tmp_path / "empty.pdf").write_bytes(b"")
+    (tmp_path / "text.pdf").write_text("This is a text.", encoding="utf-8")
+    (tmp_path / "table.csv").write_text("layer,head\n0,0\n", encoding="utf-8")
+    (tmp_path / "folder.png").mkdir()
+    files = [name for name in arguments if name.endswith(".pdf")] or ["d.pdf"]
+    options = [word for word in arguments if not word.endswith(".pdf")]
+    command = ["rank", "--model", "tiny-qwen3-vl-m", "--heads", str(score_file), "--question", "?"]
+    assert cli.main([*command, *options, *files]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "d.rank.png").exists()
+
+
+@pytest.mark.parametrize("option", [["--top", "-1"], ["--window", "0"], ["--dpi", "0"]])
+def test_rank_refuses_numbers_out_of_range(option, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["rank", "d.pdf", "--model", "m", "--heads", "h", "--question", "?", *option])
+    assert stopped.value.code == 2
+    assert "is not a whole number" in capsys.readouterr().err
+
+
+def test_a_closed_pipe_is_not_an_error(tmp_path):
+    (tmp_path / "examples.jsonl").write_text(json.dumps(LINE), encoding="utf-8")
+    command = [sys.executable, "-m", "mmheads", "score", "--model", "tiny-qwen3-vl-m"]
+    command += ["--examples", str(tmp_path), "--out", str(tmp_path / "out"), "--fraction", "1"]
+    environment = {"PYTHONPATH": str(paths.ROOT), "PATH": "", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as running:
+        running.stdout.close()
+        error = running.stderr.read().decode()
+        assert running.wait() == 0
+    assert "Traceback" not in error
+    assert "BrokenPipe" not in error
+
+
+def test_what_the_readme_shows_for_your_own_model_runs(tmp_path, capsys, monkeypatch):
+    readme = (paths.ROOT / "README.md").read_text()
+    (lines,) = re.findall(r"```json\n(.+?)```", readme, re.S)
+    (tmp_path / "examples.jsonl").write_text(lines)
+    for index in (1, 2):
+        example_prompts.picture(480, 360, index).save(tmp_path / f"page{index}.png")
+    examples = str(tmp_path / "examples.jsonl")
+    arguments = ["score", "--model", "tiny-qwen3-vl-m", "--examples", examples]
+    assert cli.main([*arguments, "--out", str(tmp_path), "--device", "cpu"]) == 0
+    assert "2 examples" in capsys.readouterr().out
+    section = readme.split("## Your model, your images")[1].split("\n## ")[0]
+    score, mask, rank, streamed = re.findall(r"```python\n(.+?)```", section, re.S)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(paths, "RUNS", tmp_path)
+    names: dict = {}
+    exec(score, names)
+    assert "L" in capsys.readouterr().out
+    exec(mask, names)
+    assert "p_holm" in capsys.readouterr().out
+    assert set(names["table"]["masking"]) == {"none", "top", "random"}
+    example_prompts.write_pdf(tmp_path / "report.pdf", 3)
+    exec(rank, names)
+    assert "candidate" in capsys.readouterr().out
+    assert (tmp_path / "report.safetensors").exists()
+    exec(streamed, names)
+    assert "of the KV groups" in capsys.readouterr().out
