@@ -49,8 +49,8 @@ from mmheads.evidence import (
 from mmheads.examples import Example
 from mmheads.heads import Head, HeadScores, HeadSet, Provenance
 from mmheads.models import VLM, load
+from mmheads.pdfs import DPI, Document, PageBox, open_pdf
 from mmheads.prefix import Prefix, prefill
-from mmheads.tasks.documents import DPI, Document, PageBox, pdf
 
 PAGE_CUTS = (1, 3, 5)
 LAYOUT_CUTS = (1, 5, 10)
@@ -794,7 +794,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         _asked(args.question)
-        document = pdf(args.pdf, dpi=args.dpi)
+        document = open_pdf(args.pdf, dpi=args.dpi)
         images = [page.image for page in document.pages]
         chosen = selection(HeadScores.load(args.heads), args.fraction)
         vlm = load(args.model, device=args.device)

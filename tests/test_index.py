@@ -14,9 +14,9 @@ from mmheads.evidence import box_shares, encode, null_question
 from mmheads.examples import Example
 from mmheads.heads import Head, HeadSet
 from mmheads.models import load
+from mmheads.pdfs import PageBox
 from mmheads.retrieval import DocumentIndex
 from mmheads.tasks import needles
-from mmheads.tasks.documents import PageBox
 
 TEXT = ("First the rain falls.", "Here the needle is hidden.", "Ask which rain falls ?")
 QUESTION = "which rain falls"
