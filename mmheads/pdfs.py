@@ -179,6 +179,8 @@ class _Pdf:
         except pypdfium2.PdfiumError:
             raise ValueError(f"{title} is broken") from None
         pixels = _pixels(width, height, self.dpi)
+        if not pixels:  # The crop box lies outside of the page.
+            raise ValueError(f"{title} has no area ({width:,.0f} x {height:,.0f} points)")
         if pixels > MAX_PIXELS:
             dpi = next((dpi for dpi in range(self.dpi, 0, -1) if _fits(width, height, dpi)), None)
             raise ValueError(
@@ -212,7 +214,7 @@ class _Pdf:
             try:
                 bitmap = file[index].render(scale=self.dpi / 72)
                 image: Image.Image = bitmap.to_pil().convert("RGB")
-            except (pypdfium2.PdfiumError, MemoryError) as error:
+            except (pypdfium2.PdfiumError, ValueError, MemoryError) as error:
                 reason = str(error) or "not enough memory"
                 raise ValueError(f"{title} cannot be drawn at {self.dpi} dpi: {reason}") from error
         return image

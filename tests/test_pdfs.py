@@ -85,6 +85,14 @@ def test_pages_without_a_usable_box_are_shown_in_letter_size(tmp_path, box):
     assert dark(image) > 100
 
 
+def test_a_page_without_area_is_an_error_with_its_number(tmp_path):
+    outside = PageSpec(box="0 0 600 800", entries="/CropBox [600 800 1000 1000]")
+    path = write_pdf(tmp_path / "outside.pdf", [PageSpec(), outside])
+    with pytest.raises(ValueError, match=r"^Page 2 of \S+outside.pdf has no area \(0 x 0 points"):
+        open_pdf(path)
+    assert len(open_pdf(path, skip_broken=True).pages) == 1
+
+
 def test_a_tiny_page_is_one_pixel(tmp_path):
     path = write_pdf(tmp_path / "tiny.pdf", [PageSpec(box="0 0 0.1 0.1")])
     assert open_pdf(path).pages[0].image().size == (1, 1)
