@@ -109,6 +109,17 @@ def test_an_unreadable_page_image_names_its_row(hub):
         ({"question": {"page_id": []}}, "names no page"),
         ({"page_indices": [0, 9]}, "page_indices 0 to 9 are not rows of"),
         ({"page_indices": [1, 2]}, r"its page_indices hold rows of \['b.pdf'\]"),
+        ({"page_indices": 5}, "page_indices is '5'; expected a list"),
+        ({"page_indices": [0]}, r"page_indices is \[0\]; expected 2 integers"),
+        ({"question": {"page_id": "12"}}, "page_id is '12'; expected a list"),
+        ({"question": {"page_id": [0.5]}}, r"page_id is \[0.5\]; expected a list of integers"),
+        ({"question": {"layout_mapping": [{"page": 1}]}}, r"box lacks \['bbox', 'page_size'\]"),
+        (
+            {"question": {"layout_mapping": [{"page": 1, "bbox": [1, 2], "page_size": [3, 4]}]}},
+            r"bbox \(1, 2\) with page_size \(3, 4\); expected four numbers and two",
+        ),
+        ({"questions": ["What?"]}, "'What\\?' is not an object with"),
+        ({"questions": None}, "questions is 'None'; expected a list"),
     ],
 )
 def test_wrong_annotations_are_said_and_the_others_go_on(hub, changes, message):
@@ -120,6 +131,52 @@ def test_wrong_annotations_are_said_and_the_others_go_on(hub, changes, message):
     assert problem.startswith("MMDocIR_annotations.jsonl, line 1: ")
     with pytest.raises(ValueError, match=message):
         raise ValueError(problem)
+
+
+def test_annotations_are_split_at_line_feeds_only_and_read_as_utf_8(hub):
+    second = {"page_indices": [2, 3], "layout_indices": [2, 3]}
+    separators = "\u2028, \u2029 and \x85 in Köln?"
+    lines = [line("a.pdf", question={"Q": separators}), line("b.pdf", **second)]
+    text = "\r\n\n".join(json.dumps(entry, ensure_ascii=False) for entry in lines)
+    (hub / mmdocir.ANNOTATIONS).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    collection = mmdocir.read_mmdocir(hub)
+    assert not collection.problems
+    assert [document.questions[0].text for document in collection.documents] == [
+        separators,
+        "What is red?",
+    ]
+    (hub / mmdocir.ANNOTATIONS).write_bytes("Köln".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"MMDocIR_annotations.jsonl is not encoded in UTF-8"):
+        mmdocir.read_mmdocir(hub)
+
+
+def test_lines_that_are_no_documents_become_problems(hub):
+    second = json.dumps(line("b.pdf", page_indices=[2, 3], layout_indices=[2, 3]))
+    lines = ["5", "null", "{", "[" * 100_000, "{}", second]
+    (hub / mmdocir.ANNOTATIONS).write_text("\n".join(lines))
+    collection = mmdocir.read_mmdocir(hub)
+    assert [document.name for document in collection.documents] == ["b.pdf"]
+    assert len(collection.problems) == 5
+    for number, problem in enumerate(collection.problems, 1):
+        assert problem.startswith(f"MMDocIR_annotations.jsonl, line {number}: ")
+
+
+def test_pages_of_tables_are_numbered_from_1_within_their_document(hub):
+    for document in mmdocir.read_mmdocir(hub).documents:
+        assert [page.title for page in document.pages] == ["1", "2"]
+
+
+def test_tables_that_cannot_be_read_or_hold_no_bytes_are_one_error(hub):
+    table = pd.read_parquet(hub / mmdocir.PAGES)
+    table["image_binary"] = "page.jpg"
+    table.to_parquet(hub / mmdocir.PAGES)
+    with pytest.raises(
+        ValueError, match=r"MMDocIR_pages.parquet holds .*string in image_binary; expected"
+    ):
+        mmdocir.read_mmdocir(hub)
+    (hub / mmdocir.PAGES).write_bytes(b"no table")
+    with pytest.raises(ValueError, match=r"MMDocIR_pages.parquet .*[Pp]arquet"):
+        mmdocir.read_mmdocir(hub)
 
 
 def test_folder_of_pdfs_is_read_and_broken_ones_are_named(tmp_path):

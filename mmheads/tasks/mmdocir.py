@@ -141,7 +141,7 @@ def _document(
 ) -> AnnotatedDocument:
     """The document of one line of annotations."""
     _expect_keys(row, _LINE)
-    name = row["doc_name"]
+    name = str(row["doc_name"])
     pages: Sequence[Page]
     layouts: list[Layout] = []
     if tables:
@@ -249,7 +249,7 @@ def _page_box(page: Any, values: dict[str, Any]) -> PageBox:
 
 def _rows(row: dict[str, Any], name: str, table: _Table) -> range:
     """The rows of a document in a table, from the numbers of its first and last row."""
-    first, last = row[name]
+    first, last = _integers(row, name, 2)
     if not 0 <= first <= last < len(table.rows):
         raise ValueError(
             f"{row['doc_name']}: {name} {first} to {last} are not rows of {table.path} "
@@ -262,13 +262,11 @@ def _rows(row: dict[str, Any], name: str, table: _Table) -> range:
 
 
 def _questions(row: dict[str, Any]) -> Iterator[Question]:
-    for entry in row["questions"]:
+    for entry in _list(row, "questions"):
         _expect_keys(entry, _QUESTION)
-        pages = entry["page_id"]
-        if not isinstance(pages, list) or not all(isinstance(page, int) for page in pages):
-            raise ValueError(f"page_id of a question is {pages!r}; expected a list of integers")
+        pages = _integers(entry, "page_id")
         boxes = []
-        for gold in entry["layout_mapping"]:
+        for gold in _list(entry, "layout_mapping"):
             _expect_keys(gold, _GOLD)
             boxes.append(_page_box(gold["page"], gold))
         question, answer = str(entry["Q"]), str(entry["A"])
@@ -280,6 +278,20 @@ def _expect_keys(entry: Any, names: set[str]) -> None:
         raise ValueError(f"{str(entry)[:50]!r} is not an object with {sorted(names)}")
     if missing := names - set(entry):
         raise ValueError(f"{entry.get('doc_name', 'a question or box')} lacks {sorted(missing)}")
+
+
+def _list(row: dict[str, Any], name: str) -> list[Any]:
+    values = row[name]
+    if not isinstance(values, list):
+        raise ValueError(f"{name} is {str(values)[:50]!r}; expected a list")
+    return values
+
+
+def _integers(row: dict[str, Any], name: str, count: int | None = None) -> list[int]:
+    values = _list(row, name)
+    if not all(type(value) is int for value in values) or count not in (None, len(values)):
+        raise ValueError(f"{name} is {values}; expected {count or 'a list of'} integers")
+    return values
 
 
 def _check_questions(document: AnnotatedDocument) -> None:
