@@ -169,14 +169,14 @@ def _add_rank(commands: Any) -> None:
 
 def _rank(options: argparse.Namespace) -> None:
     from mmheads.models import load
+    from mmheads.pdfs import DPI, open_pdf
     from mmheads.retrieval.index import WINDOW, DocumentIndex, question_parts, selection
     from mmheads.scores import HeadScores
-    from mmheads.tasks.documents import DPI, pdf
 
     question_parts(options.question)
     out = Path(options.out or f"{Path(options.pdf).stem}.rank.png")
     _check_picture(out)
-    document = pdf(options.pdf, dpi=options.dpi or DPI)
+    document = open_pdf(options.pdf, dpi=options.dpi or DPI, password=options.password or None)
     images = [page.image for page in document.pages]
     heads = selection(HeadScores.load(options.heads), options.fraction)
     vlm = load(options.model, device=options.device)

@@ -9,7 +9,7 @@ import bm25s
 import numpy as np
 from numpy.typing import NDArray
 
-from mmheads.tasks.documents import Document
+from mmheads.pdfs import Document
 
 
 def bm25_pages(document: Document, questions: Sequence[str]) -> NDArray[np.float32]:

@@ -31,11 +31,11 @@ from mmheads.examples import Example
 from mmheads.families import Boxes, box_shares
 from mmheads.heads import Head, HeadSet
 from mmheads.models import VLM
+from mmheads.pdfs import PageBox
 from mmheads.prefix import Prefix, prefill
 from mmheads.prompts import Prompt, Span, encode, null_question, with_question, without_pixels
 from mmheads.retrieval.ranking import Ranking, rank
 from mmheads.scores import HeadScores, Provenance
-from mmheads.tasks.documents import PageBox
 
 WINDOW = 200
 """Pages a forward pass (paper A; 50 for layout crops)."""

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from mmheads.tasks.documents import PageBox
+from mmheads.pdfs import PageBox
 
 PAGE_CUTS = (1, 3, 5)
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from mmheads.families import Boxes
-from mmheads.tasks.documents import PageBox
+from mmheads.pdfs import PageBox
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ Each lies under its own name, with the files that the hub or its authors have; a
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,7 @@ from typing import Any
 
 from mmheads.examples import Example
 from mmheads.metrics import Metric, same
-from mmheads.tasks import docqa, documents, grounding, needles, niah, reasoning, videos
+from mmheads.tasks import docqa, grounding, mmdocir, needles, niah, reasoning, videos
 
 FOLDERS = {
     "needles": "MMLongBench",
@@ -112,8 +113,8 @@ def probes(
     if vidstg := folder(data, "vidstg"):
         parts = (vidstg / part for part in ("annotations", "vidor", "frames"))
         found["vidstg"] = partial(grounding.vidstg, *parts, count=frames)
-    if mmdocir := folder(data, "mmdocir"):
-        found["mmdocir"] = partial(_of_documents, mmdocir, pages)
+    if documents := folder(data, "mmdocir"):
+        found["mmdocir"] = partial(_of_documents, documents, pages)
     if (mmlb := folder(data, "docqa")) and (mmlb / niah.DATA / "documentQA").is_dir():
         questions = docqa.read(mmlb)
         for subset in questions.subsets:
@@ -132,14 +133,22 @@ def _with_evidence(
         yield example if video else example.without_video()
 
 
-def _of_documents(mmdocir: Path, pages: int) -> Iterator[Example]:
-    found = documents.read(mmdocir)
-    if not found.documents:
-        problem = found.problems[0] if found.problems else "it has no line of annotations"
-        raise ValueError(f"{mmdocir} holds no document that can be read: {problem}")
-    for document in found.documents:
+def _of_documents(path: Path, pages: int) -> Iterator[Example]:
+    collection = mmdocir.read_mmdocir(path)
+    problems = collection.problems
+    if not collection.documents:
+        problem = problems[0] if problems else "it has no line of annotations"
+        raise ValueError(f"{path} holds no document that can be read: {problem}")
+    if problems:
+        count = len(problems) + len(collection.documents)
+        warnings.warn(
+            f"{len(problems)} of {count} documents in {path} cannot be read and are left out; the "
+            f"first: {problems[0]}",
+            stacklevel=2,
+        )
+    for document in collection.documents:
         for question in document.questions:
-            yield documents.example(document, question, pages=pages)
+            yield mmdocir.to_example(document, question, pages=pages)
 
 
 def document_questions(

@@ -21,7 +21,7 @@ import pandas as pd
 import random_models
 from PIL import Image, ImageDraw
 
-from mmheads.tasks import documents, reasoning
+from mmheads.tasks import mmdocir, reasoning
 from mmheads.tasks.needles import DEPTHS
 from mmheads.tasks.niah import DATA, IMAGES, LENGTHS
 
@@ -215,9 +215,9 @@ def _mmdocir(folder: Path, rng: np.random.Generator) -> None:
         rows = {"page_indices": [first[0], first[0] + 3]}
         rows |= {"layout_indices": [first[1], first[1] + 7]}
         lines.append(about | rows | {"questions": questions})
-    _write_lines(folder / documents.ANNOTATIONS, lines)
-    _write_table(folder / documents.PAGES, pages)
-    _write_table(folder / documents.LAYOUTS, layouts)
+    _write_lines(folder / mmdocir.ANNOTATIONS, lines)
+    _write_table(folder / mmdocir.PAGES, pages)
+    _write_table(folder / mmdocir.LAYOUTS, layouts)
 
 
 def _refcocog(folder: Path, rng: np.random.Generator) -> None:

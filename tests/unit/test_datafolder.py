@@ -17,7 +17,7 @@ from mmheads import metrics, prompts
 from mmheads.examples import Region
 from mmheads.models import load
 from mmheads.scoring import score_heads
-from mmheads.tasks import datafolder, docqa, documents, needles, niah, reasoning
+from mmheads.tasks import datafolder, docqa, mmdocir, needles, niah, reasoning
 
 FAMILIES = ("qwen3_vl", "qwen2_5_vl", "gemma3", "internvl", "llava_onevision")
 PROBES = {"refcocog": 5, "vidstg": 2, "mmdocir": 4, "mmlongdoc": 3, "slidevqa": 3}
@@ -239,13 +239,18 @@ def test_probes_go_on_past_questions_without_evidence(some):
 
 def test_documents_of_which_none_can_be_read_are_an_error(some):
     folder = some("MMDocIR")
-    path = folder / "MMDocIR" / documents.ANNOTATIONS
+    path = folder / "MMDocIR" / mmdocir.ANNOTATIONS
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     for wrong in lines:
         wrong["page_indices"] = [0, 99]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines[:1]))
     with pytest.raises(ValueError, match=r"no document that can be read: .* line 1: report.pdf"):
         listed(datafolder.probes(folder))
+    right = lines[1] | {"page_indices": [4, 7]}
+    path.write_text("".join(json.dumps(line) + "\n" for line in (lines[0], right)))
+    with pytest.warns(UserWarning, match=r"1 of 2 documents in .* left out; the first: .* line 1"):
+        kept = listed(datafolder.probes(folder))
+    assert len(kept["mmdocir"]) == 2
     path.write_text("")
     with pytest.raises(ValueError, match="it has no line of annotations"):
         listed(datafolder.probes(folder))

@@ -14,10 +14,10 @@ from mmheads.examples import Example
 from mmheads.families import box_shares
 from mmheads.heads import Head, HeadSet
 from mmheads.models import load
+from mmheads.pdfs import PageBox
 from mmheads.prompts import encode, null_question
 from mmheads.retrieval import DocumentIndex, index
 from mmheads.tasks import needles
-from mmheads.tasks.documents import PageBox
 
 TEXT = ("First the rain falls.", "Here the needle is hidden.", "Ask which rain falls ?")
 QUESTION = "which rain falls"

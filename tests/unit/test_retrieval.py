@@ -10,9 +10,9 @@ from sentence_transformers.sentence_transformer.modules import BoW, Normalize
 
 from mmheads import cli, paths, retrieval, scoring
 from mmheads.models import load
+from mmheads.pdfs import Document, Page, PageBox
 from mmheads.scores import HeadScores
-from mmheads.tasks import documents, needles
-from mmheads.tasks.documents import Document, Page, PageBox
+from mmheads.tasks import mmdocir, needles
 
 REAL = paths.real_docs()
 SIZE = (100.0, 200.0)
@@ -75,7 +75,7 @@ def test_boxes_are_put_in_order_and_inside_their_page():
 
 
 def pages(*texts: str) -> Document:
-    return Document("d", "x", [Page(lambda text=text: text, None) for text in texts])
+    return Document("d", [Page(n, lambda text=text: text, None) for n, text in enumerate(texts, 1)])
 
 
 def test_bm25_finds_words():
@@ -152,7 +152,7 @@ def test_macro_is_the_mean_of_domains_and_micro_that_of_questions():
 @pytest.mark.skipif(REAL is None, reason="no folder of real documents: set MMHEADS_REAL_DOCS")
 def test_bm25_on_real_documents_reaches_what_is_known():
     rankings, questions, domains = [], [], []
-    for document in documents.read(REAL).documents:
+    for document in mmdocir.read_mmdocir(REAL).documents:
         scores = retrieval.bm25_pages(document, [q.text for q in document.questions])
         rankings += map(retrieval.rank, scores)
         questions += document.questions

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from mmheads import paths
-from mmheads.tasks import documents
-from mmheads.tasks.documents import PageBox
+from mmheads.pdfs import PageBox
+from mmheads.tasks import mmdocir
 
 REAL = paths.real_docs()
 
@@ -36,7 +36,7 @@ def line(name: str, **changes) -> dict:
 
 def annotate(folder, *lines: dict) -> None:
     text = "".join(json.dumps(entry) + "\n" for entry in lines)
-    (folder / documents.ANNOTATIONS).write_text(text)
+    (folder / mmdocir.ANNOTATIONS).write_text(text)
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def hub(tmp_path):
         for name in ("a.pdf", "b.pdf")
         for page, color in enumerate(("white", "red"))
     ]
-    pd.DataFrame(rows).to_parquet(tmp_path / documents.PAGES)
+    pd.DataFrame(rows).to_parquet(tmp_path / mmdocir.PAGES)
     rows = [
         {"doc_name": name, "domain": "Brochure", "type": "table", "layout_id": page}
         | {"page_id": page, "image_path": "", "image_binary": jpeg("red"), "text": None}
@@ -56,14 +56,14 @@ def hub(tmp_path):
         for name in ("a.pdf", "b.pdf")
         for page in (0, 1)
     ]
-    pd.DataFrame(rows).to_parquet(tmp_path / documents.LAYOUTS)
+    pd.DataFrame(rows).to_parquet(tmp_path / mmdocir.LAYOUTS)
     second = {"page_indices": [2, 3], "layout_indices": [2, 3]}
     annotate(tmp_path, line("a.pdf"), line("b.pdf", **second))
     return tmp_path
 
 
 def test_tables_of_the_hub_are_read(hub):
-    found = documents.read(hub)
+    found = mmdocir.read_mmdocir(hub)
     assert not found.problems
     first, second = found.documents
     assert (first.name, first.domain, len(first.pages), len(first.layouts)) == (
@@ -83,18 +83,18 @@ def test_tables_of_the_hub_are_read(hub):
 
 
 def test_a_changed_schema_is_one_error(hub):
-    table = pd.read_parquet(hub / documents.LAYOUTS).rename(columns={"bbox": "box"})
-    table.to_parquet(hub / documents.LAYOUTS)
+    table = pd.read_parquet(hub / mmdocir.LAYOUTS).rename(columns={"bbox": "box"})
+    table.to_parquet(hub / mmdocir.LAYOUTS)
     with pytest.raises(ValueError, match=r"MMDocIR_layouts.parquet lacks the columns \['bbox'\]"):
-        documents.read(hub)
+        mmdocir.read_mmdocir(hub)
 
 
 def test_an_unreadable_page_image_names_its_row(hub):
-    table = pd.read_parquet(hub / documents.PAGES)
+    table = pd.read_parquet(hub / mmdocir.PAGES)
     table.loc[1, "image_binary"] = b"no image"
-    table.to_parquet(hub / documents.PAGES)
-    page = documents.read(hub).documents[0].pages[1]
-    with pytest.raises(ValueError, match=r"row 1 \(a.pdf\): no readable image"):
+    table.to_parquet(hub / mmdocir.PAGES)
+    page = mmdocir.read_mmdocir(hub).documents[0].pages[1]
+    with pytest.raises(ValueError, match=r"row 1 of .*MMDocIR_pages.parquet \(a.pdf\) is damaged"):
         page.image()
 
 
@@ -102,21 +102,81 @@ def test_an_unreadable_page_image_names_its_row(hub):
     ("changes", "message"),
     [
         ({"question": {"Q": " "}}, "a question is empty"),
-        ({"question": {"page_id": [2]}}, r"points to the pages \[2\]; there are 0 to 1"),
+        (
+            {"question": {"page_id": [2]}},
+            r"points to the pages \[2\]; the document has the pages 0 to 1",
+        ),
         ({"question": {"page_id": []}}, "names no page"),
         ({"page_indices": [0, 9]}, "page_indices 0 to 9 are not rows of"),
         ({"page_indices": [1, 2]}, r"its page_indices hold rows of \['b.pdf'\]"),
+        ({"page_indices": 5}, "page_indices is '5'; expected a list"),
+        ({"page_indices": [0]}, r"page_indices is \[0\]; expected 2 integers"),
+        ({"question": {"page_id": "12"}}, "page_id is '12'; expected a list"),
+        ({"question": {"page_id": [0.5]}}, r"page_id is \[0.5\]; expected a list of integers"),
+        ({"question": {"layout_mapping": [{"page": 1}]}}, r"box lacks \['bbox', 'page_size'\]"),
+        (
+            {"question": {"layout_mapping": [{"page": 1, "bbox": [1, 2], "page_size": [3, 4]}]}},
+            r"bbox \(1, 2\) with page_size \(3, 4\); expected four numbers and two",
+        ),
+        ({"questions": ["What?"]}, "'What\\?' is not an object with"),
+        ({"questions": None}, "questions is 'None'; expected a list"),
     ],
 )
 def test_wrong_annotations_are_said_and_the_others_go_on(hub, changes, message):
     second = {"page_indices": [2, 3], "layout_indices": [2, 3]}
     annotate(hub, line("a.pdf", **changes), line("b.pdf", **second))
-    found = documents.read(hub)
+    found = mmdocir.read_mmdocir(hub)
     assert [document.name for document in found.documents] == ["b.pdf"]
     (problem,) = found.problems
     assert problem.startswith("MMDocIR_annotations.jsonl, line 1: ")
     with pytest.raises(ValueError, match=message):
         raise ValueError(problem)
+
+
+def test_annotations_are_split_at_line_feeds_only_and_read_as_utf_8(hub):
+    second = {"page_indices": [2, 3], "layout_indices": [2, 3]}
+    separators = "\u2028, \u2029 and \x85 in Köln?"
+    lines = [line("a.pdf", question={"Q": separators}), line("b.pdf", **second)]
+    text = "\r\n\n".join(json.dumps(entry, ensure_ascii=False) for entry in lines)
+    (hub / mmdocir.ANNOTATIONS).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    collection = mmdocir.read_mmdocir(hub)
+    assert not collection.problems
+    assert [document.questions[0].text for document in collection.documents] == [
+        separators,
+        "What is red?",
+    ]
+    (hub / mmdocir.ANNOTATIONS).write_bytes("Köln".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"MMDocIR_annotations.jsonl is not encoded in UTF-8"):
+        mmdocir.read_mmdocir(hub)
+
+
+def test_lines_that_are_no_documents_become_problems(hub):
+    second = json.dumps(line("b.pdf", page_indices=[2, 3], layout_indices=[2, 3]))
+    lines = ["5", "null", "{", "[" * 100_000, "{}", second]
+    (hub / mmdocir.ANNOTATIONS).write_text("\n".join(lines))
+    collection = mmdocir.read_mmdocir(hub)
+    assert [document.name for document in collection.documents] == ["b.pdf"]
+    assert len(collection.problems) == 5
+    for number, problem in enumerate(collection.problems, 1):
+        assert problem.startswith(f"MMDocIR_annotations.jsonl, line {number}: ")
+
+
+def test_pages_of_tables_are_numbered_from_1_within_their_document(hub):
+    for document in mmdocir.read_mmdocir(hub).documents:
+        assert [page.title for page in document.pages] == ["1", "2"]
+
+
+def test_tables_that_cannot_be_read_or_hold_no_bytes_are_one_error(hub):
+    table = pd.read_parquet(hub / mmdocir.PAGES)
+    table["image_binary"] = "page.jpg"
+    table.to_parquet(hub / mmdocir.PAGES)
+    with pytest.raises(
+        ValueError, match=r"MMDocIR_pages.parquet holds .*string in image_binary; expected"
+    ):
+        mmdocir.read_mmdocir(hub)
+    (hub / mmdocir.PAGES).write_bytes(b"no table")
+    with pytest.raises(ValueError, match=r"MMDocIR_pages.parquet .*[Pp]arquet"):
+        mmdocir.read_mmdocir(hub)
 
 
 def test_folder_of_pdfs_is_read_and_broken_ones_are_named(tmp_path):
@@ -128,7 +188,7 @@ def test_folder_of_pdfs_is_read_and_broken_ones_are_named(tmp_path):
     (tmp_path / "pdfs" / "broken.pdf").write_bytes(whole[: len(whole) // 3])
     names = ("empty.pdf", "broken.pdf", "none.pdf", "missing.pdf", "good.pdf")
     annotate(tmp_path, *(line(name) for name in names))
-    found = documents.read(tmp_path, dpi=36)
+    found = mmdocir.read_mmdocir(tmp_path, dpi=36)
     assert [document.name for document in found.documents] == ["good.pdf"]
     assert found.documents[0].pages[0].image().size == (306, 396)
     assert found.documents[0].pages[0].text == ""
@@ -140,21 +200,21 @@ def test_folder_of_pdfs_is_read_and_broken_ones_are_named(tmp_path):
 
 def test_folders_of_something_else_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"holds no MMDocIR_annotations\.jsonl"):
-        documents.read(tmp_path)
+        mmdocir.read_mmdocir(tmp_path)
     annotate(tmp_path, line("a.pdf"))
     with pytest.raises(ValueError, match=r"holds neither MMDocIR_pages.parquet nor pdfs/"):
-        documents.read(tmp_path)
+        mmdocir.read_mmdocir(tmp_path)
 
 
 @pytest.mark.skipif(REAL is None, reason="no folder of real documents: set MMHEADS_REAL_DOCS")
 def test_real_documents_are_read():
-    found = documents.read(REAL)
+    found = mmdocir.read_mmdocir(REAL)
     assert not found.problems
     assert (len(found.documents), sum(len(d.questions) for d in found.documents)) == (45, 300)
     assert not any(document.layouts for document in found.documents)
     first = found.documents[0]
     assert "LIBERTARIAN PARTY OF GEORGIA" in first.pages[0].text
-    lines = (REAL / documents.ANNOTATIONS).read_text().splitlines()
+    lines = (REAL / mmdocir.ANNOTATIONS).read_text().splitlines()
     for document, entry in zip(found.documents, map(json.loads, lines), strict=True):
         begin, end = entry["page_indices"]
         assert len(document.pages) == end - begin + 1
@@ -163,9 +223,9 @@ def test_real_documents_are_read():
 @pytest.mark.skipif(REAL is None, reason="no folder of real documents: set MMHEADS_REAL_DOCS")
 def test_questions_on_real_documents_become_prompts():
     checked = 0
-    for document in documents.read(REAL, dpi=10).documents[:4]:
+    for document in mmdocir.read_mmdocir(REAL, dpi=10).documents[:4]:
         for question in document.questions[:2]:
-            example = documents.example(document, question, pages=3)
+            example = mmdocir.to_example(document, question, pages=3)
             shown = len(example.images())
             assert shown == min(3, len(document.pages))
             assert len(example.candidates["page"]) == shown
@@ -178,4 +238,4 @@ def test_questions_on_real_documents_become_prompts():
             checked += 1
     assert checked == 8
     with pytest.raises(ValueError, match="pages is 0"):
-        documents.example(document, question, pages=0)
+        mmdocir.to_example(document, question, pages=0)
