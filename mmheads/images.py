@@ -183,6 +183,8 @@ def _identified(stream: BinaryIO) -> Image.Image:
             advice = "is a PDF file; open it with mmheads.pdfs.open_pdf"
         elif b"<svg" in start:
             advice = "is an SVG drawing; export it as a PNG file"
+        elif start[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1"):
+            advice = "is a HEIC photo; export it as a JPEG file"
         else:
             advice = (
                 f"is damaged, or not an image of a known format (it begins with {start[:16]!r}); "

@@ -299,6 +299,7 @@ def test_a_decompression_bomb_is_one_sentence_and_is_not_decoded():
         (b"", r"is empty \(0 bytes\)"),
         (b"no image", "is damaged, or not an image of a known format .*b'no image'.*PNG, JPEG"),
         (b"<?xml version='1.0'?><svg xmlns='x'/>", "is an SVG drawing; export it"),
+        (b"\0\0\0\x24ftypheic\0\0\0\0mif1", "is a HEIC photo; export it"),
         (b"%PDF-1.7\n", "is a PDF file; open it with mmheads.pdfs.open_pdf"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is damaged, or not an image"),
         (file_of(quadrants())[:60], "cannot be read as an image"),
