@@ -161,6 +161,9 @@ def _add_rank(commands: Any) -> None:
         "--dpi", type=_number(int, 1, 2400), default=0, help="resolution of the pages"
     )
     rank.add_argument("--password", default="", help="of an encrypted PDF file")
+    rank.add_argument(
+        "--skip-broken", action="store_true", help="leave out pages that cannot be read"
+    )
     rank.add_argument("--top", type=_number(int, 1), default=5, help="pages to print")
     rank.add_argument("--out", default="", help="picture, default <document>.rank.png here")
     rank.add_argument("--device", default="", help="cpu, cuda:0 or auto")
@@ -176,14 +179,22 @@ def _rank(options: argparse.Namespace) -> None:
     question_parts(options.question)
     out = Path(options.out or f"{Path(options.pdf).stem}.rank.png")
     _check_picture(out)
-    document = open_pdf(options.pdf, dpi=options.dpi or DPI, password=options.password or None)
+    document = open_pdf(
+        options.pdf,
+        dpi=options.dpi or DPI,
+        password=options.password or None,
+        skip_broken=options.skip_broken,
+    )
+    for problem in document.problems:
+        print(f"mmheads: warning: {problem}", file=sys.stderr)
     images = [page.image for page in document.pages]
     heads = selection(HeadScores.load(options.heads), options.fraction)
     vlm = load(options.model, device=options.device)
     index = DocumentIndex(vlm, heads, images, window=options.window or WINDOW, progress=True)
     ranking = index.rank(options.question)
     for row in ranking.table().head(options.top).to_dict("records"):
-        print(f"{row['rank']:>4}  page {row['candidate'] + 1:<5} {row['score']:+.5f}")
+        title = document.pages[row["candidate"]].title
+        print(f"{row['rank']:>4}  {title:<10} {row['score']:+.5f}")
     print(f"{len(heads)} heads of {vlm}; {len(images)} pages in windows of {ranking.window}")
     with paths.write_whole(out) as path:
         ranking.picture(images).savefig(path)

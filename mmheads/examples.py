@@ -10,6 +10,8 @@ from itertools import chain
 
 from PIL import Image, ImageDraw, ImageFont
 
+from mmheads.images import open_image
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Video:
@@ -80,6 +82,8 @@ class Example:
     tokens: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("context", "question"):
+            object.__setattr__(self, name, tuple(map(_as_seen, getattr(self, name))))
         regions = [*(self.evidence or ()), *(r for c in self.candidates.values() for r in c)]
         for region in regions:
             _check(region, self.context)
@@ -142,6 +146,17 @@ class Example:
     def picture(self, width: int = 640, scale: int = 2) -> Image.Image:
         """Lay the example out as a page to look at: evidence outlined, the question below."""
         return _draw(self, width, scale)
+
+
+def _as_seen(part: Part) -> Part:
+    """The part with its images upright, on white, in RGB (see `images.open_image`)."""
+
+    def seen(image: Image.Image) -> Image.Image:
+        return image if image.mode == "RGB" and not image.info else open_image(image)
+
+    if isinstance(part, Video):
+        return replace(part, frames=tuple(map(seen, part.frames)))
+    return part if isinstance(part, str) else seen(part)
 
 
 def _check(region: Region, context: tuple[Part, ...]) -> None:

@@ -1,18 +1,15 @@
 """Ranking metrics against worked cases; BM25 on real documents."""
 
-import example_prompts
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import BoW, Normalize
 
-from mmheads import cli, paths, retrieval, scoring
-from mmheads.models import load
+from mmheads import paths, retrieval
 from mmheads.pdfs import Document, Page, PageBox
 from mmheads.scores import HeadScores
-from mmheads.tasks import mmdocir, needles
+from mmheads.tasks import mmdocir
 
 REAL = paths.real_docs()
 SIZE = (100.0, 200.0)
@@ -105,30 +102,6 @@ def test_a_dense_retriever_ranks_texts():
     )
     assert scores.dtype == np.float32
     np.testing.assert_allclose(scores, [[0, 1, 0], [2 / 5**0.5, 0, 0]], atol=1e-6)
-
-
-def test_command_ranks_a_pdf_and_draws_it(tmp_path, capsys):
-    vlm = load("tiny-qwen3-vl-m")
-    examples = [needles.make("rendered", 128, depth) for depth in (0.0, 1.0)]
-    scoring.score_heads(vlm, examples, path=tmp_path / "scores.parquet", progress=False)
-    example_prompts.write_pdf(tmp_path / "d.pdf", 3)
-    command = ["rank", "--model", "tiny-qwen3-vl-m", "--heads", str(tmp_path / "scores.parquet")]
-    command += ["--out", str(tmp_path / "d.png"), "--window", "2", "--top", "2"]
-    assert cli.main([*command, "--question", "? B7", str(tmp_path / "d.pdf")]) == 0
-    first, second, last, picture_line = capsys.readouterr().out.splitlines()
-    assert picture_line == str(tmp_path / "d.png")
-    assert first.split()[:2] == ["1", "page"]
-    assert second.split()[:2] == ["2", "page"]
-    assert "5 heads of tiny-qwen3-vl-m; 3 pages in windows of 2" in last
-    with Image.open(tmp_path / "d.png") as picture:
-        assert picture.size[0] > 300
-    for arguments, message in (
-        (["--question", " ", str(tmp_path / "d.pdf")], "the question is empty"),
-        (["--question", "?", str(tmp_path / "e.pdf")], "e.pdf does not exist"),
-        (["--question", "?", "--dpi", "0", str(tmp_path / "d.pdf")], "dpi is 0"),
-    ):
-        assert cli.main([*command, *arguments]) == 1
-        assert message in capsys.readouterr().err
 
 
 def test_selection_is_the_union_of_tasks_at_their_longest_length():
