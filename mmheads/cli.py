@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from mmheads import examples as example_files
 from mmheads import figures, paths
 from mmheads.models import load
-from mmheads.retrieval.index import WINDOW, DocumentIndex, question_parts, selection
+from mmheads.retrieval.index import WINDOW, DocumentIndex, question_parts, union_of_top
 from mmheads.scores import HeadScores
 from mmheads.scoring import score_heads, scores_folder
 from mmheads.tasks.documents import DPI, pdf
@@ -88,7 +88,7 @@ def _rank(options: argparse.Namespace) -> None:
     question_parts(options.question)
     document = pdf(options.pdf, dpi=options.dpi)
     images = [page.image for page in document.pages]
-    heads = selection(HeadScores.load(options.heads), options.fraction)
+    heads = union_of_top(HeadScores.load(options.heads), options.fraction)
     vlm = load(options.model, device=options.device)
     index = DocumentIndex(vlm, heads, images, window=options.window, progress=True)
     ranking = index.rank(options.question)
