@@ -173,7 +173,7 @@ def _add_rank(commands: Any) -> None:
 def _rank(options: argparse.Namespace) -> None:
     from mmheads.models import load
     from mmheads.pdfs import DPI, open_pdf
-    from mmheads.retrieval.index import WINDOW, DocumentIndex, question_parts, selection
+    from mmheads.retrieval.index import WINDOW, DocumentIndex, question_parts, union_of_top
     from mmheads.scores import HeadScores
 
     question_parts(options.question)
@@ -188,7 +188,7 @@ def _rank(options: argparse.Namespace) -> None:
     for problem in document.problems:
         print(f"mmheads: warning: {problem}", file=sys.stderr)
     images = [page.image for page in document.pages]
-    heads = selection(HeadScores.load(options.heads), options.fraction)
+    heads = union_of_top(HeadScores.load(options.heads), options.fraction)
     vlm = load(options.model, device=options.device)
     index = DocumentIndex(vlm, heads, images, window=options.window or WINDOW, progress=True)
     ranking = index.rank(options.question)

@@ -82,11 +82,14 @@ class HeadSet:
         heads: The heads, each once.
         geometry: The model's heads.
         model: Model id; empty if unknown.
+        revision: Commit or hash of the weights that the heads were chosen with; empty if unknown.
+            It does not count when two sets are compared.
     """
 
     heads: tuple[Head, ...]
     geometry: HeadGeometry
     model: str = ""
+    revision: str = dataclasses.field(default="", compare=False)
 
     def __post_init__(self) -> None:
         heads = tuple(Head(*head) for head in self.heads)

@@ -55,7 +55,7 @@ from mmheads.prefix import on_device
 from mmheads.prompts import Prompt, Span, encode
 from mmheads.retrieval import DocumentIndex
 from mmheads.scoring import score_prompt
-from mmheads.streaming import Streaming, cache_bytes, stream
+from mmheads.streaming import CompactLayer, Streaming, cache_bytes, stream
 from mmheads.tasks.pages import CELL
 from mmheads.zoo import architectures
 
@@ -573,7 +573,7 @@ def prefill(
     module, shape = vlm.attentions[layer], vlm.geometry
     channels = module.head_dim
     with stream(vlm, dense, sinks, window) as streaming:
-        share = streaming.heads
+        share = streaming.dense_head_share
     share_of_layer = float(dense.mask[layer].mean())
     for length in tqdm(lengths, desc="prefill", leave=False, disable=not progress):
         ids, generator = _random_ids(vlm, length)
@@ -681,7 +681,11 @@ def decode(
                 size = (1, shape.kv_groups, length, module.head_dim)
                 states = torch.randn(size, generator=generator)
                 states = states.to(module.o_proj.weight)
-                cache.update(states, states, layer)
+                compact = cache.layers[layer] if layer < len(cache.layers) else None
+                if isinstance(compact, CompactLayer):
+                    compact.append(states, states)
+                else:
+                    cache.update(states, states, layer)
             return cache
 
         with stream(vlm, dense, sinks, window) as streaming:
@@ -734,8 +738,8 @@ def _streamed(
 def _conditions(streaming: Streaming, repeats: int) -> dict[str, Any]:
     vlm = streaming.vlm
     return {
-        "dense_heads": streaming.heads,
-        "dense_groups": streaming.groups,
+        "dense_heads": streaming.dense_head_share,
+        "dense_groups": streaming.dense_group_share,
         "sinks": streaming.sinks,
         "window": streaming.window,
         "runs": repeats,

@@ -274,7 +274,8 @@ class HeadScores:
 
     def _heads(self, flat: NDArray[np.intp]) -> HeadSet:
         heads = tuple(Head(*divmod(int(index), self.geometry.heads)) for index in flat)
-        return HeadSet(heads, self.geometry, self.provenance.model)
+        made = self.provenance
+        return HeadSet(heads, self.geometry, made.model, revision=made.revision)
 
     def cumulative_mass(self, *, eligible_only: bool = False) -> NDArray[np.float64]:
         """[head in rank order], share of the positive mean score held by the strongest heads.

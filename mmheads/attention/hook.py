@@ -8,6 +8,7 @@ queries, keys and values to whatever is attached to that layer.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -110,6 +111,12 @@ def check_heads(vlm: VLM, sets: Sequence[HeadSet], what: str) -> None:
             raise ValueError(
                 f"heads of {chosen.model or 'a model'} with {chosen.geometry} cannot be {what} in "
                 f"{vlm} with {vlm.geometry}"
+            )
+        if chosen.revision and vlm.revision and chosen.revision != vlm.revision:
+            warnings.warn(
+                f"the heads {what} in {vlm} were chosen with the weights {chosen.revision}, but "
+                f"its weights are {vlm.revision} now; score its heads again",
+                stacklevel=3,
             )
 
 

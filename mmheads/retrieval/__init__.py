@@ -7,7 +7,7 @@ from mmheads.retrieval.index import (
     NULL_QUESTION,
     WINDOW,
     DocumentIndex,
-    selection,
+    union_of_top,
 )
 from mmheads.retrieval.metrics import (
     LAYOUT_CUTS,
@@ -34,6 +34,6 @@ __all__ = [
     "layout_recall",
     "page_recall",
     "rank",
-    "selection",
     "summarise",
+    "union_of_top",
 ]

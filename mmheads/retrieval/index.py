@@ -1,136 +1,111 @@
 """Index a document once, then rank its pages or regions for many questions.
 
-A candidate's score is the attention that it gets from the question, less what it gets from a null
-question: mean over selected heads and question tokens, sum over its tokens (paper A, arXiv
-2605.27243, Sec. 7).
+A candidate's score is the attention that it gets from the question, minus the attention that it
+gets from a null question: mean over selected heads and question tokens, sum over its tokens
+(paper A, arXiv 2605.27243, Sec. 7).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import pairwise
-from math import ceil
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from tqdm import tqdm
-from transformers import DynamicCache
 
-from mmheads import paths
 from mmheads.attention.hook import check_heads
-from mmheads.attention.recording import record_keys
-from mmheads.examples import Example
-from mmheads.families import Boxes, box_shares
-from mmheads.heads import Head, HeadSet
+from mmheads.heads import HeadSet
 from mmheads.models import VLM
 from mmheads.pdfs import PageBox
-from mmheads.prefix import Prefix, prefill
-from mmheads.prompts import Prompt, Span, encode, null_question, with_question, without_pixels
-from mmheads.retrieval.ranking import Ranking, rank
-from mmheads.scores import HeadScores, Provenance
+from mmheads.prompts import null_question
+from mmheads.retrieval.candidates import (
+    Candidate,
+    Part,
+    check_candidates,
+    check_regions,
+    expect_one_of,
+    question_parts,
+    spread,
+)
+from mmheads.retrieval.ranking import Heat, Ranking, rank
+from mmheads.retrieval.saved import read_index, write_index
+from mmheads.retrieval.windows import (
+    NULL_QUESTION,
+    IndexedDocument,
+    index_candidates,
+    question_attention,
+)
+from mmheads.scores import HeadScores
 
 WINDOW = 200
-"""Pages a forward pass (paper A; 50 for layout crops)."""
+"""Candidates per forward pass (paper A; it takes 50 for crops of layout elements)."""
 
 
-NULL_QUESTION = "N/A"
-"""Says nothing (paper A, retrieval)."""
-
-
-NULL_IMAGES = ("none", "pixels", "placeholders")
+NULL_IMAGES = ("placeholders", "pixels", "none")
 
 
 KEEP = ("device", "cpu")
 
 
-FORMAT = 1
-"""Version of saved indices."""
+SMALL_REGION = 0.01
+"""Tokens; a region that covers less of its page is probably given in another unit."""
 
 
-_SETTINGS = ("count", "window", "overlap", "normalize", "null_images")
+Attention = NDArray[np.float32]
+"""[head, key] of one window."""
 
 
-Part = str | Image.Image
+def union_of_top(scores: HeadScores, fraction: float = 0.05) -> HeadSet:
+    """The heads to rank with: the union of each task's strongest heads (paper A).
 
-
-Candidate = Part | Sequence[Part] | Callable[[], Part | Sequence[Part]]
-"""A page image, a text, several of them, or a function that makes it when it is its turn."""
-
-
-def selection(scores: HeadScores, fraction: float = 0.05) -> HeadSet:
-    """The heads to rank with: the union of the tasks' strongest at their longest length (paper A).
+    A grid of needles has nominal context lengths; only the examples of its longest length count.
+    Your own examples have none, and all of them count.
 
     Args:
-        scores: Of one task or several, from the detection split.
-        fraction: Of all heads, for each task.
+        scores: Scores of one or several tasks, from the detection split.
+        fraction: Share of all heads to take for each task.
+
+    Raises:
+        ValueError: A fraction outside (0, 1].
     """
-    sets = []
-    for task in dict.fromkeys(scores.metadata["task"]):
-        of_task = scores.where(task=task)
-        sets.append(of_task.where(length=of_task.metadata["length"].max()).top(fraction))
-    union = sets[0]
-    for more in sets[1:]:
-        union = union | more
+    tasks = scores.metadata["task"].fillna("").astype(str)
+    union: HeadSet | None = None
+    for task in dict.fromkeys(tasks):
+        top = _at_longest(scores.take((tasks == task).to_numpy())).top(fraction)
+        union = top if union is None else union | top
+    assert union is not None
     return union
 
 
-@dataclass(frozen=True, eq=False)
-class _Window:
-    """Candidates that share a forward pass.
-
-    Attributes:
-        first: The first of them.
-        parts: By candidate, its parts of the context.
-        sizes: By part of the context, width and height of an image.
-        prefix: The candidates in the cache.
-        null: [head, key] attention from the null question to the cached tokens.
-    """
-
-    first: int
-    parts: tuple[tuple[int, ...], ...]
-    sizes: Mapping[int, tuple[int, int]]
-    prefix: Prefix
-    null: NDArray[np.float32]
-
-    @property
-    def prompt(self) -> Prompt:
-        return self.prefix.prompt
+def _at_longest(scores: HeadScores) -> HeadScores:
+    """Examples of the longest nominal length, or all where lengths are only counts of tokens."""
+    lengths = scores.metadata["length"].fillna(0)
+    counted = (lengths == scores.metadata.get("tokens", -1)).all()
+    if counted or not (lengths > 0).any():
+        return scores
+    return scores.take((lengths == lengths.max()).to_numpy())
 
 
 class DocumentIndex:
-    """The candidates of one document in the model's cache: each question costs its own tokens.
+    """The candidates of one document in a model's cache; each question costs its own tokens.
 
     Only the layers up to the deepest of the heads run, for the index and for a question. Scores
     equal those of a forward pass over candidates and question.
 
     Attributes:
         vlm: The model.
-        heads: Those whose attention ranks.
-        window: Candidates that share a forward pass.
-        overlap: At least so many stand in two neighbouring windows.
-        normalize: Divide a candidate's score by its number of tokens.
-        count: Number of candidates.
+        document: The candidates after they have run through the model.
     """
 
     def __init__(
         self,
         vlm: VLM,
         heads: HeadSet | None,
-        candidates: Sequence[Candidate],
+        candidates: Sequence[Candidate] | IndexedDocument,
         *,
         window: int = WINDOW,
         overlap: int = 0,
-        normalize: bool = False,
-        null: str = NULL_QUESTION,
-        null_images: str = "none",
         instruction: str = "",
         keep: str = "device",
         max_tokens: int = 0,
@@ -140,97 +115,90 @@ class DocumentIndex:
 
         Args:
             vlm: The model.
-            heads: Those that rank; None for all that attend to the whole context.
-            candidates: In their order; functions are called when their window is run.
-            window: At most so many candidates share a pass. All windows are of one size, as even
-                as whole numbers allow, since their scores are compared.
-            overlap: At least so many candidates stand in two neighbouring windows; a candidate's
-                score is the mean over its windows.
-            normalize: See above.
-            null: The null question, run once.
-            null_images: For a question with images: "none" calibrates with the null question alone;
-                "pixels" and "placeholders" run it with these images, or their empty placeholders
-                (paper A).
-            instruction: Said after the question.
-            keep: Where the cache lies between questions: "device" or "cpu".
-            max_tokens: See `encode`.
+            heads: The heads whose attention ranks; None for all that attend to the whole context.
+            candidates: Images, texts, lists of them, or functions that make one of these when their
+                window is run. An `IndexedDocument` is taken as it is, with its own heads; the
+                arguments that follow say nothing then.
+            window: Largest number of candidates per forward pass. All windows are of one size, as
+                even as whole numbers allow, because their scores are compared.
+            overlap: Least number of candidates that two neighbouring windows share; the score of a
+                shared candidate is the mean over its windows.
+            instruction: Text after each question.
+            keep: Where the cache is kept between questions, "device" or "cpu".
+            max_tokens: Longest prompt allowed, in tokens; by default what the model's positions
+                allow.
             progress: Show a progress bar.
 
         Raises:
-            ValueError: No candidate, a window that does not fit, or as `encode` and `record_keys`
-                do.
+            TypeError: The heads or the candidates are of another type.
+            ValueError: There is no candidate or no head, one is blank or the name of a file, a
+                window does not fit, the heads are of another model, or as `encode` does.
         """
-        _expect("keep", keep, KEEP)
-        _expect("null_images", null_images, NULL_IMAGES)
-        if heads is None:
-            eligible = vlm.geometry.eligible
-            every = tuple(head for head in vlm.every_head if eligible[head])
-            heads = HeadSet(every, vlm.geometry, vlm.model_id)
-        self.vlm, self.heads = vlm, heads
-        if not len(self.heads):
-            raise ValueError("no head to rank with; give a set of at least one, or None for all")
-        check_heads(vlm, [self.heads], "used to rank")
-        self.null, self.null_images = null, null_images
-        self.normalize, self.overlap, self.count = normalize, overlap, len(candidates)
-        self._windows: list[_Window] = []
-        spread = _spread(len(candidates), window, overlap)
-        self.window = len(spread[0])
-        bar = tqdm(spread, desc="index", unit="window", disable=not progress, leave=False)
-        for numbers in bar:
-            parts = [_parts(candidates[number]) for number in numbers]
-            example = Example(
-                context=tuple(part for each in parts for part in each),
-                question=(null,),
+        self.vlm = vlm
+        if isinstance(candidates, IndexedDocument):
+            self.document = candidates
+        else:
+            expect_one_of("keep", keep, KEEP)
+            check_candidates(candidates)
+            spread(len(candidates), window, overlap)
+            self.document = index_candidates(
+                vlm,
+                _checked_heads(vlm, heads),
+                candidates,
+                window=window,
+                overlap=overlap,
                 instruction=instruction,
+                keep=keep,
+                max_tokens=max_tokens,
+                progress=progress,
             )
-            ends = np.cumsum([0, *map(len, parts)])
-            self._windows.append(
-                self._indexed(
-                    encode(vlm, example, max_tokens=max_tokens),
-                    numbers[0],
-                    tuple(tuple(range(a, b)) for a, b in pairwise(ends)),
-                    keep,
-                )
-            )
-
-    def _indexed(
-        self, prompt: Prompt, first: int, parts: tuple[tuple[int, ...], ...], keep: str
-    ) -> _Window:
-        prefix = prefill(self.vlm, [prompt], layers=self.heads.layers[-1] + 1)
-        sizes = {
-            number: part.size
-            for number, part in enumerate(prompt.example.context)
-            if isinstance(part, Image.Image)
+        self._null: dict[str, list[Attention]] = {
+            NULL_QUESTION: [each.null_attention for each in self.document.windows]
         }
-        for number, each in enumerate(parts, first):
-            if all(prompt.parts[part] is None for part in each):
-                raise ValueError(f"candidate {number} has no token: it is blank")
-        null = self._attention(prefix, prompt)
-        light = prefix.alone(without_pixels(prompt), device="cpu" if keep == "cpu" else "")
-        return _Window(first, parts, sizes, light, null)
 
-    def _attention(
-        self, prefix: Prefix, prompt: Prompt, *, pixels: bool = True
-    ) -> NDArray[np.float32]:
-        """[head, key] attention to the cached tokens."""
-        start = prefix.start(prompt)
-        last = max((int(part.tokens[-1]) for part in prompt.parts if part is not None), default=0)
-        if last >= start:
-            raise ValueError(
-                f"the question {prompt.example.question!r} and the last candidate share a token; "
-                "end the candidate's text with a line break"
-            )
-        rows = torch.from_numpy(prompt.question - start)
-        with record_keys(self.vlm, rows, self.heads) as recording:
-            prefix.ask(prompt, pixels=pixels)
-        attention: NDArray[np.float32] = recording.attention()[:, : prefix.length].numpy()
-        missing = prefix.length - attention.shape[1]
-        return np.pad(attention, [(0, 0), (0, max(0, missing))])
+    @classmethod
+    def load(cls, path: str | Path, vlm: VLM, *, keep: str = "device") -> DocumentIndex:
+        """Read an index that `save` wrote.
+
+        Raises:
+            ValueError: There is no such file, it is damaged, or it was made with another model,
+                other weights, another version or other settings.
+        """
+        expect_one_of("keep", keep, KEEP)
+        return cls(vlm, None, read_index(Path(path), vlm, keep=keep))
+
+    def save(self, path: str | Path) -> None:
+        """Write the index to a file (safetensors), whole or not at all.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        write_index(Path(path), self.vlm, self.document)
+
+    @property
+    def heads(self) -> HeadSet:
+        """The heads whose attention ranks."""
+        return self.document.heads
+
+    @property
+    def count(self) -> int:
+        """Number of candidates."""
+        return self.document.count
+
+    @property
+    def window(self) -> int:
+        """Number of candidates per forward pass."""
+        return len(self.document.windows[0].parts)
+
+    @property
+    def overlap(self) -> int:
+        """Least number of candidates that two neighbouring windows share."""
+        return self.document.overlap
 
     @property
     def bytes(self) -> int:
-        """Size of the cache and of the null question's attention."""
-        return sum(w.prefix.bytes + w.null.nbytes for w in self._windows)
+        """Bytes of the cache and of the null question's attention."""
+        return self.document.bytes
 
     def masses(
         self,
@@ -238,21 +206,33 @@ class DocumentIndex:
         regions: Sequence[PageBox] | None = None,
         *,
         calibrated: bool = True,
+        null: str = NULL_QUESTION,
+        null_images: str = "placeholders",
+        normalize: bool = False,
     ) -> NDArray[np.float32]:
         """[head, candidate] attention from the question, in the order of `heads`.
 
         Args:
-            question: Text, or text and images.
-            regions: Rank these boxes on the candidates in place of whole ones; `page` is the
-                candidate.
-            calibrated: Subtract what the null question gives.
+            question: A text, or texts and images.
+            regions: Boxes to rank in place of whole candidates; `PageBox.page` is the number of
+                the candidate.
+            calibrated: Subtract the attention from the null question.
+            null: The null question. The index holds the attention from "N/A"; another one is run
+                once for each window, when it is first asked for.
+            null_images: What the null question shows where the question shows images:
+                "placeholders" leaves the positions of the images empty (as the authors' code of
+                paper A does), "pixels" shows the images again, and "none" has only text. "pixels"
+                also subtracts what the images of the question find by themselves, and with it
+                most of the score where the question shows what is searched for.
+            normalize: Divide the attention to a candidate by its number of tokens.
 
         Raises:
-            ValueError: The question is empty, or a region does not lie on a candidate's image.
+            TypeError: The question or the regions are of another type.
+            ValueError: The question is empty or too long, a region covers no token of a
+                candidate's image, or the attention of a head is not finite.
         """
-        asked = question_parts(question)
-        attentions = [self._looks(each, asked, calibrated) for each in self._windows]
-        return self._sums(attentions, regions)
+        looks = self._attention(question, regions, calibrated, null, null_images)
+        return self._sums([own - empty for own, empty in looks], regions, normalize)
 
     def rank(
         self,
@@ -260,265 +240,131 @@ class DocumentIndex:
         regions: Sequence[PageBox] | None = None,
         *,
         calibrated: bool = True,
+        null: str = NULL_QUESTION,
+        null_images: str = "placeholders",
+        normalize: bool = False,
+        top: int | None = None,
     ) -> Ranking:
-        """Rank candidates, or regions of them, for a question; see `masses`."""
-        asked = question_parts(question)
-        attentions = [
-            self._looks(each, asked, calibrated).mean(axis=0, keepdims=True)
-            for each in self._windows
-        ]
-        scores = self._sums(attentions, regions)[0]
-        text = " ".join(part if isinstance(part, str) else "<image>" for part in asked)
+        """Rank candidates, or regions of them, for a question.
+
+        Args:
+            question: See `masses`, as for the arguments up to `normalize`.
+            regions: See `masses`.
+            calibrated: See `masses`.
+            null: See `masses`.
+            null_images: See `masses`.
+            normalize: See `masses`.
+            top: Keep only the best ones in the order; by default all.
+
+        Raises:
+            TypeError: See `masses`.
+            ValueError: See `masses`; or `top` is below 1.
+        """
+        if top is not None and (not isinstance(top, int) or top < 1):
+            raise ValueError(f"top is {top!r}; expected a whole number of at least 1, or None")
+        looks = self._attention(question, regions, calibrated, null, null_images)
+        means = [(own - empty).mean(axis=0, keepdims=True) for own, empty in looks]
+        scores = self._sums(means, regions, normalize)[0]
+        texts = [p if isinstance(p, str) else "<image>" for p in question_parts(question)]
         return Ranking(
-            text,
+            " ".join(texts),
             scores,
-            rank(scores),
+            rank(scores)[:top],
             self.window,
-            len(self._windows),
-            self._heat(attentions),
+            len(self.document.windows),
+            self._heat(means),
+            self._heat([own.mean(axis=0, keepdims=True) for own, _ in looks]),
             regions,
         )
 
-    def _looks(
-        self, window: _Window, question: tuple[Part, ...], calibrated: bool
-    ) -> NDArray[np.float32]:
-        """[head, key] attention from a question to a window's tokens."""
-        prompt = with_question(self.vlm, window.prompt, question)
-        attention = self._attention(window.prefix, prompt)
+    def _attention(
+        self,
+        question: str | Sequence[Part],
+        regions: Sequence[PageBox] | None,
+        calibrated: bool,
+        null: str,
+        null_images: str,
+    ) -> list[tuple[Attention, Attention]]:
+        """By window, attention from the question and from the null question (0 if not asked)."""
+        parts = question_parts(question)
+        expect_one_of("null_images", null_images, NULL_IMAGES)
+        if not isinstance(null, str) or not null.strip():
+            raise ValueError(f"the null question is {null!r}; expected a text that is not empty")
+        if regions is not None:
+            check_regions(regions)
+        windows = self.document.windows
+        own = [question_attention(self.document, window, parts) for window in windows]
         if not calibrated:
-            return attention
-        if self.null_images == "none" or all(isinstance(part, str) for part in question):
-            return attention - window.null
-        empty = with_question(self.vlm, window.prompt, null_question(question, self.null))
-        pixels = self.null_images == "pixels"
-        return attention - self._attention(window.prefix, empty, pixels=pixels)
+            return [(attention, np.zeros_like(attention)) for attention in own]
+        if null_images == "none" or all(isinstance(part, str) for part in parts):
+            return list(zip(own, self._of_null(null), strict=True))
+        empty, pixels = null_question(parts, null), null_images == "pixels"
+        return [
+            (attention, question_attention(self.document, window, empty, pixels=pixels))
+            for attention, window in zip(own, windows, strict=True)
+        ]
+
+    def _of_null(self, null: str) -> list[Attention]:
+        """By window, the attention from a null question of only text, computed once."""
+        if null not in self._null:
+            windows = self.document.windows
+            self._null[null] = [question_attention(self.document, w, (null,)) for w in windows]
+        return self._null[null]
 
     def _sums(
-        self, attentions: Sequence[NDArray[np.float32]], regions: Sequence[PageBox] | None
+        self,
+        attentions: Sequence[Attention],
+        regions: Sequence[PageBox] | None,
+        normalize: bool,
     ) -> NDArray[np.float32]:
         """[head, candidate] sums over tokens, means over windows."""
         count = self.count if regions is None else len(regions)
         total = np.zeros((len(attentions[0]), count), np.float32)
-        seen = np.zeros(count)
-        for window, attention in zip(self._windows, attentions, strict=True):
-            for number, span in self._spans(window, regions):
+        windows, covered = np.zeros(count), np.zeros(count)
+        for window, attention in zip(self.document.windows, attentions, strict=True):
+            for number, span in window.spans() if regions is None else window.region_spans(regions):
                 mass = attention[:, span.tokens] @ span.weights
-                total[:, number] += mass / span.weights.sum() if self.normalize else mass
-                seen[number] += 1
-        if not seen.all():
-            first = int(seen.argmin())
+                total[:, number] += mass / span.weights.sum() if normalize else mass
+                windows[number] += 1
+                covered[number] = span.weights.sum()
+        if not windows.all():
+            first = int(windows.argmin())
             name = f"candidate {first}" if regions is None else str(regions[first])
             raise ValueError(f"{name} covers no token of the {self.count} candidates")
-        return np.divide(total, seen, dtype=np.float32)
-
-    def _spans(
-        self, window: _Window, regions: Sequence[PageBox] | None
-    ) -> Iterator[tuple[int, Span]]:
-        """The tokens of what is ranked, as far as it stands in a window."""
-        prompt = window.prompt
-        if regions is None:
-            for number, parts in enumerate(window.parts, window.first):
-                spans = [span for part in parts if (span := prompt.parts[part]) is not None]
-                if spans:
-                    tokens = np.concatenate([span.tokens for span in spans])
-                    yield number, Span(tokens, np.concatenate([span.weights for span in spans]))
-            return
-        for number, region in enumerate(regions):
-            if 0 <= region.page - window.first < len(window.parts):
-                part = self._image(window, region.page)
-                whole = None if part is None else prompt.parts[part]
-                if part is None or whole is None:
-                    continue
-                wide, high = np.divide(window.sizes[part], region.size)
-                left, top, right, bottom = region.box
-                box = (left * wide, top * high, right * wide, bottom * high)
-                weights = box_shares(prompt.boxes[part], box).astype(np.float32)
-                inside = weights > 0
-                if inside.any():
-                    yield number, Span(whole.tokens[inside], weights[inside])
-
-    @staticmethod
-    def _image(window: _Window, candidate: int) -> int | None:
-        """The part that is the candidate's image, if it has one whose tokens have places."""
-        parts = [p for p in window.parts[candidate - window.first] if p in window.prompt.boxes]
-        if len(parts) > 1:
-            raise ValueError(
-                f"candidate {candidate} has {len(parts)} images; regions need one each"
+        if regions is not None and (covered < SMALL_REGION).any():
+            small = np.flatnonzero(covered < SMALL_REGION)
+            warnings.warn(
+                f"{len(small)} of {count} regions cover less than {SMALL_REGION} of a token, first "
+                f"{regions[small[0]]}; boxes are in the unit of the page's `size`, not relative",
+                stacklevel=3,
             )
-        return parts[0] if parts else None
+        return np.divide(total, windows, dtype=np.float32)
 
-    def _heat(
-        self, attentions: Sequence[NDArray[np.float32]]
-    ) -> dict[int, tuple[Boxes, NDArray[np.float32]]]:
-        """By candidate with one image, places and scores of its tokens."""
-        found: dict[int, list[NDArray[np.float32]]] = {}
-        boxes: dict[int, Boxes] = {}
-        for window, attention in zip(self._windows, attentions, strict=True):
-            for number, parts in enumerate(window.parts, window.first):
-                images = [part for part in parts if part in window.prompt.boxes]
+    def _heat(self, attentions: Sequence[Attention]) -> Heat:
+        """By candidate with one image, the places and scores of its tokens; means over windows."""
+        values: dict[int, list[NDArray[np.float32]]] = {}
+        boxes = {}
+        for window, attention in zip(self.document.windows, attentions, strict=True):
+            for number in range(window.first, window.first + len(window.parts)):
+                images = window.image_parts(number)
                 span = window.prompt.parts[images[0]] if len(images) == 1 else None
                 if span is not None:
-                    (part,) = images
-                    boxes[number] = window.prompt.boxes[part]
-                    found.setdefault(number, []).append(attention[:, span.tokens].mean(axis=0))
-        return {number: (boxes[number], np.mean(seen, axis=0)) for number, seen in found.items()}
-
-    def save(self, path: str | Path) -> None:
-        """Write the index to a file (safetensors), whole or not at all."""
-        tensors: dict[str, torch.Tensor] = {}
-        windows = []
-        for number, window in enumerate(self._windows):
-            prompt, prefix = window.prompt, window.prefix
-            tensors[f"{number}.null"] = torch.from_numpy(window.null)
-            for name, value in prompt.inputs.items():
-                tensors[f"{number}.inputs.{name}"] = value
-            for part, boxes in prompt.boxes.items():
-                tensors[f"{number}.boxes.{part}"] = torch.from_numpy(boxes)
-            layers: list[Any] = prefix.cache.layers
-            for layer, held in enumerate(layers):
-                tensors[f"{number}.keys.{layer}"] = held.keys
-                tensors[f"{number}.values.{layer}"] = held.values
-            windows.append(
-                {
-                    "first": window.first,
-                    "parts": window.parts,
-                    "sizes": window.sizes,
-                    "context": [p if isinstance(p, str) else None for p in prompt.example.context],
-                    "replacements": prompt.replacements,
-                    "length": prefix.length,
-                    "layers": len(layers),
-                    "masked": prefix.masked,
-                }
-            )
-        about = {
-            "provenance": asdict(self._provenance()),
-            "heads": list(self.heads),
-            **{name: getattr(self, name) for name in _SETTINGS},
-            "instruction": self._windows[0].prompt.example.instruction,
-            "windows": windows,
-        }
-        with paths.write_whole(Path(path)) as whole:
-            save_file(
-                {name: tensor.contiguous() for name, tensor in tensors.items()},
-                whole,
-                metadata={"mmheads": json.dumps(about)},
-            )
-
-    @classmethod
-    def load(cls, path: str | Path, vlm: VLM, *, keep: str = "device") -> DocumentIndex:
-        """Read an index that `save` wrote.
-
-        Raises:
-            ValueError: There is no such file, it is broken, or it was made with another model,
-                version or setting.
-        """
-        _expect("keep", keep, KEEP)
-        path = Path(path)
-        if not path.is_file():
-            raise ValueError(
-                f"{path} does not exist; expected a file that DocumentIndex.save wrote"
-            )
-        try:
-            with safe_open(path, framework="pt") as file:
-                about = json.loads((file.metadata() or {})["mmheads"])
-                made = Provenance(**about["provenance"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is no whole index that DocumentIndex.save wrote") from error
-        index = cls.__new__(cls)
-        index.vlm, index.null = vlm, made.null_question
-        if different := made.differences(index._provenance()):
-            raise ValueError(f"{path} was indexed otherwise: {different}; index the document again")
-        for name in _SETTINGS:
-            setattr(index, name, about[name])
-        index.heads = HeadSet(tuple(Head(*h) for h in about["heads"]), vlm.geometry, vlm.model_id)
-        index._windows = [
-            _restored(vlm, each, about["instruction"], _of(tensors, f"{number}."), index.null, keep)
-            for number, each in enumerate(about["windows"])
-        ]
-        return index
-
-    def _provenance(self) -> Provenance:
-        return self.vlm.provenance("mmheads.retrieval", self.null, format=FORMAT)
+                    boxes[number] = window.prompt.boxes[images[0]]
+                    values.setdefault(number, []).append(attention[:, span.tokens].mean(axis=0))
+        return {number: (boxes[number], np.mean(each, axis=0)) for number, each in values.items()}
 
 
-def _of(tensors: Mapping[str, torch.Tensor], start: str) -> dict[str, torch.Tensor]:
-    return {
-        name.removeprefix(start): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(start)
-    }
-
-
-def _restored(
-    vlm: VLM,
-    about: Mapping[str, Any],
-    instruction: str,
-    tensors: Mapping[str, torch.Tensor],
-    null: str,
-    keep: str,
-) -> _Window:
-    """A window of a saved index."""
-    blank = Image.new("L", (1, 1))
-    boxes = _of(tensors, "boxes.")
-    bare = Prompt(
-        example=Example(
-            context=tuple(blank if part is None else part for part in about["context"]),
-            question=(null,),
-            instruction=instruction,
-        ),
-        inputs=_of(tensors, "inputs."),
-        question=np.empty(0, np.int64),
-        parts=(),
-        evidence=(),
-        candidates={},
-        boxes={int(part): array.numpy() for part, array in boxes.items()},
-        replacements=tuple(about["replacements"]),
-    )
-    cache = DynamicCache()
-    for layer in range(about["layers"]):
-        cache.update(tensors[f"keys.{layer}"], tensors[f"values.{layer}"], layer)
-    prefix = Prefix(
-        vlm, with_question(vlm, bare, (null,)), about["length"], cache, masked=about["masked"]
-    )
-    return _Window(
-        about["first"],
-        tuple(map(tuple, about["parts"])),
-        {int(part): tuple(size) for part, size in about["sizes"].items()},
-        prefix if keep == "cpu" else prefix.alone(prefix.prompt),
-        tensors["null"].numpy(),
-    )
-
-
-def _spread(count: int, window: int, overlap: int) -> list[range]:
-    """Windows of one size that cover all candidates."""
-    if not count or window < 1 or not 0 <= overlap < window:
-        raise ValueError(
-            f"{count} candidates in windows of {window} that overlap by {overlap}: expected at "
-            "least one candidate, a window of at least one, and an overlap less than the window"
+def _checked_heads(vlm: VLM, heads: HeadSet | None) -> HeadSet:
+    """Heads of this model, at least one; all eligible ones for None."""
+    if heads is None:
+        eligible = vlm.geometry.eligible
+        chosen = tuple(head for head in vlm.every_head if eligible[head])
+        return HeadSet(chosen, vlm.geometry, vlm.model_id)
+    if not isinstance(heads, HeadSet):
+        raise TypeError(
+            f"heads are {heads!r}; expected a HeadSet, as `HeadScores.top` gives, or None for all"
         )
-    windows = 1 if count <= window else ceil((count - overlap) / (window - overlap))
-    size = ceil((count + (windows - 1) * overlap) / windows)
-    starts = np.linspace(0, count - size, windows).round().astype(int)
-    return [range(start, start + size) for start in starts.tolist()]
-
-
-def _parts(candidate: Candidate) -> tuple[Part, ...]:
-    made = candidate() if callable(candidate) else candidate
-    parts = (made,) if isinstance(made, (str, Image.Image)) else tuple(made)
-    if not all(isinstance(part, (str, Image.Image)) for part in parts):
-        raise ValueError(f"a candidate holds {parts}; expected texts and images")
-    return parts
-
-
-def _expect(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} is {value!r}; expected one of {tuple(known)}")
-
-
-def question_parts(question: str | Sequence[Part]) -> tuple[Part, ...]:
-    """The parts of a question; raise ValueError if it is empty."""
-    asked = (question,) if isinstance(question, (str, Image.Image)) else tuple(question)
-    if not any(not isinstance(part, str) or part.strip() for part in asked):
-        raise ValueError("the question is empty; expected text or an image")
-    return asked
+    if not len(heads):
+        raise ValueError("there is no head to rank with; give at least one, or None for all")
+    check_heads(vlm, [heads], "used to rank")
+    return heads

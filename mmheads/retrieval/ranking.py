@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,20 +15,27 @@ from numpy.typing import NDArray
 from mmheads.families import Boxes
 from mmheads.pdfs import PageBox
 
+Heat = Mapping[int, tuple[Boxes, NDArray[np.float32]]]
+"""By candidate with one image: [token, 4] boxes in its pixels, and [token] attention."""
+
+
+HEATS = ("calibrated", "raw")
+
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
     """Candidates in the order of their scores.
 
     Attributes:
-        question: Its texts; "<image>" stands for an image.
-        scores: [candidate].
-        order: Candidates by score, the best first.
-        window: Candidates that shared a forward pass; scores depend on it.
-        windows: Forward passes.
-        heat: By candidate with one image, the boxes of its visual tokens in its pixels, and their
-            scores, which add up to the candidate's (before it is normalised).
-        regions: What was ranked, if not whole candidates of the index.
+        question: The question's texts; "<image>" stands for an image.
+        scores: [candidate] scores, or [region].
+        order: Numbers of the candidates or regions by score, the best first.
+        window: Number of candidates per forward pass; scores depend on it.
+        windows: Number of forward passes.
+        heat: Places and scores of visual tokens; those of a candidate add up to its score before
+            that is normalised.
+        raw_heat: The same for the attention before calibration.
+        regions: The regions that were ranked; None for candidates of the index.
     """
 
     question: str
@@ -35,13 +43,14 @@ class Ranking:
     order: list[int]
     window: int
     windows: int
-    heat: Mapping[int, tuple[Boxes, NDArray[np.float32]]]
+    heat: Heat
+    raw_heat: Heat
     regions: Sequence[PageBox] | None = None
 
     def table(self) -> pd.DataFrame:
-        """A row a candidate or region, the best first.
+        """One row per candidate or region, the best first.
 
-        Columns: rank (from 1), candidate (from 0), box (of a region), score, window.
+        Columns: rank (from 1), candidate (from 0), box (only for regions), score, window.
         """
         table = pd.DataFrame(
             {
@@ -52,47 +61,80 @@ class Ranking:
             }
         )
         if self.regions is not None:
-            found = [self.regions[index] for index in self.order]
-            table["candidate"] = [region.page for region in found]
-            table.insert(2, "box", [region.box for region in found])
+            ranked = [self.regions[index] for index in self.order]
+            table["candidate"] = [region.page for region in ranked]
+            table.insert(2, "box", [region.box for region in ranked])
         return table
 
-    def picture(self, images: Sequence[Callable[[], Any]], top: int = 3) -> Figure:
+    def picture(
+        self,
+        images: Sequence[Callable[[], Any]],
+        top: int = 3,
+        *,
+        heat: str = "calibrated",
+        labels: Sequence[str] = (),
+    ) -> Figure:
         """The best candidates with the heat of their tokens over them.
 
         Args:
             images: By candidate, a function that gives its image.
-            top: How many candidates to show.
+            top: Number of candidates to show.
+            heat: "calibrated" shows what the scores consist of, "raw" the attention from the
+                question before the null question's is subtracted.
+            labels: By candidate, the label printed on the page ("iv"), shown beside its number.
+
+        Raises:
+            ValueError: `top` is below 1, `heat` is unknown, images or labels are missing, or no
+                candidate has an image whose tokens have a place on it.
         """
+        if top < 1 or heat not in HEATS:
+            raise ValueError(
+                f"top is {top} and heat is {heat!r}; expected at least 1, and one of {HEATS}"
+            )
+        heats = self.heat if heat == "calibrated" else self.raw_heat
         table = self.table().drop_duplicates("candidate")
-        shown = table[table["candidate"].isin(list(self.heat))].head(top).to_dict("records")
+        shown = table[table["candidate"].isin(list(heats))].head(top).to_dict("records")
         if not shown:
             raise ValueError("no candidate has an image whose tokens have a place on it")
-        figure = Figure(figsize=(3.2 * len(shown), 4.4), dpi=120, layout="constrained")
-        figure.suptitle(f"{self.question}\n(window of {self.window} candidates)", fontsize=9)
-        limit = max(self.heat[row["candidate"]][1].max() for row in shown)
-        axes = figure.subplots(1, len(shown), squeeze=False)[0]
-        for row, axis in zip(shown, axes, strict=True):
+        last = max(row["candidate"] for row in shown)
+        if last >= len(images) or (labels and last >= len(labels)):
+            raise ValueError(
+                f"{len(images)} images and {len(labels)} labels are given, but candidate {last} is "
+                "to be shown; give one image per candidate, and one label per candidate or none"
+            )
+        figure = Figure(figsize=(3.2 * len(shown), 4.6), dpi=120, layout="constrained")
+        title = textwrap.wrap(self.question, 48 * len(shown), max_lines=3, placeholder=" …")
+        title.append(f"(window of {self.window} candidates)")
+        figure.suptitle("\n".join(title), fontsize=9, parse_math=False)
+        limit = max(float(heats[row["candidate"]][1].max()) for row in shown)
+        for row, axis in zip(shown, figure.subplots(1, len(shown), squeeze=False)[0], strict=True):
             image = images[row["candidate"]]()
             axis.imshow(image)
-            boxes, values = self.heat[row["candidate"]]
             axis.imshow(
-                _raster(boxes, values, image.size),
+                _raster(*heats[row["candidate"]], image.size),
                 extent=(0, image.width, image.height, 0),
                 cmap="Reds",
                 vmin=0,
-                vmax=max(float(limit), 1e-9),
+                vmax=max(limit, 1e-9),
                 alpha=0.5,
             )
             axis.set_axis_off()
-            axis.set_title(f"{row['rank']}: page {row['candidate'] + 1}, {row['score']:+.4f}")
+            name = _page_name(row["candidate"], labels)
+            axis.set_title(f"{row['rank']}: {name}, {row['score']:+.4f}", parse_math=False)
         return figure
+
+
+def _page_name(candidate: int, labels: Sequence[str]) -> str:
+    """The page's number from 1, with its printed label if that is another."""
+    number = f"{candidate + 1}"
+    label = str(labels[candidate]).strip() if labels else number
+    return f"page {number}" if label in ("", number) else f"page {label} ({number})"
 
 
 def _raster(
     boxes: Boxes, values: NDArray[np.float32], size: tuple[int, int], cells: int = 256
 ) -> NDArray[np.float32]:
-    """[row, column] sum of the values of the tokens that lie there."""
+    """[row, column] sum of the values of the tokens that lie at each place."""
     scale = cells / max(size)
     canvas = np.zeros((max(1, round(size[1] * scale)), max(1, round(size[0] * scale))), np.float32)
     for box, value in zip(boxes, values, strict=True):
@@ -103,5 +145,12 @@ def _raster(
 
 
 def rank(scores: NDArray[np.floating[Any]]) -> list[int]:
-    """Candidates by score, the best first; equal ones in their order."""
+    """Numbers of candidates by score, the best first; candidates of equal score keep their order.
+
+    Raises:
+        ValueError: A score is not finite.
+    """
+    if not np.isfinite(scores).all():
+        wrong = np.flatnonzero(~np.isfinite(scores))
+        raise ValueError(f"the scores of candidates {wrong[:5].tolist()} are not finite")
     return [int(index) for index in np.argsort(-scores, kind="stable")]

@@ -149,7 +149,7 @@ def test_with_every_head_dense_or_a_window_over_all_it_is_the_stock_model(family
     stock = logits(vlm, given)
     with stream(vlm, every_head(vlm), SINKS, WINDOW) as streaming:
         assert torch.equal(logits(vlm, given), stock)
-        assert streaming.heads == streaming.groups == 1
+        assert streaming.dense_head_share == streaming.dense_group_share == 1
         assert streaming.layers == ()
     with stream(vlm, chosen(vlm), SINKS, 10_000):
         assert torch.equal(logits(vlm, given), stock)
@@ -190,13 +190,13 @@ def test_the_compact_cache_holds_what_it_says():
         for cache in (compact, plain):
             logits(vlm, {"input_ids": ids}, past_key_values=cache)
         assert compact.get_seq_length() == 90
-        with pytest.raises(ValueError, match="cannot be cut"):
+        with pytest.raises(ValueError, match="cannot be cropped"):
             compact.crop(-1)
     groups = geometry.layers * geometry.kv_groups
-    open_ = len(dense.kv_groups)
-    assert streaming.groups == open_ / groups
+    full_groups = len(dense.kv_groups)
+    assert streaming.dense_group_share == full_groups / groups
     one = vlm.text_config.head_dim * 4 * 2
-    expected = one * (90 * open_ + (SINKS + WINDOW) * (groups - open_))
+    expected = one * (90 * full_groups + (SINKS + WINDOW) * (groups - full_groups))
     assert sum(layer.bytes for layer in compact.layers) == expected
     assert (
         sum(layer.keys.nbytes + layer.values.nbytes for layer in plain.layers) == 90 * one * groups
@@ -212,15 +212,68 @@ def test_a_compact_cache_is_used_where_it_belongs():
         cache = streaming.cache()
         logits(vlm, {"input_ids": ids[:, :30]}, past_key_values=cache)
         for layer in cache.layers:
-            assert layer.band is None
+            assert layer.window_pair is None
         copied = copy.deepcopy(cache)
         for each in (cache, copied):
             rest = logits(vlm, {"input_ids": ids[:, 30:]}, past_key_values=each)
             torch.testing.assert_close(rest, whole[:, 30:], atol=1e-5, rtol=1e-5)
     with stream(vlm, dense, SINKS, WINDOW + 1), pytest.raises(ValueError, match="other keys"):
         logits(vlm, {"input_ids": ids[:, :1]}, past_key_values=cache)
-    with pytest.raises(ValueError, match=r"inside of `stream` alone"):
+    with pytest.raises(ValueError, match="use it only inside `stream`"):
         logits(vlm, {"input_ids": ids[:, :1]}, past_key_values=copied)
+
+
+def test_a_call_that_failed_leaves_nothing_for_the_next_one(monkeypatch):
+    vlm = example_prompts.vlm("qwen3")
+    ids = torch.randint(10, 60, (1, 40), generator=torch.Generator().manual_seed(0))
+    with stream(vlm, chosen(vlm), SINKS, WINDOW) as streaming:
+        whole = logits(vlm, {"input_ids": ids})
+        cache = streaming.cache()
+        logits(vlm, {"input_ids": ids[:, :30]}, past_key_values=cache)
+        with monkeypatch.context() as broken:
+            broken.setattr(type(streaming), "_attend", None)
+            with pytest.raises(TypeError):
+                logits(vlm, {"input_ids": ids[:, 30:]}, past_key_values=copy.deepcopy(cache))
+        torch.testing.assert_close(logits(vlm, {"input_ids": ids}), whole)
+        rest = logits(vlm, {"input_ids": ids[:, 30:]}, past_key_values=cache)
+        torch.testing.assert_close(rest, whole[:, 30:], atol=1e-5, rtol=1e-5)
+    hooks = [module._forward_pre_hooks for module in vlm.attentions.values()]
+    assert not any(hooks)
+
+
+def test_keys_appended_by_hand_are_kept_and_evicted_as_in_a_call():
+    vlm = example_prompts.vlm("qwen3")
+    geometry, size = vlm.geometry, vlm.text_config.head_dim
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(1, geometry.kv_groups, 30, size, generator=generator)
+    with stream(vlm, chosen(vlm), SINKS, WINDOW) as streaming:
+        by_hand = streaming.cache()
+    for part in states.split([20, 10], dim=2):
+        by_hand.layers[1].append(part, part)
+    layer = by_hand.layers[1]
+    assert torch.equal(layer.keys, states[:, layer.full_groups])
+    assert layer.evicted == (SINKS, 20 - WINDOW)
+    visible = [*range(SINKS), *range(20 - WINDOW, 30)]
+    assert torch.equal(layer.window_pair[0], states[:, layer.window_groups][:, :, visible])
+    with pytest.raises(ValueError, match="use it only inside `stream`"):
+        by_hand.update(states, states, 1)
+
+
+def test_masks_that_window_heads_do_not_know_are_refused():
+    vlm = example_prompts.vlm("qwen3")
+    ids = torch.arange(10, 30)[None]
+    causal = torch.ones(20, 20, dtype=torch.bool).tril()
+    per_head = causal.expand(1, vlm.geometry.heads, 20, 20)
+    bias = torch.zeros(20, 20).masked_fill(~causal, torch.finfo(torch.float32).min)
+    bias[5, 2] = -1.5
+    with stream(vlm, chosen(vlm), SINKS, WINDOW):
+        plain = logits(vlm, {"input_ids": ids})
+        given = {"input_ids": ids, "attention_mask": causal[None, None]}
+        torch.testing.assert_close(logits(vlm, given), plain, atol=1e-5, rtol=1e-5)
+        with pytest.raises(ValueError, match="mask per head"):
+            logits(vlm, {"input_ids": ids, "attention_mask": per_head})
+        with pytest.raises(ValueError, match="adds a bias"):
+            logits(vlm, {"input_ids": ids, "attention_mask": bias[None, None]})
 
 
 def test_padding_longer_than_a_window_is_no_obstacle(monkeypatch):
@@ -366,6 +419,9 @@ def test_settings_that_make_no_sense_are_refused():
     dense = chosen(vlm)
     for settings, message in (
         ({"window": 0}, "window 0"),
+        ({"window": 2.5}, "window 2.5"),
+        ({"window": "4"}, "window '4'"),
+        ({"sinks": None}, "sinks None"),
         ({"sinks": -1}, "sinks -1"),
         ({"fallback": "sparse"}, "fallback 'sparse'"),
     ):

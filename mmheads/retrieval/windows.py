@@ -1,0 +1,225 @@
+"""Candidates in a model's cache, window by window, and the attention that questions give them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from mmheads.attention.recording import record_keys
+from mmheads.examples import Example
+from mmheads.families import box_shares
+from mmheads.heads import HeadSet, head_names
+from mmheads.models import VLM
+from mmheads.pdfs import PageBox
+from mmheads.prefix import Prefix, prefill
+from mmheads.prompts import Prompt, Span, encode, with_question, without_pixels
+from mmheads.retrieval.candidates import Candidate, Part, candidate_parts, spread
+
+NULL_QUESTION = "N/A"
+"""The question that asks nothing, whose attention calibrates scores (paper A, retrieval)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """Candidates that share a forward pass.
+
+    Attributes:
+        first: Number of the first candidate.
+        parts: By candidate, the indices of its parts in the context.
+        sizes: By part of the context that is an image, its width and height in pixels.
+        prefix: The candidates in the cache.
+        null_attention: [head, key] attention from `NULL_QUESTION` to the cached tokens.
+    """
+
+    first: int
+    parts: tuple[tuple[int, ...], ...]
+    sizes: Mapping[int, tuple[int, int]]
+    prefix: Prefix
+    null_attention: NDArray[np.float32]
+
+    @property
+    def prompt(self) -> Prompt:
+        """The candidates with `NULL_QUESTION`."""
+        return self.prefix.prompt
+
+    def spans(self) -> Iterator[tuple[int, Span]]:
+        """Candidates by number, each with its tokens."""
+        for number, parts in enumerate(self.parts, self.first):
+            spans = [span for part in parts if (span := self.prompt.parts[part]) is not None]
+            if spans:
+                tokens = np.concatenate([span.tokens for span in spans])
+                yield number, Span(tokens, np.concatenate([span.weights for span in spans]))
+
+    def region_spans(self, regions: Sequence[PageBox]) -> Iterator[tuple[int, Span]]:
+        """Regions by number, each with the shares of the tokens that it covers in this window."""
+        for number, region in enumerate(regions):
+            if not 0 <= region.page - self.first < len(self.parts):
+                continue
+            images = self.image_parts(region.page)
+            if len(images) > 1:
+                raise ValueError(
+                    f"candidate {region.page} has {len(images)} images; regions need one each"
+                )
+            span = self.prompt.parts[images[0]] if images else None
+            if span is None:
+                continue
+            wide, high = np.divide(self.sizes[images[0]], region.size)
+            left, top, right, bottom = region.box
+            box = (left * wide, top * high, right * wide, bottom * high)
+            weights = box_shares(self.prompt.boxes[images[0]], box).astype(np.float32)
+            inside = weights > 0
+            if inside.any():
+                yield number, Span(span.tokens[inside], weights[inside])
+
+    def image_parts(self, candidate: int) -> list[int]:
+        """Parts of a candidate that are images whose tokens have a place on them."""
+        return [part for part in self.parts[candidate - self.first] if part in self.prompt.boxes]
+
+
+@dataclass(frozen=True, eq=False)
+class IndexedDocument:
+    """The candidates of a document after they have run through a model.
+
+    Attributes:
+        heads: The heads whose attention ranks.
+        windows: In the order of their candidates; neighbours may share some.
+        overlap: Least number of candidates that two neighbouring windows share.
+        instruction: Text after each question.
+        max_tokens: Longest prompt allowed; 0 for as many tokens as the model has positions.
+    """
+
+    heads: HeadSet
+    windows: tuple[Window, ...]
+    overlap: int
+    instruction: str
+    max_tokens: int
+
+    @property
+    def count(self) -> int:
+        """Number of candidates."""
+        return self.windows[-1].first + len(self.windows[-1].parts)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the cache and of the null question's attention."""
+        return sum(w.prefix.bytes + w.null_attention.nbytes for w in self.windows)
+
+
+def index_candidates(
+    vlm: VLM,
+    heads: HeadSet,
+    candidates: Sequence[Candidate],
+    *,
+    window: int,
+    overlap: int,
+    instruction: str,
+    keep: str,
+    max_tokens: int,
+    progress: bool,
+) -> IndexedDocument:
+    """Run candidates and the null question through the model; see `DocumentIndex`."""
+    windows = []
+    ranges = spread(len(candidates), window, overlap)
+    for numbers in tqdm(ranges, desc="index", unit="window", disable=not progress, leave=False):
+        made = [candidate_parts(candidates[number], number) for number in numbers]
+        example = Example(
+            context=tuple(part for parts in made for part in parts),
+            question=(NULL_QUESTION,),
+            instruction=instruction,
+        )
+        ends = np.cumsum([0, *map(len, made)]).tolist()
+        parts = tuple(tuple(range(first, stop)) for first, stop in pairwise(ends))
+        prompt = encode(vlm, example, max_tokens=max_tokens)
+        for number, of_candidate in zip(numbers, parts, strict=True):
+            if all(prompt.parts[part] is None for part in of_candidate):
+                raise ValueError(f"candidate {number} has no token: it is blank")
+        windows.append(_run_window(vlm, heads, prompt, numbers[0], parts, keep))
+    return IndexedDocument(heads, tuple(windows), overlap, instruction, max_tokens)
+
+
+def _run_window(
+    vlm: VLM,
+    heads: HeadSet,
+    prompt: Prompt,
+    first: int,
+    parts: tuple[tuple[int, ...], ...],
+    keep: str,
+) -> Window:
+    """Run a window's candidates up to the deepest head, then the null question."""
+    prefix = prefill(vlm, [prompt], layers=heads.layers[-1] + 1)
+    null_attention = _attention(heads, prefix, prompt)
+    sizes = {
+        number: part.size
+        for number, part in enumerate(prompt.example.context)
+        if isinstance(part, Image.Image)
+    }
+    light = prefix.alone(without_pixels(prompt), device="cpu" if keep == "cpu" else "")
+    return Window(first, parts, sizes, light, null_attention)
+
+
+def question_attention(
+    document: IndexedDocument, window: Window, question: tuple[Part, ...], *, pixels: bool = True
+) -> NDArray[np.float32]:
+    """[head, key] attention from a question to the cached tokens, mean over the question's tokens.
+
+    Args:
+        document: Holds the window.
+        window: The candidates that are asked about.
+        question: Texts and images.
+        pixels: Show the question's images; otherwise their positions stay empty.
+
+    Raises:
+        ValueError: The question is too long, cannot be asked of a cached context in this family, or
+            gives attention that is not finite.
+    """
+    vlm = window.prefix.vlm
+    prompt = with_question(vlm, window.prompt, question)
+    allowed = document.max_tokens or getattr(vlm.text_config, "max_position_embeddings", 0)
+    if allowed and len(prompt) > allowed:
+        raise ValueError(
+            f"the question makes a prompt of {len(prompt)} tokens with its {len(window.parts)} "
+            f"candidates, and {vlm} takes {allowed}; ask a shorter question, or index fewer "
+            "candidates per window"
+        )
+    return _attention(document.heads, window.prefix, prompt, pixels=pixels)
+
+
+def _attention(
+    heads: HeadSet, prefix: Prefix, prompt: Prompt, *, pixels: bool = True
+) -> NDArray[np.float32]:
+    """[head, key] finite attention from a prompt's question to the cached tokens."""
+    start = prefix.start(prompt)
+    last = max((int(part.tokens[-1]) for part in prompt.parts if part is not None), default=0)
+    if last >= start:
+        raise ValueError(
+            f"the question {prompt.example.question!r} and the last candidate share a token; "
+            "end the candidate's text with a line break"
+        )
+    attention = _run_question(heads, prefix, prompt, prompt.question - start, pixels)
+    finite = np.isfinite(attention).all(axis=1)
+    wrong = sorted(head for head, row in zip(heads, finite, strict=True) if not row)
+    if wrong:
+        raise ValueError(
+            f"the attention of {prefix.vlm} is not finite in layer {wrong[0].layer} "
+            f"({head_names(wrong[:3])}, {len(wrong)} of {len(heads)} heads); its weights hold "
+            "wrong numbers, or its activations overflow: try float32"
+        )
+    missing = prefix.length - attention.shape[1]
+    return np.pad(attention, [(0, 0), (0, max(0, missing))])
+
+
+def _run_question(
+    heads: HeadSet, prefix: Prefix, prompt: Prompt, rows: NDArray[np.int64], pixels: bool
+) -> NDArray[np.float32]:
+    """[head, key] mean attention of some rows of the question's pass, recorded while it runs."""
+    with record_keys(prefix.vlm, torch.from_numpy(rows), heads) as recording:
+        prefix.ask(prompt, pixels=pixels)
+    attention: NDArray[np.float32] = recording.attention()[:, : prefix.length].numpy()
+    return attention
