@@ -173,7 +173,8 @@ def _add_rank(commands: Any) -> None:
 def _rank(options: argparse.Namespace) -> None:
     from mmheads.models import load
     from mmheads.pdfs import DPI, open_pdf
-    from mmheads.retrieval.index import WINDOW, DocumentIndex, question_parts, union_of_top
+    from mmheads.retrieval.candidates import question_parts
+    from mmheads.retrieval.index import WINDOW, DocumentIndex, union_of_top
     from mmheads.scores import HeadScores
 
     question_parts(options.question)
