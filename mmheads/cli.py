@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from mmheads import examples as example_files
 from mmheads import figures, paths
 from mmheads.models import load
-from mmheads.retrieval.index import WINDOW, DocumentIndex, question_parts, union_of_top
+from mmheads.retrieval.candidates import question_parts
+from mmheads.retrieval.index import WINDOW, DocumentIndex, union_of_top
 from mmheads.scores import HeadScores
 from mmheads.scoring import score_heads, scores_folder
 from mmheads.tasks.documents import DPI, pdf
