@@ -4,7 +4,6 @@ from mmheads.retrieval.baselines import bm25_pages, dense_pages
 from mmheads.retrieval.index import (
     KEEP,
     NULL_IMAGES,
-    NULL_QUESTION,
     WINDOW,
     DocumentIndex,
     union_of_top,
@@ -18,6 +17,7 @@ from mmheads.retrieval.metrics import (
     summarise,
 )
 from mmheads.retrieval.ranking import Ranking, rank
+from mmheads.retrieval.windows import NULL_QUESTION
 
 __all__ = [
     "KEEP",

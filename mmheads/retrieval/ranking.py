@@ -102,7 +102,7 @@ class Ranking:
                 f"{len(images)} images and {len(labels)} labels are given, but candidate {last} is "
                 "to be shown; give one image per candidate, and one label per candidate or none"
             )
-        figure = Figure(figsize=(3.2 * len(shown), 4.6), dpi=120, layout="constrained")
+        figure = Figure(figsize=(3.2 * len(shown), 4.4), dpi=120, layout="constrained")
         title = textwrap.wrap(self.question, 48 * len(shown), max_lines=3, placeholder=" …")
         title.append(f"(window of {self.window} candidates)")
         figure.suptitle("\n".join(title), fontsize=9, parse_math=False)

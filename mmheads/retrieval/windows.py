@@ -13,14 +13,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from mmheads.attention.recording import record_keys
-from mmheads.examples import Example
+from mmheads.examples import Example, Part
 from mmheads.families import box_shares
 from mmheads.heads import HeadSet, head_names
 from mmheads.models import VLM
 from mmheads.pdfs import PageBox
 from mmheads.prefix import Prefix, prefill
 from mmheads.prompts import Prompt, Span, encode, with_question, without_pixels
-from mmheads.retrieval.candidates import Candidate, Part, candidate_parts, spread
+from mmheads.retrieval.candidates import Candidate, candidate_parts, spread
 
 NULL_QUESTION = "N/A"
 """The question that asks nothing, whose attention calibrates scores (paper A, retrieval)."""
@@ -165,7 +165,7 @@ def _run_window(
 
 
 def question_attention(
-    document: IndexedDocument, window: Window, question: tuple[Part, ...], *, pixels: bool = True
+    document: IndexedDocument, window: Window, question: Sequence[Part], *, pixels: bool = True
 ) -> NDArray[np.float32]:
     """[head, key] attention from a question to the cached tokens, mean over the question's tokens.
 
@@ -203,8 +203,9 @@ def _attention(
             "end the candidate's text with a line break"
         )
     attention = _run_question(heads, prefix, prompt, prompt.question - start, pixels)
-    finite = np.isfinite(attention).all(axis=1)
-    wrong = sorted(head for head, row in zip(heads, finite, strict=True) if not row)
+    wrong = sorted(
+        head for head, row in zip(heads, attention, strict=True) if not np.isfinite(row).all()
+    )
     if wrong:
         raise ValueError(
             f"the attention of {prefix.vlm} is not finite in layer {wrong[0].layer} "

@@ -1,6 +1,12 @@
 """The index gives what a full pass gives: eager attention over the whole prompt is the check."""
 
+import copy
+import dataclasses
+import warnings
+from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
+from typing import ClassVar
 
 import example_prompts
 import numpy as np
@@ -18,6 +24,7 @@ from mmheads.pdfs import PageBox
 from mmheads.prompts import encode, null_question
 from mmheads.retrieval import DocumentIndex, windows
 from mmheads.retrieval import candidates as candidates_module
+from mmheads.scores import HeadScores, Provenance
 from mmheads.tasks import needles
 
 TEXT = ("First the rain falls.", "Here the needle is hidden.", "Ask which rain falls ?")
@@ -113,33 +120,6 @@ def test_questions_with_images_equal_a_full_pass(family):
     )
 
 
-@pytest.mark.parametrize("keep", ["device", "cpu"])
-def test_saved_and_loaded_the_scores_are_the_same(tmp_path, keep):
-    vlm = example_prompts.vlm("qwen3_vl")
-    index = DocumentIndex(vlm, some_heads(vlm), candidates("qwen3_vl"), window=2, keep=keep)
-    index.save(tmp_path / "d.safetensors")
-    assert [path.name for path in tmp_path.iterdir()] == ["d.safetensors"]
-    again = DocumentIndex.load(tmp_path / "d.safetensors", vlm, keep=keep)
-    region = [PageBox(1, (0, 0, 20, 20), (40, 60))]
-    for asked in (QUESTION, (QUESTION, example_prompts.picture(32, 32, 5))):
-        np.testing.assert_array_equal(index.masses(asked), again.masses(asked))
-        np.testing.assert_array_equal(index.masses(asked, region), again.masses(asked, region))
-    np.testing.assert_array_equal(again.rank(QUESTION).heat[0][1], index.rank(QUESTION).heat[0][1])
-    assert again.window == index.window == 2
-
-
-def test_an_index_of_another_model_or_file_is_refused(tmp_path):
-    vlm, path = example_prompts.vlm("qwen3_vl"), tmp_path / "d.safetensors"
-    DocumentIndex(vlm, some_heads(vlm), candidates("qwen3_vl")).save(path)
-    with pytest.raises(ValueError, match=r"indexed differently: model 'qwen3_vl', now 'qwen3'"):
-        DocumentIndex.load(path, example_prompts.vlm("qwen3"))
-    with pytest.raises(ValueError, match="is not a file"):
-        DocumentIndex.load(tmp_path / "other.safetensors", vlm)
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="not a whole index"):
-        DocumentIndex.load(path, vlm)
-
-
 def test_windows_are_of_one_size_and_cover_all():
     for count in range(1, 40):
         for window in range(1, 12):
@@ -221,16 +201,6 @@ def test_a_question_that_runs_into_the_last_candidate_is_refused():
     )
 
 
-@pytest.mark.parametrize("family", ["gemma3", "smolvlm", "internvl"])
-def test_families_with_masks_and_tiles_are_saved_too(family, tmp_path):
-    vlm = example_prompts.vlm(family)
-    index = DocumentIndex(vlm, some_heads(vlm), candidates(family), window=2, overlap=1)
-    index.save(tmp_path / "10-K.2023")
-    again = DocumentIndex.load(tmp_path / "10-K.2023", vlm)
-    np.testing.assert_array_equal(index.masses(QUESTION), again.masses(QUESTION))
-    assert (again.window, again.overlap) == (2, 1)
-
-
 def test_regions_are_drawn_on_their_pages():
     vlm = example_prompts.vlm("qwen3_vl")
     images = [example_prompts.picture(60, 40, seed) for seed in range(2)]
@@ -246,6 +216,173 @@ def test_regions_are_drawn_on_their_pages():
     assert len(titles) == 2
     with pytest.raises(ValueError, match="candidate 0 has 2 images"):
         DocumentIndex(vlm, some_heads(vlm), [images]).masses(QUESTION, regions[:1])
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl", "internvl", "smolvlm"])
+def test_by_default_the_null_question_leaves_the_positions_of_images_empty(family):
+    vlm = example_prompts.vlm(family)
+    heads, given = some_heads(vlm), candidates(family)
+    index = DocumentIndex(vlm, heads, given)
+    asked = ("which", example_prompts.picture(32, 32, 5), "?")
+    raw = index.masses(asked, calibrated=False)
+    found = {name: index.masses(asked, null_images=name) for name in retrieval.NULL_IMAGES}
+    np.testing.assert_array_equal(index.masses(asked), found["placeholders"])
+    ranking = index.rank(asked)
+    np.testing.assert_allclose(ranking.scores, found["placeholders"].mean(0), atol=1e-6)
+    nulls = {name: raw - masses for name, masses in found.items()}
+    other = ("which", example_prompts.picture(32, 32, 6), "?")
+    for name, depends in (("none", False), ("placeholders", False), ("pixels", True)):
+        null = index.masses(other, calibrated=False) - index.masses(other, null_images=name)
+        assert np.allclose(null, nulls[name], atol=1e-6) != depends, name
+    assert abs(nulls["placeholders"] - nulls["none"]).max() > 1e-5
+
+
+def test_settings_of_a_ranking_leave_the_index_as_it_was():
+    vlm = example_prompts.vlm("qwen3_vl")
+    heads, given = some_heads(vlm), candidates("qwen3_vl")
+    index = DocumentIndex(vlm, heads, given)
+    before = index.masses(QUESTION)
+    np.testing.assert_allclose(
+        index.masses(QUESTION, null="hidden needle"),
+        expected_masses(vlm, heads, given, (QUESTION,), null="hidden needle"),
+        atol=1e-5,
+    )
+    top = index.rank(QUESTION, null="hidden needle", normalize=True, top=2)
+    assert top.order == index.rank(QUESTION, null="hidden needle", normalize=True).order[:2]
+    assert len(top.table()) == 2
+    assert len(top.scores) == 3
+    np.testing.assert_array_equal(index.masses(QUESTION), before)
+    for wrong in (0, -1, 1.5):
+        with pytest.raises(ValueError, match=f"top is {wrong}"):
+            index.rank(QUESTION, top=wrong)
+    for wrong in ("", " ", None):
+        with pytest.raises(ValueError, match="the null question is"):
+            index.rank(QUESTION, null=wrong)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ("abc", TypeError, "candidates are 'abc'"),
+        (b"abc", TypeError, "candidates are b'abc'"),
+        (Path("d.pdf"), TypeError, r"candidates are .*d\.pdf"),
+        ({"page": "a"}, TypeError, "candidates are {'page'"),
+        (iter(["a"]), TypeError, "candidates are <"),
+        (None, TypeError, "candidates are None"),
+        (example_prompts.picture(32, 32), TypeError, "candidates are <PIL"),
+        ([], ValueError, "there is no candidate"),
+        (["a\n", "page 1.PNG"], ValueError, "candidate 1 is 'page 1.PNG', the name of a file"),
+        (["a\n", Path("b.png")], ValueError, "candidate 1 is 'b.png', the name of a file"),
+        ([lambda: Path("b.png")], ValueError, "candidate 0 is 'b.png', the name of a file"),
+        ([{"image": "b"}], TypeError, "candidate 0 holds {'image': 'b'} .type dict"),
+        ([{"a", "b"}], TypeError, "candidate 0 holds {"),
+        ([5], TypeError, "candidate 0 holds 5 .type int"),
+        ([lambda: None], TypeError, "candidate 0 holds None"),
+        ([np.zeros((4, 4, 3))], TypeError, "candidate 0 holds array"),
+        (["rain falls", ""], ValueError, "candidate 1 has no token"),
+        (["rain falls", ()], ValueError, "candidate 1 has no token"),
+    ],
+)
+def test_what_is_no_list_of_candidates_is_refused(given, error, message):
+    vlm = example_prompts.vlm("qwen3_vl")
+    with pytest.raises(error, match=message):
+        DocumentIndex(vlm, some_heads(vlm), given)
+
+
+def test_questions_regions_and_heads_of_another_type_are_refused():
+    vlm = example_prompts.vlm("qwen3_vl")
+    index = DocumentIndex(vlm, some_heads(vlm), candidates("qwen3_vl"))
+    for question in (5, None, {"image": "q.png"}, ("which", 5), Path("q.png")):
+        with pytest.raises(TypeError, match="the question holds"):
+            index.rank(question)
+    for regions, message in (
+        ("page", "regions are"),
+        ([(0, 0, 1, 1)], "a region is"),
+        (5, "are 5"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            index.rank(QUESTION, regions)
+    with pytest.raises(ValueError, match="there is no region to rank"):
+        index.rank(QUESTION, [])
+    for heads in ([Head(0, 1)], "L0H1"):
+        with pytest.raises(TypeError, match="expected a HeadSet"):
+            DocumentIndex(vlm, heads, ["a"])
+    for window in (2.5, "2", None, 0, -1):
+        with pytest.raises(ValueError, match="windows of"):
+            DocumentIndex(vlm, None, ["a", "b"], window=window)
+
+
+def test_pages_that_a_sequence_makes_on_demand_are_made_once():
+    class Pages(Sequence):
+        made: ClassVar[list] = []
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, number):
+            self.made.append(number)
+            return example_prompts.picture(60, 40, number)
+
+    vlm = example_prompts.vlm("qwen3_vl")
+    DocumentIndex(vlm, some_heads(vlm), Pages(), window=2)
+    assert sorted(Pages.made) == [0, 1, 1, 2] or sorted(Pages.made) == [0, 1, 2]
+
+
+def test_a_question_past_the_models_positions_is_refused(monkeypatch):
+    vlm = example_prompts.vlm("qwen3_vl")
+    index = DocumentIndex(vlm, some_heads(vlm), candidates("qwen3_vl"))
+    tokens = len(index.document.windows[0].prompt)
+    monkeypatch.setattr(vlm.text_config, "max_position_embeddings", tokens + 5)
+    index.rank("rain")
+    with pytest.raises(ValueError, match=rf"3 candidates, and qwen3_vl takes {tokens + 5}"):
+        index.rank("rain falls " * 8)
+    with pytest.raises(ValueError, match="takes"):
+        index.rank("rain", null="rain falls " * 8)
+
+
+def test_attention_that_is_not_finite_is_refused_with_its_layer():
+    vlm = example_prompts.vlm("qwen3")
+    broken = dataclasses.replace(vlm, model=copy.deepcopy(vlm.model))
+    deep = HeadSet((Head(1, 1), Head(0, 0)), vlm.geometry, vlm.model_id)
+    index = DocumentIndex(broken, deep, list(TEXT))
+    with torch.no_grad():
+        broken.attentions[1].q_proj.weight[0] = torch.nan
+        broken.attentions[1].q_proj.weight[-1] = torch.nan
+    everything = HeadSet(tuple(vlm.every_head), vlm.geometry, vlm.model_id)
+    for run in (
+        lambda: DocumentIndex(broken, everything, list(TEXT)),
+        lambda: DocumentIndex(broken, None, list(TEXT)),
+    ):
+        with pytest.raises(ValueError, match=r"qwen3 is not finite in layer 1 \(L1H0, "):
+            run()
+    with torch.no_grad():
+        broken.attentions[0].q_proj.weight[:] = torch.inf
+    for ask in (index.rank, index.masses):
+        with pytest.raises(ValueError, match=r"is not finite in layer 0 \(L0H0, L1H1, 2 of 2"):
+            ask(QUESTION)
+    with pytest.raises(ValueError, match=r"scores of candidates \[1\] are not finite"):
+        retrieval.rank(np.array([0.1, np.nan]))
+
+
+def test_heads_of_other_weights_are_used_with_a_warning_that_names_both():
+    vlm = dataclasses.replace(example_prompts.vlm("qwen3"), revision="new weights")
+    values = np.random.default_rng(0).random((3, vlm.geometry.layers, vlm.geometry.heads))
+    made = Provenance(model=vlm.model_id, revision="old weights")
+    scores = HeadScores(values, geometry=vlm.geometry, provenance=made)
+    with pytest.warns(UserWarning, match="weights old weights, but its weights are new weights"):
+        DocumentIndex(vlm, retrieval.union_of_top(scores, 0.1), list(TEXT))
+    same = dataclasses.replace(vlm, revision="old weights")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DocumentIndex(same, retrieval.union_of_top(scores, 0.1), list(TEXT)).rank(QUESTION)
+
+
+def test_regions_in_relative_coordinates_are_warned_about():
+    vlm = example_prompts.vlm("qwen3_vl")
+    index = DocumentIndex(vlm, some_heads(vlm), candidates("qwen3_vl"))
+    relative = [PageBox(0, (0.1, 0.1, 0.4, 0.3), (60, 40)), PageBox.whole(1, (40, 60))]
+    with pytest.warns(UserWarning, match=r"1 of 2 regions cover less than 0.01 of a token.*0\.4"):
+        index.rank(QUESTION, relative)
 
 
 def test_nothing_is_run_for_heads_of_another_model(monkeypatch):

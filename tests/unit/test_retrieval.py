@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import BoW, Normalize
 
@@ -104,14 +105,83 @@ def test_a_dense_retriever_ranks_texts():
     np.testing.assert_allclose(scores, [[0, 1, 0], [2 / 5**0.5, 0, 0]], atol=1e-6)
 
 
-def test_selection_is_the_union_of_tasks_at_their_longest_length():
+def test_the_heads_of_a_needle_grid_are_the_union_of_tasks_at_their_longest_length():
     values = np.zeros((4, 2, 4), np.float32)
     values[0, 0, 1] = values[1, 1, 2] = values[2, 0, 3] = values[3, 1, 0] = 1
     metadata = pd.DataFrame(
         {"task": ["a", "a", "b", "b"], "length": [8, 16, 16, 8], "depth": 0.0, "seed": 0}
     )
     scores = HeadScores(values, metadata=metadata)
-    assert str(retrieval.selection(scores, 1 / 8)) == "L1H2 L0H3"
+    assert str(retrieval.union_of_top(scores, 1 / 8)) == "L1H2 L0H3"
+    counted = scores.metadata.assign(tokens=scores.metadata["length"] + 3)
+    nominal = HeadScores(values, metadata=counted)
+    assert str(retrieval.union_of_top(nominal, 1 / 8)) == "L1H2 L0H3"
+
+
+@pytest.mark.parametrize("lengths", ["tokens", 0, None])
+@pytest.mark.parametrize("task", ["mine", "", None])
+def test_all_of_a_users_own_examples_choose_the_heads(lengths, task):
+    rng = np.random.default_rng(0)
+    values = rng.random((12, 4, 8)).astype(np.float32)
+    tokens = rng.permutation(np.arange(100, 112))
+    metadata = pd.DataFrame({"task": [task] * 12, "tokens": tokens, "depth": 0.0, "seed": 0})
+    metadata["length"] = tokens if lengths == "tokens" else lengths
+    scores = HeadScores(values, metadata=metadata)
+    assert retrieval.union_of_top(scores, 0.1) == scores.top(0.1)
+    longest = scores.take((tokens == tokens.max()).nonzero()[0]).top(0.1)
+    assert longest != scores.top(0.1)
+
+
+def some_ranking(question: str, pages: int = 3) -> retrieval.Ranking:
+    boxes = np.array([[0.0, 0, 20, 30], [20, 0, 40, 30]])
+    heat = {page: (boxes, np.float32([0.1 * page, 0.2])) for page in range(pages)}
+    raw = {page: (boxes, values + 1) for page, (boxes, values) in heat.items()}
+    scores = np.arange(pages, dtype=np.float32)
+    return retrieval.Ranking(question, scores, retrieval.rank(scores), 3, 1, heat, raw)
+
+
+def drawn(tmp_path, ranking: retrieval.Ranking, **settings) -> Figure:
+    image = example_prompts.picture(40, 30)
+    figure = ranking.picture([lambda: image] * 3, **settings)
+    figure.savefig(tmp_path / "d.png")
+    return figure
+
+
+@pytest.mark.parametrize(
+    "question", ["is $5 more than 3% of $100 ?", r"$\frac{1}{0$ # \\ _^", "from $5 to $6"]
+)
+def test_a_question_is_drawn_as_it_was_asked(tmp_path, question):
+    figure = drawn(tmp_path, some_ranking(question), labels=["$a", "b$", "$c$"])
+    assert figure.get_suptitle().split("\n")[0] == question
+    assert not figure._suptitle.get_parse_math()
+    assert figure.axes[0].get_title() == "1: page $c$ (3), +2.0000"
+
+
+def test_a_long_question_is_broken_into_lines_and_cut(tmp_path):
+    figure = drawn(tmp_path, some_ranking("which rain falls " * 100), top=1)
+    lines = figure.get_suptitle().split("\n")
+    assert len(lines) == 4
+    assert max(map(len, lines)) <= 48
+    assert lines[2].endswith(" …")
+
+
+def test_pictures_show_page_labels_and_calibrated_or_raw_heat(tmp_path):
+    ranking = some_ranking("?")
+    figure = drawn(tmp_path, ranking, labels=["i", "2", ""])
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles == ["1: page 3, +2.0000", "2: page 2, +1.0000", "3: page i (1), +0.0000"]
+    for heat, largest in (("calibrated", 0.2), ("raw", 1.2)):
+        figure = drawn(tmp_path, ranking, heat=heat)
+        assert float(figure.axes[0].images[1].get_array().max()) == pytest.approx(largest)
+    image = example_prompts.picture(40, 30)
+    for images, settings, message in (
+        (3, {"top": 0}, "top is 0"),
+        (3, {"heat": "both"}, "heat is 'both'"),
+        (2, {}, "2 images and 0 labels are given, but candidate 2"),
+        (3, {"labels": ["i"]}, "3 images and 1 labels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ranking.picture([lambda: image] * images, **settings)
 
 
 def test_macro_is_the_mean_of_domains_and_micro_that_of_questions():
