@@ -34,7 +34,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from mmheads import paths
+from mmheads import figures, paths
 from mmheads.attention import check_heads, record_keys
 from mmheads.evidence import (
     Boxes,
@@ -140,7 +140,8 @@ class Ranking:
         if not shown:
             raise ValueError("no candidate has an image whose tokens have a place on it")
         figure = Figure(figsize=(3.2 * len(shown), 4.4), dpi=120, layout="constrained")
-        figure.suptitle(f"{self.question}\n(window of {self.window} candidates)", fontsize=9)
+        title = f"{self.question}\n(window of {self.window} candidates)"
+        figures.set_title(figure, title, fontsize=9)
         limit = max(self.heat[row["candidate"]][1].max() for row in shown)
         axes = figure.subplots(1, len(shown), squeeze=False)[0]
         for row, axis in zip(shown, axes, strict=True):

@@ -439,7 +439,7 @@ def _collect(vlm: VLM, scored: list[_Scored], provenance: Provenance) -> HeadSco
 def _picture(scores: HeadScores) -> Figure:
     figure = Figure(figsize=(figures.COLUMN, figures.COLUMN), dpi=200, layout="constrained")
     axis = figure.subplots()
-    axis.set_title(f"{scores.provenance.model}, n = {len(scores.values)}")
+    figures.set_title(axis, f"{scores.provenance.model}, n = {len(scores.values)}", width=40)
     image = figures.heat_map(axis, scores.mean)
     figure.colorbar(image, label="calibrated retrieval score")
     return figure
