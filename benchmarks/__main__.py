@@ -13,8 +13,8 @@ the fastest and the slowest run, and the ratio of each variant to the first.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
+import tempfile
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -105,8 +105,11 @@ def _check_writable(path: Path) -> None:
     folder = path.parent
     while not folder.exists():
         folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise OSError(f"--out {path}: {folder} is not a folder that can be written to")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"--out {path}: {folder} is not a folder that can be written to") from error
 
 
 def measure(options: argparse.Namespace) -> tuple[pd.DataFrame, pd.DataFrame]:

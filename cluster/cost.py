@@ -120,18 +120,11 @@ class Row:
 
 def plan_rows(runs: Iterable[ScoreRun], jobs: Iterable[Job]) -> list[Row]:
     """Returns the rows of the plan: one per score run, then one per notebook and prompt length."""
-    rows = [
-        Row(
-            model=run.model,
-            work=run.task
-            if run.image_ratio == PAGES
-            else f"{run.task}, {run.image_ratio:g} images",
-            length=run.length,
-            passes=run.prompts,
-            scored=run.scored(),
-        )
-        for run in runs
-    ]
+    rows = []
+    for run in runs:
+        work = run.task + ("" if run.image_ratio == PAGES else f", {run.image_ratio:g} images")
+        size = {"length": run.length, "passes": run.prompts, "scored": run.scored()}
+        rows.append(Row(model=run.model, work=work, **size))
     for job in jobs:
         if not job.workload.passes:
             continue
@@ -211,8 +204,8 @@ def _counts(runs: Sequence[ScoreRun]) -> str:
             total = f"{product} = {total}"
         lines.append(f"Needles: {total}")
     if others:
-        count = f"{len(others)} runs, {sum(run.prompts for run in others):,} prompts"
-        lines.append(f"Shares of images and predecessors: {count}")
+        total = f"{len(others)} runs, {sum(run.prompts for run in others):,} prompts"
+        lines.append(f"Shares of images and predecessors: {total}")
     return "\n".join(lines or ["No scores are needed."])
 
 

@@ -245,14 +245,14 @@ def _mapped(table: pd.DataFrame, change: Callable[[str], str]) -> pd.DataFrame:
     """Returns the table with its texts and the names of its columns changed."""
 
     def changed(value: Any) -> Any:
-        return change(value) if isinstance(value, str) else value
+        new = change(value) if isinstance(value, str) else value
+        return value if new == value else new
 
     if not isinstance(table.columns, pd.MultiIndex):
         table = table.rename(columns=changed)
-    texts = [not pd.api.types.is_numeric_dtype(kind) for kind in table.dtypes]
     columns = [
-        values.astype(object).map(changed) if text else values
-        for (_, values), text in zip(table.items(), texts, strict=True)
+        values.astype(object).map(changed) if any(changed(v) is not v for v in values) else values
+        for _, values in table.items()
     ]
     return pd.concat(columns, axis=1) if columns else table
 

@@ -167,6 +167,8 @@ def test_texts_stay_in_their_cell(make_run, tmp_path):
 def test_tables_without_such_texts_are_written_as_pandas_does(file):
     shown = pd.read_csv(file.with_suffix(".csv"))
     assert figures._markdown(shown) == shown.to_markdown(index=False) + "\n"
+    latex = shown.to_latex(index=False, escape=True, float_format="{:g}".format)
+    assert figures._latex(shown) == latex
 
 
 @pytest.mark.parametrize("content", ["[{", "{}", '[{"file": "a"}]', "[1]", "null"])
