@@ -123,8 +123,8 @@ def plan_rows(runs: Iterable[ScoreRun], jobs: Iterable[Job]) -> list[Row]:
     rows = []
     for run in runs:
         work = run.task + ("" if run.image_ratio == PAGES else f", {run.image_ratio:g} images")
-        size = {"length": run.length, "passes": run.prompts, "scored": run.scored()}
-        rows.append(Row(model=run.model, work=work, **size))
+        numbers: dict[str, Any] = {"length": run.length, "passes": run.prompts}
+        rows.append(Row(model=run.model, work=work, scored=run.scored(), **numbers))
     for job in jobs:
         if not job.workload.passes:
             continue
