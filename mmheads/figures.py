@@ -1,14 +1,16 @@
 """One style, one way to save a figure or a table, and the manifest of all of them.
 
-Files are byte-stable: the same data on the same versions give the same bytes, so provenance
-stands in `figures/manifest.json` and not in the files.
+Files are byte-stable: the same data with the same versions give the same bytes. Provenance is
+therefore in `figures/manifest.json` and not in the files.
 """
 
 import hashlib
 import json
 import platform
 import re
-from collections.abc import Mapping
+import textwrap
+import warnings
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -21,6 +23,7 @@ import seaborn as sns
 from filelock import FileLock
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.image import AxesImage
 from numpy.typing import NDArray
 
@@ -80,15 +83,15 @@ class Run:
         """Write `<name>.csv` in full precision, and `.md` and `.tex` (booktabs).
 
         Args:
-            data: One observation a row.
+            data: One observation per row.
             name: `<paper>_<id>_<slug>_<source>`.
             layout: What a reader sees in Markdown and LaTeX; by default `data`.
         """
         shown = data if layout is None else layout
         writers = {
             "csv": lambda path: _write_csv(data, path),
-            "md": lambda path: path.write_text(shown.to_markdown(index=False) + "\n"),
-            "tex": lambda path: path.write_text(_latex(shown)),
+            "md": lambda path: _write_text(_markdown(shown), path),
+            "tex": lambda path: _write_text(_latex(shown), path),
         }
         self._write(name, writers)
 
@@ -109,7 +112,7 @@ class Run:
                 entries[path.name] = self._entry(path.name, temporary.read_bytes())
             listing = all_or_none.enter_context(paths.write_whole(folder / "manifest.json"))
             ordered = [entries[file] for file in sorted(entries)]
-            listing.write_text(json.dumps(ordered, indent=1) + "\n")
+            _write_text(json.dumps(ordered, indent=1) + "\n", listing)
 
     def _entry(self, file: str, content: bytes) -> dict[str, Any]:
         return {
@@ -125,9 +128,27 @@ class Run:
 
 
 def manifest(folder: Path = paths.FIGURES) -> list[dict[str, Any]]:
-    """The entries of `manifest.json`, one a file, sorted by file name; none if there is none."""
+    """Returns the entries of `manifest.json`, one per file, sorted by file name.
+
+    Without a manifest there are none.
+
+    Raises:
+        ValueError: The manifest is damaged.
+    """
     path = folder / "manifest.json"
-    entries: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    if not path.exists():
+        return []
+    try:
+        entries: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+        complete = ({"file", "sha256", "notebook"} <= entry.keys() for entry in entries)
+        wrong = not isinstance(entries, list) or not all(complete)
+    except (ValueError, TypeError, AttributeError):
+        wrong = True
+    if wrong:
+        raise ValueError(
+            f"{path} is damaged: expected a list of figures with file, sha256 and notebook; "
+            "restore it (git checkout), or delete it and make the figures again"
+        )
     return entries
 
 
@@ -181,9 +202,64 @@ def heat_map(
     )
 
 
+def set_title(target: Axes | Figure, text: str, *, width: int = 60, **style: Any) -> None:
+    """Gives axes or a figure a title that a user wrote: as it is, wrapped, never read as formulas.
+
+    Characters that the font lacks become boxes, with one warning.
+
+    Args:
+        target: Axes or a figure.
+        text: The title.
+        width: Longest line, in characters.
+        style: Properties of the text, such as `fontsize`.
+    """
+    known = get_font(findfont(FontProperties())).get_charmap()
+    lacking = {sign for sign in text if not sign.isspace() and ord(sign) not in known}
+    if lacking:
+        shown = "".join(sorted(lacking)[:10])
+        warnings.warn(f"the font of the figures lacks {shown!r}: boxes are drawn", stacklevel=2)
+        text = "".join("\u25a1" if sign in lacking else sign for sign in text)
+    lines = [line for part in text.splitlines() for line in textwrap.wrap(part, width) or [""]]
+    give = target.suptitle if isinstance(target, Figure) else target.set_title
+    give("\n".join(lines), parse_math=False, **style)
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    """Returns a table in Markdown; bars, line breaks and HTML in texts stay what they are."""
+
+    def escape(text: str) -> str:
+        text = re.sub(r"&(?=#?\w+;)", "&amp;", text)
+        text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)
+        return re.sub(r"\r\n|[\n\r\v\f\x85\u2028\u2029]", "<br>", text.replace("|", "\\|"))
+
+    return _mapped(table, escape).to_markdown(index=False) + "\n"
+
+
 def _latex(table: pd.DataFrame) -> str:
-    return table.to_latex(index=False, escape=True, float_format=lambda x: f"{x:g}")
+    """Returns a table in LaTeX (booktabs); line breaks in texts become spaces."""
+    plain = _mapped(table, lambda text: " ".join(text.splitlines()))
+    return plain.to_latex(index=False, escape=True, float_format=lambda x: f"{x:g}")
+
+
+def _mapped(table: pd.DataFrame, change: Callable[[str], str]) -> pd.DataFrame:
+    """Returns the table with its texts and the names of its columns changed."""
+
+    def changed(value: Any) -> Any:
+        new = change(value) if isinstance(value, str) else value
+        return value if new == value else new
+
+    if not isinstance(table.columns, pd.MultiIndex):
+        table = table.rename(columns=changed)
+    columns = [
+        values.astype(object).map(changed) if any(changed(v) is not v for v in values) else values
+        for _, values in table.items()
+    ]
+    return pd.concat(columns, axis=1) if columns else table
+
+
+def _write_text(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8", newline="\n")
 
 
 def _write_csv(data: pd.DataFrame, path: Path) -> None:
-    data.to_csv(path, index=False, lineterminator="\n")
+    data.to_csv(path, index=False, lineterminator="\n", encoding="utf-8")

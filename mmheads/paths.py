@@ -1,12 +1,18 @@
 """Folders of the repository, the settings that name others, and files written whole."""
 
+import functools
 import os
+import platform
+import re
+import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pooch
+import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
@@ -65,18 +71,44 @@ def writable(folder: Path) -> Path:
 
 @contextmanager
 def write_whole(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that becomes `path` when the block ends without an exception.
+    """Yields a temporary path that becomes `path` when the block ends without an exception.
 
-    Readers see the old file or the new one, never a half-written one. The temporary file keeps
-    the suffix of `path`, since savers choose their format by it.
+    Readers see the old file or the new one, never a half-written one. The temporary file keeps the
+    suffix of `path`, since savers choose their format by it. A new file has the permissions that
+    the user's umask gives, another those that it had; behind a symbolic link, the file that it
+    points to is replaced. What killed processes have left in the folder is removed.
+
+    Args:
+        path: The file; its folder is made if it is not there.
+
+    Raises:
+        OSError: The folder or the file cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(target.parent)
+    name = f".{_writer(os.getpid())}{secrets.token_hex(4)}-{target.stem[:80]}{target.suffix}"
+    temporary = target.parent / name
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         yield temporary
-        temporary.chmod(0o644)
-        temporary.replace(path)
+        if target.exists():
+            shutil.copymode(target, temporary)
+        temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _writer(process: int) -> str:
+    """Returns what the names of a process's temporary files begin with, after the dot."""
+    return f"mmheads-{platform.node()}-{process}-"
+
+
+@functools.cache
+def _remove_leftovers(folder: Path) -> None:
+    """Removes temporary files of processes of this machine that run no more; once per folder."""
+    names = re.compile(rf"\.mmheads-{re.escape(platform.node())}-(\d+)-[0-9a-f]{{8}}-.*")
+    for path in folder.glob(".mmheads-*"):
+        match = names.fullmatch(path.name)
+        if match and not psutil.pid_exists(int(match[1])):
+            path.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from scipy.stats import binom, binomtest
@@ -12,6 +13,7 @@ from mmheads import paths
 from mmheads.heads import Head
 from mmheads.tasks.needles import CONTROL
 from mmheads.zoo import measure
+from mmheads.zoo.recipes import RECIPES
 
 AIM, IDENTICAL_AIM = 0.95, 0.90
 """Least accuracy of a model that retrieves."""
@@ -19,9 +21,25 @@ STRONG, WEAK = 0.3, 0.05
 """Mass of a retrieval head, and of a head that is none."""
 
 
+FILES = ("training.json", "config.json", "model.safetensors")
+FACTS = {"name", "seed", "start", "stages", "steps", "minutes", "threads", "machine", "torch"}
+"""Files of a model that was trained here, and what its `training.json` says at least."""
+
+
 def write(folder: str | Path, pairs: int = 10) -> Path:
-    """Measure accuracy and attention, write `accuracy.csv`, `attention.csv` and the card."""
+    """Measures accuracy and attention; writes `accuracy.csv`, `attention.csv` and the card.
+
+    Args:
+        folder: A model that `python -m mmheads.zoo train` has made; nothing is written elsewhere.
+        pairs: Examples per depth.
+
+    Raises:
+        ValueError: The folder does not hold such a model, or `pairs` is below 1.
+    """
+    if pairs < 1:
+        raise ValueError(f"pairs is {pairs}; expected 1 or more")
     folder = Path(folder)
+    _facts(folder)
     tables = {
         "accuracy": measure.accuracy(folder, pairs),
         "attention": measure.evidence_mass(folder, pairs=max(1, pairs // 5)),
@@ -30,17 +48,37 @@ def write(folder: str | Path, pairs: int = 10) -> Path:
         with paths.write_whole(folder / f"{name}.csv") as path:
             table.to_csv(path, index=False, float_format="%.4f")
     with paths.write_whole(folder / "README.md") as path:
-        path.write_text(text(folder))
+        path.write_text(text(folder), encoding="utf-8", newline="\n")
     return folder / "README.md"
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """Returns what `training.json` says of a model that was trained here.
+
+    Raises:
+        ValueError: The folder does not hold such a model.
+    """
+    try:
+        facts: dict[str, Any] = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+        known = facts["name"] in RECIPES and facts.keys() >= FACTS
+    except (OSError, ValueError, TypeError, KeyError):
+        known = False
+    missing = [name for name in FILES if not (folder / name).is_file()]
+    if not known or missing:
+        reason = f"it has no {', '.join(missing)}" if missing else "training.json is not ours"
+        raise ValueError(
+            f"{folder} holds no model that `python -m mmheads.zoo train` has made: {reason}"
+        )
+    return facts
 
 
 def text(folder: str | Path) -> str:
     """The card of a model, from the files beside it."""
     folder = Path(folder)
-    facts = json.loads((folder / "training.json").read_text())
+    facts = _facts(folder)
     accuracy = pd.read_csv(folder / "accuracy.csv")
     attention = pd.read_csv(folder / "attention.csv")
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     language = config.get("text_config", config)
     heads = language["num_hidden_layers"] * language["num_attention_heads"]
     vision = "vision_config" in config

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import pickle
 import platform
 import time
 from dataclasses import dataclass, field, fields
@@ -225,7 +226,7 @@ def _shipped(name: str, folder: Path) -> State:
     recipe = RECIPES[name]
     if not (folder / "training.json").exists():
         raise ValueError(f"{folder} holds no training.json; expected data/models/{name}")
-    facts = json.loads((folder / "training.json").read_text())
+    facts = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     names, done = [stage.name for stage in recipe.stages], facts["stages"]
     goes_on = (
         (facts["name"], facts["seed"]) == (name, recipe.seed)
@@ -279,7 +280,7 @@ def _export(state: State, name: str, target: Path) -> None:
         "transformers": transformers.__version__,
     }
     with paths.write_whole(target / "training.json") as path:
-        path.write_text(json.dumps(facts, indent=2) + "\n")
+        path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
 def _run(name: str, stage: int) -> dict[str, object]:
@@ -295,7 +296,7 @@ def _run(name: str, stage: int) -> dict[str, object]:
 def _save(state: State, name: str, folder: Path) -> None:
     values = {f.name: getattr(state, f.name) for f in fields(State)}
     values |= {
-        "config": state.model.config,
+        "config": state.model.config.to_dict(),
         "model": state.model.state_dict(),
         "optimizer": state.optimizer.state_dict(),
         "run": _run(name, state.stage),
@@ -308,12 +309,21 @@ def _load(name: str, folder: Path) -> State | None:
     path = folder / "state.pt"
     if not path.exists():
         return None
-    saved: dict[str, Any] = torch.load(path, weights_only=False)
+    try:
+        saved: dict[str, Any] = torch.load(path, weights_only=True)  # never runs code from a file
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(
+            f"{path} is damaged, or holds more than tensors and numbers; delete it, or name "
+            "another --work folder"
+        ) from error
+    if not isinstance(saved, dict) or not saved.keys() >= {"run", "stage", "config", "model"}:
+        raise ValueError(f"{path} does not hold a run; name another --work folder")
     held, wanted = saved.pop("run"), _run(name, saved["stage"])
     if held != wanted:
         raise ValueError(f"{path} holds the run {held}, not {wanted}; name another --work folder")
-    config = saved.pop("config")
-    model = MODEL_CLASSES[config.model_type](config)
+    settings = saved.pop("config")
+    kind = MODEL_CLASSES[settings["model_type"]]
+    model = kind(kind.config_class.from_dict(settings))
     model.load_state_dict(saved.pop("model"))
     optimizer = _optimizer(model)
     optimizer.load_state_dict(saved.pop("optimizer"))

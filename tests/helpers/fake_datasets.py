@@ -2,7 +2,7 @@
 
 With them the notebooks' paper-scale settings can be tried where neither can be had:
 
-    python tests/standins.py FOLDER qwen3_vl gemma3
+    python tests/fake_datasets.py FOLDER qwen3_vl gemma3
 
 writes `FOLDER/data`, the folder that `mmheads.tasks.datafolder` reads, and `FOLDER/models`.
 Whatever the nominal length, a context is small.

@@ -2,13 +2,18 @@
 
 import fake_datasets
 import numpy as np
+import pandas as pd
 import pytest
 import random_models
+from nbformat.v4 import new_code_cell, new_notebook, writes
 
 import reproduce
-from mmheads import paths, plan, published, scoring
+from cluster import cost, models, scores, workload
+from cluster.models import UsageError
+from cluster.scores import ScoreRun
+from cluster.workload import Passes, Scores, Workload
+from mmheads import paths, published, scoring
 from mmheads.models import load
-from mmheads.plan import ScoreRun
 from mmheads.tasks import needles
 
 LENGTHS = (8192, 16384, 32768, 65536, 131072)
@@ -33,6 +38,12 @@ def printed(capsys, tmp_path):
     return show
 
 
+def declared(stem: str, **parameters) -> Workload:
+    """What a notebook of the repository declares with its defaults and these parameters."""
+    path = paths.NOTEBOOKS / f"{stem}.ipynb"
+    return workload.read(path, reproduce.defaults(path) | parameters)
+
+
 def test_paper_a_scores_six_models_without_any_of_them_here(printed):
     out = printed("paper_mmrethead.yaml", "--gpu", "H100")
     assert "6 models x 4 tasks x 5 lengths x 120 prompts = 14,400 prompts" in out
@@ -40,15 +51,15 @@ def test_paper_a_scores_six_models_without_any_of_them_here(printed):
     needed = {
         (row[0], row[2]): row[6]
         for row in rows
-        if len(row) == 10 and row[1] == "rendered" and row[9] == "no"
+        if len(row) == 10 and row[1] == needles.TASKS[2] and row[9] == "no"
     }
     assert len(needed) == 6 * len(LENGTHS)
     assert needed["Qwen3-VL-8B-Instruct", "131072"] == "1"
     assert needed["Qwen3-VL-32B-Instruct", "131072"] == "2"
     assert "estimates, not measurements" in out
-    for model in plan.MODELS:
-        assert (f"\n{plan.name_of(model)}/02_score_heads\n" in out) == (
-            plan.name_of(model) in published.GEOMETRIES
+    for model in models.MODELS:
+        assert (f"\n{models.name_of(model)}/02_score_heads\n" in out) == (
+            models.name_of(model) in published.GEOMETRIES
         )
 
 
@@ -57,57 +68,57 @@ def test_paper_b_scores_its_five_models(printed):
 
 
 def test_table_has_the_heads_that_the_released_scores_have():
-    known = {plan.name_of(model): shape for model, shape in plan.MODELS.items()}
+    known = {models.name_of(model): size for model, size in models.MODELS.items()}
     for name, geometry in published.GEOMETRIES.items():
-        shape = known[name]
-        assert (shape.layers, shape.heads) == (geometry.layers, geometry.heads)
-        assert shape.kv_groups == geometry.kv_groups
+        size = known[name]
+        assert (size.layers, size.heads) == (geometry.layers, geometry.heads)
+        assert size.kv_groups == geometry.kv_groups
         full = geometry.layers if geometry.global_layers is None else len(geometry.global_layers)
-        assert shape.layers - shape.sliding == full
+        assert size.layers - size.sliding == full
 
 
 def test_estimates_give_back_the_logs_that_they_are_from():
-    fast, slow = plan.speeds()
-    shape, gpu = plan.MODELS[plan.LOGGED], plan.GPUS[plan.TAKEN_FOR]
-    for length, (most, least) in plan.LOGS.items():
-        assert fast.seconds(shape, length, gpu) == pytest.approx(1 / most)
-        assert slow.seconds(shape, length, gpu) == pytest.approx(1 / least)
-    assert 19e9 < shape.memory(8192) < 20e9
-    assert 47e9 < shape.memory(131072) < 53e9
+    fast, slow = cost.speeds()
+    size, gpu = models.MODELS[cost.LOGGED], cost.GPUS[cost.TAKEN_FOR]
+    for length, (most, least) in cost.LOGS.items():
+        assert fast.seconds(size, length, gpu) == pytest.approx(1 / most)
+        assert slow.seconds(size, length, gpu) == pytest.approx(1 / least)
+    assert 19e9 < size.memory(8192) < 20e9
+    assert 47e9 < size.memory(131072) < 53e9
 
 
-def test_sliding_layers_keep_and_read_their_window_alone():
-    whole = plan.MODELS["google/gemma-3-27b-it"]
-    dense = plan.replace(whole, sliding=0)
-    assert whole.memory(1024) == dense.memory(1024)
-    assert whole.operations(1024) == dense.operations(1024)
-    kept = 2 * plan.BYTES * whole.kv_groups * whole.channels * 52
-    assert dense.memory(8192) - whole.memory(8192) == kept * (8192 - 1024)
+def test_sliding_layers_keep_and_read_only_their_window():
+    gemma = models.MODELS["google/gemma-3-27b-it"]
+    dense = cost.replace(gemma, sliding=0)
+    assert gemma.memory(1024) == dense.memory(1024)
+    assert gemma.operations(1024) == dense.operations(1024)
+    kept = 2 * models.BYTES * gemma.kv_groups * gemma.channels * 52
+    assert dense.memory(8192) - gemma.memory(8192) == kept * (8192 - 1024)
     seen = 8192**2 / 2 - (1024**2 / 2 + 1024 * (8192 - 1024))
-    saved = 4 * whole.heads * whole.channels * 52 * seen
-    assert dense.operations(8192) - whole.operations(8192) == pytest.approx(saved)
+    saved = 4 * gemma.heads * gemma.channels * 52 * seen
+    assert dense.operations(8192) - gemma.operations(8192) == pytest.approx(saved)
 
 
-def test_a_folder_is_read_for_its_shape(tiny, tmp_path):
-    shape = plan.shape_of(TINY)
-    assert shape.parameters == sum(weight.numel() for weight in tiny.model.parameters())
-    assert (shape.layers, shape.hidden, shape.heads) == (6, 128, 16)
-    assert (shape.kv_groups, shape.channels, shape.sliding) == (4, 32, 0)
-    assert plan.shape_of(str(paths.MODELS / TINY)) == shape
-    assert plan.shape_of("nobody/nothing") is None
-    with pytest.raises(plan.UsageError, match=r"holds no config.json"):
-        plan.shape_of(str(tmp_path))
+def test_a_folder_is_read_for_its_size(tiny, tmp_path):
+    size = models.size_of(TINY)
+    assert size.parameters == sum(weight.numel() for weight in tiny.model.parameters())
+    assert (size.layers, size.hidden, size.heads) == (6, 128, 16)
+    assert (size.kv_groups, size.channels, size.sliding) == (4, 32, 0)
+    assert models.size_of(str(paths.MODELS / TINY)) == size
+    assert models.size_of("nobody/nothing") is None
+    with pytest.raises(UsageError, match=r"holds no config.json"):
+        models.size_of(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(plan.UsageError, match=r"holds no \*.safetensors"):
-        plan.shape_of(str(tmp_path))
+    with pytest.raises(UsageError, match=r"holds no \*.safetensors"):
+        models.size_of(str(tmp_path))
 
 
 def test_sliding_layers_of_a_folder_are_counted(tmp_path):
     folder = random_models.save("gemma3", tmp_path)
     text = load(folder, device="cpu").text_config
-    shape = plan.shape_of(str(folder))
-    assert shape.window == text.sliding_window
-    assert shape.sliding == text.layer_types.count("sliding_attention") > 0
+    size = models.size_of(str(folder))
+    assert size.window == text.sliding_window
+    assert size.sliding == text.layer_types.count("sliding_attention") > 0
 
 
 def test_what_is_scored_already_is_found(tmp_path):
@@ -115,21 +126,33 @@ def test_what_is_scored_already_is_found(tmp_path):
     assert (run.prompts, run.scored()) == (6, 0)
     assert run.run() == ""
     assert run.scored() == 6
-    twice = plan.replace(run, pairs=2)
+    twice = cost.replace(run, pairs=2)
     assert (twice.prompts, twice.scored()) == (12, 6)
-    others = [{"length": 256}, {"task": "image"}, {"null_images": "placeholders"}]
-    others += [{"image_ratio": 0.0}, {"model": "tiny-qwen3-m"}]
+    others = [{"length": 256}, {"task": "image"}, {"null_images": "pixels"}]
+    others += [{"image_ratio": 0.0}, {"model": "tiny-qwen3-m"}, {"split": "test"}]
     for other in others:
-        assert plan.replace(run, **other).scored() == 0
-    listed = [line.done for line in plan.lines([run, twice, plan.replace(run, length=256)], [])]
-    assert listed == ["yes", "6 prompts", "no"]
+        assert cost.replace(run, **other).scored() == 0
+    runs = [run, twice, cost.replace(run, length=256)]
+    assert [row.done for row in cost.plan_rows(runs, [])] == ["yes", "6 prompts", "no"]
 
 
 def test_scores_of_other_versions_do_not_count(tmp_path, monkeypatch):
     run = ScoreRun(model=TINY, task="text", length=64, pairs=1, folder=str(tmp_path))
     assert run.run() == ""
-    monkeypatch.setattr(plan, "version", lambda name: "0.0")
+    monkeypatch.setattr(scores, "version", lambda name: "0.0")
     assert run.scored() == 0
+
+
+@pytest.mark.parametrize("kind", ["foreign", "text"])
+def test_a_file_with_the_name_of_scores_that_holds_none_is_named(tmp_path, kind):
+    path = tmp_path / f"{TINY}-text-64-detection-0.5-12345678.parquet"
+    if kind == "foreign":
+        pd.DataFrame({"a": [1]}).to_parquet(path)
+    else:
+        path.write_text("not a table")
+    run = ScoreRun(model=TINY, task="text", length=64, pairs=1, folder=str(tmp_path))
+    with pytest.raises(UsageError, match=r"12345678.parquet has the name of a score file.* move"):
+        run.scored()
 
 
 def test_a_failing_run_says_so_in_one_line():
@@ -138,66 +161,102 @@ def test_a_failing_run_says_so_in_one_line():
 
 
 def test_runs_of_several_notebooks_are_done_once_with_the_most_pairs():
-    first = {"model": "a", "lengths": [64, 128], "pairs": 1, "scores_folder": ""}
-    second = {"model": "a", "lengths": [128], "detection_pairs": 3, "pairs": 9, "scores_folder": ""}
-    second |= {"predecessor": "b", "image_shares": [0.0, 0.4], "share_length": 128}
-    runs = plan.merged([*plan.score_runs(first), *plan.score_runs(second)])
-    found = [(r.model, r.task, r.length, r.image_ratio, r.pairs) for r in runs]
-    assert found == [
-        *(("a", task, n, 0.5, 1 if n == 64 else 3) for task in needles.TASKS for n in (64, 128)),
-        ("a", "text", 128, 0.0, 3),
-        ("a", "text", 128, 0.4, 3),
-        ("b", "text", 128, 0.0, 3),
+    grid = [Scores(task="text", length=n, haystacks=1, split="detection") for n in (64, 128)]
+    more = [Scores(task="text", length=128, haystacks=3, split="detection")]
+    one = {"task": "text", "length": 128, "haystacks": 3, "split": "detection"}
+    more += [Scores(image_ratio=0.0, **one), Scores(image_ratio=0.0, model="b", **one)]
+    parameters = {"model": "a", "scores_folder": "", "data": "published"}
+    first, second = (scores.score_runs(Workload(tuple(rows)), parameters) for rows in (grid, more))
+    found = [
+        (r.model, r.task, r.length, r.image_ratio, r.pairs, r.data)
+        for r in scores.merged([*first, *second])
     ]
-    assert plan.score_runs({"model": "a", "length": 64, "scores_folder": ""}) == []
+    assert found == [
+        ("a", "text", 64, 0.5, 1, "published"),
+        ("a", "text", 128, 0.5, 3, "published"),
+        ("a", "text", 128, 0.0, 3, ""),
+        ("b", "text", 128, 0.0, 3, ""),
+    ]
 
 
-def test_answers_are_prompts_times_maskings():
-    parameters = {
-        "lengths": [8192, 16384],
-        "length": 8192,
-        "pairs": 3,
-        "prompts": 10,
-        "fractions": [0.01, 0.05],
-        "all_controls": 0.05,
-        "draws": 2,
-        "cause_prompts": 5,
-        "cause_length": 4096,
+@pytest.mark.parametrize("stem", ["02_score_heads", "03_sparsity_curves", "05_ablations"])
+def test_notebooks_declare_the_scores_of_every_task_and_length(stem):
+    pairs = {"pairs": 3} if stem != "05_ablations" else {"detection_pairs": 3}
+    rows = declared(stem, lengths=[64, 128], **pairs).scores
+    assert {(row.task, row.length, row.haystacks, row.split) for row in rows} == {
+        (task, n, 3, "detection") for task in needles.TASKS for n in (64, 128)
     }
-    held_out = 4 * 10 * (1 + 2)
-    curves = 4 * 10 * (1 + 2 * (1 + 2 + 1) + (2 + 2))
-    rankings = 6 * 10 * (1 + 8 + 2) - 4 * 10 * 2  # the whole model, and a task's own heads, again
-    causes = 4 * 10 * 3 + 4 * 10 * 2 * 3
-    maps, transfer = 2 * 6 * 3 * 3, 2 * 5 * (1 + 2)
-    assert plan.answers(parameters) == {
-        8192: held_out + curves + rankings + causes + maps + transfer,
-        16384: maps + transfer,
-        288: 2 * 10 * (1 + 1 + 2 + 2),
-    }
-    published = {"data": "there", "long_length": 16384, "long_questions": 7}
-    found = plan.answers(parameters | published | {"benchmark_questions": 11})
-    assert found == {
-        8192: held_out + curves + rankings - 2 * 10 * (1 + 8 + 2) + causes + maps + transfer,
-        16384: maps + transfer + 2 * 7 * (1 + 1 + 2 + 2),
-        plan.BENCHMARK_TOKENS: (4 * 2 + 1) * 11 * (1 + 1 + 2 + 2),
-    }
-    assert plan.single_heads(parameters, heads=96) == {4096: 4 * 5 * (96 + 1 + 3)}
 
 
-def test_rankings_are_passes_over_documents_and_windows_of_layouts():
-    parameters = {"data": "there", "real_window": 200, "layout_window": 50}
-    assert plan.rankings(parameters) == {65 * 1862: 314, 50 * 256: 3407}
-    assert plan.rankings(parameters | {"real_window": 20}) == {20 * 1862: 1020, 50 * 256: 3407}
-    assert plan.rankings(parameters | {"data": ""}) == {}
+def test_notebook_04_declares_shares_of_images_and_the_predecessor():
+    rows = declared("04_spearman_stability", lengths=[64], image_shares=[0.0, 0.4]).scores[4:]
+    assert [(row.image_ratio, row.model) for row in rows] == [
+        (0.0, ""), (0.4, ""), (0.0, "tiny-qwen3-m"), (0.5, "")
+    ]  # fmt: skip
+    assert len(declared("04_spearman_stability", lengths=[64], predecessor="").scores) == 4 + 4
+
+
+def test_documents_and_windows_of_layouts_are_ranked_where_there_are_data():
+    windows = {"real_window": 200, "layout_window": 50, "real_dpi": 144, "cost_tokens": [64]}
+    rows = {row.what: row for row in declared("06_retrieval", data="there", **windows).passes}
+    pages, layouts = rows["MMDocIR pages"], rows["MMDocIR layouts"]
+    assert (pages.length, pages.prompts) == (65 * 1862, 314)
+    assert (layouts.length, layouts.prompts) == (50 * 256, 3407)
+    assert not [row for row in declared("06_retrieval").passes if "MMDocIR" in row.what]
+
+
+def cell(folder, source: str, tags=("workload",)):
+    path = folder / "01_made.ipynb"
+    cells = [new_code_cell(source, metadata={"tags": list(tags)})]
+    path.write_text(writes(new_notebook(cells=cells)), encoding="utf-8")
+    return path
+
+
+def test_a_workload_is_what_its_cell_defines_from_the_parameters(tmp_path):
+    source = "workload = {'passes': [{'what': 'x', 'length': n, 'prompts': 2, 'passes': 3}]}"
+    read = workload.read(cell(tmp_path, source), {"n": 64})
+    assert read == Workload(passes=(Passes(what="x", length=64, prompts=2, passes=3),))
+    assert workload.read(cell(tmp_path, source, tags=()), {}) == Workload()
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("workload = {'passes': [{'what': 'x'}]}", "missing 3 required"),
+        ("workload = {'scores': [{'pairs': 3}]}", "unexpected keyword argument 'pairs'"),
+        ("workload = [", "SyntaxError"),
+        ("a = 1 / 0", "ZeroDivisionError"),
+        ("a = 1", "KeyError: 'workload'"),
+    ],
+)
+def test_a_workload_cell_that_fails_is_named(tmp_path, source, reason):
+    with pytest.raises(UsageError, match=rf"01_made cannot say .*{reason}"):
+        workload.read(cell(tmp_path, source), {})
+
+
+def test_pairs_are_those_of_scores_and_of_prompts_at_all_depths():
+    one = {"task": "text", "length": 64}
+    rows = Workload(
+        (
+            Scores(haystacks=2, split="detection", **one),
+            Scores(haystacks=9, split="detection", image_ratio=0.1, **one),
+        ),
+        (
+            Passes(what="a", prompts=13, passes=1, split="test", **one),
+            Passes(what="b", prompts=6, passes=9, split="test", **one),
+            Passes(what="c", prompts=99, passes=1, length=64),
+        ),
+    )
+    assert rows.haystacks(depths=6) == {("text", 64, "detection"): 2, ("text", 64, "test"): 3}
 
 
 def test_runs_take_the_gpus_that_hold_them():
     big = "Qwen/Qwen3-VL-32B-Instruct"
     runs = [ScoreRun(model=big, task="text", length=n, pairs=1) for n in (8192, 131072)]
-    assert [run.gpus for run in plan.on_gpus(runs, "")] == [1, 1]
-    assert [run.gpus for run in plan.on_gpus(runs, "H100")] == [1, 2]
-    assert [run.gpus for run in plan.on_gpus(runs, "H200")] == [1, 1]
-    assert [run.gpus for run in plan.on_gpus(runs, "L40S")] == [2, 3]
+    assert [run.gpus for run in cost.on_gpus(runs, "")] == [1, 1]
+    assert [run.gpus for run in cost.on_gpus(runs, "H100")] == [1, 2]
+    assert [run.gpus for run in cost.on_gpus(runs, "H200")] == [1, 1]
+    assert [run.gpus for run in cost.on_gpus(runs, "L40S")] == [2, 3]
 
 
 def test_each_task_and_length_has_a_score_file_of_its_own(tiny, tmp_path):
@@ -235,15 +294,19 @@ def test_other_needles_than_the_generated_have_other_files(tiny, tmp_path):
 
 
 def test_too_few_published_pairs_are_an_error_before_anything_runs(tmp_path):
-    data = fake_datasets.write_data(tmp_path / "data", pairs=42, lengths=[8192])
-    asked = {"model": TINY, "data": f"{data}", "lengths": [8192], "scores_folder": ""}
-    asked |= {"detection_pairs": 20, "prompts": 12, "length": 8192}
-    plan.check_pairs(asked)
-    plan.check_pairs(asked | {"data": "", "detection_pairs": 1000})
-    with pytest.raises(plan.UsageError, match=r"has 20 pairs of the task text .* 21 are asked for"):
-        plan.check_pairs(asked | {"detection_pairs": 21})
-    with pytest.raises(plan.UsageError, match=r"has 2 pairs .* in the split test; 3 are asked for"):
-        plan.check_pairs(asked | {"prompts": 13})
-    maps = {"fractions": [0.05], "pairs": 3}
-    with pytest.raises(plan.UsageError, match=r"has 2 pairs .* in the split test; 3 are asked for"):
-        plan.check_pairs(asked | maps)
+    data = f"{fake_datasets.write_data(tmp_path / 'data', pairs=42, lengths=[8192])}"
+    small = {"data": data, "lengths": [8192], "length": 8192, "pairs": 2, "prompts": 12}
+    small |= {"detection_pairs": 20, "long_length": 8192}
+
+    def check(**parameters) -> None:
+        rows = declared("05_ablations", **(small | parameters))
+        scores.check_haystacks(rows, parameters.get("data", data))
+
+    check()
+    check(data="", detection_pairs=1000)
+    with pytest.raises(UsageError, match=r"has 20 pairs of the task text .* 21 are asked for"):
+        check(detection_pairs=21)
+    with pytest.raises(UsageError, match=r"has 2 pairs .* in the split test; 3 are asked for"):
+        check(prompts=13)
+    with pytest.raises(UsageError, match=r"has 2 pairs .* in the split test; 3 are asked for"):
+        check(pairs=3)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -12,7 +13,10 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
 import reproduce
-from mmheads import plan
+from cluster import ray_runner
+from cluster.models import UsageError
+from cluster.ray_runner import ray_cluster
+from cluster.scores import ScoreRun
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'mmheads[ray]'")
 
@@ -24,6 +28,12 @@ pairs = 1  # a condition
 scores_folder = ""  # where scores are
 figures_folder = ""  # where figures go
 """
+WORKLOAD = """\
+from mmheads.tasks.needles import TASKS
+
+rows = [{"task": task, "length": length} for task in TASKS for length in lengths]
+workload = {"scores": [row | {"haystacks": pairs, "split": "detection"} for row in rows]}
+"""
 SOURCE = """\
 import matplotlib.pyplot as plt
 
@@ -32,6 +42,7 @@ from mmheads.models import load
 from mmheads.scoring import score_needles
 
 settings = {"lengths": lengths, "pairs": pairs, "folder": scores_folder, "progress": False}
+settings["null_images"] = "placeholders"
 scores = score_needles(load(model), **settings)
 figure, axis = plt.subplots()
 figures.heat_map(axis, scores.mean)
@@ -47,6 +58,7 @@ def notebooks(tmp_path: Path) -> Path:
     folder.mkdir()
     cells = [
         new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
+        new_code_cell(WORKLOAD, metadata={"tags": ["workload"]}),
         new_code_cell(SOURCE),
     ]
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
@@ -123,10 +135,10 @@ def test_a_cluster_that_loses_a_worker_gives_what_one_process_gives(
 
 def test_errors_of_a_cluster_come_back_in_order(tmp_path):
     units = [
-        plan.ScoreRun(model=MODEL, task="text", length=n, pairs=1, folder=str(tmp_path))
+        ScoreRun(model=MODEL, task="text", length=n, pairs=1, folder=str(tmp_path))
         for n in (3, 64, 4)
     ]
-    with plan.ray_cluster("local", 1) as runner:
+    with ray_cluster("local", 1) as runner:
         errors = runner(units)
     assert [error[:20] for error in errors] == ["ValueError: length i", "", "ValueError: length i"]
     assert "length is 3" in errors[0]
@@ -136,4 +148,24 @@ def test_errors_of_a_cluster_come_back_in_order(tmp_path):
 def test_an_address_without_a_cluster_is_refused(notebooks, tmp_path, capsys):
     assert run(notebooks, tmp_path, "--ray", "127.0.0.1:1") == 2
     assert "reproduce.py: --ray 127.0.0.1:1: no cluster" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_port_that_never_answers_ends_after_a_stated_time(monkeypatch):
+    monkeypatch.setattr(ray_runner, "TIMEOUT", 3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        begin = time.monotonic()
+        with (
+            pytest.raises(UsageError, match=rf"{address}: no cluster \(no answer within 3 sec"),
+            ray_cluster(address),
+        ):
+            pass
+    assert time.monotonic() - begin < 60
+
+
+@pytest.mark.parametrize("address", ["", " "])
+def test_an_empty_address_is_refused(notebooks, tmp_path, capsys, address):
+    assert run(notebooks, tmp_path, "--ray", address) == 2
+    assert '--ray "": expected the address of a cluster' in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()

@@ -8,6 +8,11 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 import reproduce
+from benchmarks.random_models import SIZES
+from cluster import parameters
+from cluster.models import UsageError
+from mmheads import scoring
+from mmheads.tasks import needles
 
 PARAMETERS = """\
 fraction = 0.05  # share of heads
@@ -109,6 +114,18 @@ def test_parameters_from_a_file_with_a_section_a_notebook(run, notebooks, tmp_pa
         (["-p", "fraction", "many"], "parameter fraction is 'many', expected float"),
         (["-p", "quick", "1"], "parameter quick is 1, expected bool"),
         (["-p", "lengths", "3"], "parameter lengths is 3, expected list"),
+        (["-p", "lengths", "[abc]"], "parameter lengths is 'abc', expected int"),
+        (["-p", "lengths", "[[128]]"], "parameter lengths is [128], expected int"),
+        (["-p", "lengths", "[128.5]"], "parameter lengths is 128.5, expected int"),
+        (["-p", "lengths", "[true]"], "parameter lengths is True, expected int"),
+        (["-p", "lengths", "[1, -5]"], "parameter lengths has the value -5, expected at least 1"),
+        (["-p", "lengths", "[]"], "parameter lengths is an empty list"),
+        (["-p", "lengths", "[128"], "-p lengths [128: while parsing"),
+        (["-p", "other", "-3"], "parameter other has the value -3, expected at least 1"),
+        (["-p", "fraction", "nan"], "parameter fraction has the value nan"),
+        (["-p", "fraction", "0"], "parameter fraction has the value 0.0"),
+        (["-p", "fraction", "1.5"], "has the value 1.5, expected a share above 0 and at most 1"),
+        (["--gpu", ""], "--gpu : unknown"),
         (["--only", "07"], "no notebook 07; there are 01_first, 02_second"),
         (["--jobs", "0"], "--jobs is 0"),
         (["--params", "absent.yaml"], "absent.yaml: no such file"),
@@ -128,9 +145,18 @@ def test_what_is_unknown_is_refused_before_anything_runs(run, notebooks, capsys,
         ("'09': {fraction: 0.1}", "no notebook '09'"),
         ("'02': {speed: 1}", "02_second has no parameter 'speed'"),
         ("'02': {fraction: fast}", "parameter fraction is 'fast', expected float"),
-        ("'02': [", "while parsing"),
+        ("'02': [", "params.yaml: while parsing"),
         ("'02': fast", "section 02 is 'fast', expected name: value"),
-        ("- fraction", "expected a section of parameters a notebook"),
+        ("- fraction", "expected a section of parameters per notebook"),
+        ("'01': {fraction: 0.1, fraction: 0.2}", "the key 'fraction' is given twice"),
+        ("'01': {fraction: 0.1}\n'01': {fraction: 0.2}", "the key '01' is given twice"),
+        ("'01': {fraction: 0.1}\n1: {fraction: 0.2}", "01_first has two sections"),
+        ("'01': {fraction: 0.1}\n01_first: {fraction: 0.2}", "01_first has two sections"),
+        ("yes: {fraction: 0.1}", "no notebook True"),
+        ("? [1]\n: 2", "params.yaml: "),
+        ("'02': {fraction: .nan}", "02_second: parameter fraction has the value nan"),
+        ("'02': {lengths: [1, x]}", "params.yaml, 02_second: parameter lengths is 'x'"),
+        ("a: !!python/name:os.system", "params.yaml: could not determine a constructor"),
     ],
 )
 def test_a_bad_parameter_file_is_refused(run, notebooks, tmp_path, capsys, text, message):
@@ -139,6 +165,39 @@ def test_a_bad_parameter_file_is_refused(run, notebooks, tmp_path, capsys, text,
     assert run("--params", str(params), "--only", "01") == 2
     assert message in capsys.readouterr().err
     assert log(notebooks, "01_first") == ""
+
+
+@pytest.mark.parametrize(
+    ("value", "default", "name", "message"),
+    [
+        ([[0, 64], [4]], [[4, 60]], "sweep", "expected lists of 2"),
+        ([[0, -64]], [[4, 60]], "sweep", "has the value -64"),
+        ([2.0], [0.1, 0.4], "image_shares", "2.0, expected a share from 0 to 1"),
+        ([0.0], [0.1], "fractions", "0.0, expected a share above 0"),
+        ("none", "placeholders", "null_images", "expected one of pixels, placeholders"),
+        ("huge", "wide", "shape", "expected one of wide, small, qwen3-vl-8b"),
+        ([1], [], "beside", "expected a list of names"),
+        (0, 3, "pairs", "at least 1"),
+        (float("inf"), 0.5, "depth", "from 0 to 1"),
+    ],
+)
+def test_values_out_of_their_range_are_refused(value, default, name, message):
+    with pytest.raises(UsageError, match=f"parameter {name} .*{message}"):
+        parameters.check(value, default, name)
+
+
+def test_values_in_their_range_are_taken():
+    assert parameters.check([1, 0.5], [0.1], "fractions") == [1.0, 0.5]
+    assert parameters.check([0, 1], [0.1], "image_shares") == [0.0, 1.0]
+    assert parameters.check([[0, 64]], [[4, 60]], "sweep") == [[0, 64]]
+    assert parameters.check(0, 3, "seed") == 0
+    assert parameters.check([], [], "beside") == []
+
+
+def test_choices_are_those_of_the_code_that_reads_them():
+    assert parameters.CHOICES["null_images"] == scoring.NULL_IMAGES
+    assert parameters.CHOICES["shape"] == tuple(SIZES)
+    assert parameters.CHOICES["task"] == needles.TASKS[1:]
 
 
 @pytest.fixture
@@ -211,12 +270,13 @@ def test_a_notebook_whose_scores_failed_is_not_run(run, notebooks, tmp_path, cap
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.json").write_text("{}")
-    parameters = (
-        f"model = {str(broken)!r}  # a folder\nlengths = [64]  # a list\npairs = 1  # one\n"
-    )
+    parameters = f"model = {str(broken)!r}  # a folder\nlengths = [64]  # a list\n"
     parameters += f"scores_folder = {str(tmp_path)!r}  # a folder\n"
+    row = "{'task': 'text', 'length': n, 'haystacks': 1, 'split': 'detection'}"
+    workload = f"workload = {{'scores': [{row} for n in lengths]}}"
     cells = [
         new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+        new_code_cell(workload, metadata={"tags": ["workload"]}),
         new_code_cell(f"open({str(tmp_path / 'ran')!r}, 'w')"),
     ]
     write(notebooks / "03_third.ipynb", cells)
@@ -263,6 +323,95 @@ def test_resume_runs_again_what_was_deleted(run, notebooks, tmp_path):
     (tmp_path / "runs" / "01_first.ipynb").unlink()
     assert run("--only", "01", "--resume") == 0
     assert log(notebooks, "01_first") == DEFAULTS * 2
+
+
+def test_resume_runs_again_what_was_cut(run, notebooks, tmp_path):
+    assert run("--only", "01") == 0
+    done = tmp_path / "runs" / "01_first.ipynb"
+    done.write_bytes(done.read_bytes()[:200])
+    assert run("--only", "01", "--resume") == 0
+    assert log(notebooks, "01_first") == DEFAULTS * 2
+    (tmp_path / "runs" / "01_first.done").write_text("cut")
+    assert run("--only", "01", "--resume") == 0
+    assert log(notebooks, "01_first") == DEFAULTS * 3
+
+
+DRAWS = """\
+import pandas as pd
+from mmheads import figures
+run = figures.Run(notebook="01_first", parameters={}, seed=0, folder=figures_folder)
+run.save_table(pd.DataFrame({"a": [1]}), "X_table_live")
+print("drawn", file=open(figures_folder + "/../drawn", "a"))
+"""
+
+
+@pytest.fixture
+def drawing(run, notebooks, tmp_path):
+    """Resumes the first notebook, which reads a model and draws a table; returns its runs."""
+    model, folder = tmp_path / "model", tmp_path / "figures"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"weights")
+    parameters = f"model = {str(model)!r}  # a folder\nfigures_folder = {str(folder)!r}  # a folder"
+    cells = [
+        new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+        new_code_cell(DRAWS),
+    ]
+    write(notebooks / "01_first.ipynb", cells)
+
+    def resume() -> int:
+        assert run("--only", "01", "--resume", "-p", "figures_folder", f"{folder}") == 0
+        return len((tmp_path / "drawn").read_text().splitlines())
+
+    return resume
+
+
+def test_resume_makes_figures_again_that_are_gone_or_changed(drawing, tmp_path):
+    assert [drawing(), drawing()] == [1, 1]
+    table = tmp_path / "figures" / "X_table_live.csv"
+    before = table.read_bytes()
+    table.unlink()
+    assert [drawing(), drawing()] == [2, 2]
+    table.write_bytes(b"other")
+    assert [drawing(), drawing()] == [3, 3]
+    assert table.read_bytes() == before
+
+
+def test_resume_runs_again_with_other_weights_in_the_same_folder(drawing, tmp_path):
+    assert [drawing(), drawing()] == [1, 1]
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"changed weights")
+    assert [drawing(), drawing()] == [2, 2]
+
+
+def test_resume_runs_again_with_other_released_scores(run, notebooks, tmp_path, monkeypatch):
+    released = tmp_path / "released"
+    released.mkdir()
+    monkeypatch.setenv("MMHEADS_PUBLISHED", f"{released}")
+    path = notebooks / "01_first.ipynb"
+    cells = nbformat.read(path, as_version=4).cells
+    cells[1]["source"] += "published_folder = ''  # a folder\n"
+    write(path, cells)
+    for expected in (1, 1):
+        assert run("--only", "01", "--resume") == 0
+        assert log(notebooks, "01_first") == DEFAULTS * expected
+    (released / "scores.json").write_text("{}")
+    assert run("--only", "01", "--resume") == 0
+    assert log(notebooks, "01_first") == DEFAULTS * 2
+
+
+def test_a_broken_manifest_is_named_with_what_to_do(run, notebooks, drawing, tmp_path, capsys):
+    drawing()
+    (tmp_path / "figures" / "manifest.json").write_text("[{")
+    assert run("--only", "01", "-p", "figures_folder", f"{tmp_path / 'figures'}") == 1
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "FAILED" in line]
+    assert "manifest.json is damaged" in line
+    assert "restore it" in line
+
+
+def test_a_notebook_that_is_cut_is_named(run, notebooks, capsys):
+    (notebooks / "02_second.ipynb").write_text('{"cells"')
+    assert run("--only", "01") == 2
+    assert "02_second.ipynb cannot be read as a notebook" in capsys.readouterr().err
+    assert log(notebooks, "01_first") == ""
 
 
 def test_a_run_that_had_to_skip_something_is_not_finished(run, notebooks, capsys):

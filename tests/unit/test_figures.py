@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import re
+import warnings
 from collections.abc import Callable
 
 import matplotlib as mpl
@@ -137,3 +139,81 @@ def test_a_folder_without_manifest_has_no_entries(tmp_path):
     assert figures.manifest(tmp_path) == []
     (tmp_path / "manifest.json").write_text(json.dumps([]))
     assert figures.manifest(tmp_path) == []
+
+
+def test_texts_stay_in_their_cell(make_run, tmp_path):
+    nasty = ["a|b", "two\nlines", "<b>bold</b> & R&D &amp; <2", "5 < 6 | $1 & 100%"]
+    data = pd.DataFrame({"a|b": nasty, "n": [1.0, 2.0, 3.0, 4.0]})
+    make_run().save_table(data, "X_table_released")
+    markdown = (tmp_path / "figures" / "X_table_released.md").read_text(encoding="utf-8")
+    assert len(markdown.splitlines()) == 2 + len(nasty)
+    cells = [re.split(r"(?<!\\)\|", line)[1].strip() for line in markdown.splitlines()]
+    assert cells[0] == r"a\|b"
+    assert cells[2:] == [
+        r"a\|b",
+        "two<br>lines",
+        "&lt;b>bold&lt;/b> & R&D &amp;amp; <2",
+        r"5 < 6 \| $1 & 100%",
+    ]
+    latex = (tmp_path / "figures" / "X_table_released.tex").read_text(encoding="utf-8")
+    assert r"two lines & 2 \\" in latex
+    assert r"5 < 6 | \$1 \& 100\% & 4 \\" in latex
+    pd.testing.assert_frame_equal(
+        pd.read_csv(tmp_path / "figures" / "X_table_released.csv"), data, check_exact=True
+    )
+
+
+@pytest.mark.parametrize("file", sorted(paths.FIGURES.glob("*_released.md")), ids=lambda p: p.stem)
+def test_tables_without_such_texts_are_written_as_pandas_does(file):
+    shown = pd.read_csv(file.with_suffix(".csv"))
+    assert figures._markdown(shown) == shown.to_markdown(index=False) + "\n"
+    latex = shown.to_latex(index=False, escape=True, float_format="{:g}".format)
+    assert figures._latex(shown) == latex
+
+
+@pytest.mark.parametrize("content", ["[{", "{}", '[{"file": "a"}]', "[1]", "null"])
+def test_a_damaged_manifest_is_named_with_what_to_do(make_run, tmp_path, content):
+    folder = tmp_path / "figures"
+    folder.mkdir()
+    (folder / "manifest.json").write_text(content)
+    with pytest.raises(ValueError, match=r"manifest.json is damaged: .* restore it"):
+        figures.manifest(folder)
+    with pytest.raises(ValueError, match=r"manifest.json is damaged"):
+        make_run().save_table(DATA, "X_table_released")
+    assert [path.name for path in folder.iterdir()] == ["manifest.json"]
+
+
+QUESTIONS = [
+    "is $5 more than 3% of $100 ?",
+    r"what does \frac{1}{2}$ # _ ^ mean $",
+    "from $5 to $6",
+]
+
+
+@pytest.mark.parametrize("text", QUESTIONS)
+def test_a_title_is_the_text_that_was_given(tmp_path, text):
+    figure, axis = plt.subplots()
+    figures.set_title(axis, text)
+    figures.set_title(figure, text)
+    figure.savefig(tmp_path / "a.png")
+    assert axis.get_title() == figure.get_suptitle() == text
+
+
+def test_a_long_title_is_wrapped():
+    _, axis = plt.subplots()
+    figures.set_title(axis, "word " * 100 + "x" * 100 + "\nlast", width=30)
+    lines = axis.get_title().splitlines()
+    assert max(map(len, lines)) <= 30
+    assert lines[-1] == "last"
+
+
+def test_signs_that_the_font_lacks_are_boxes_with_one_warning(tmp_path):
+    figure, axis = plt.subplots()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        figures.set_title(axis, "总额是多少 total?")
+        figure.savefig(tmp_path / "a.png")
+        figure.savefig(tmp_path / "a.pdf")
+    (warning,) = said
+    assert "the font of the figures lacks" in str(warning.message)
+    assert axis.get_title() == "□□□□□ total?"

@@ -1,5 +1,6 @@
 """Ranking metrics against worked cases; BM25 on real documents."""
 
+import example_prompts
 import numpy as np
 import pandas as pd
 import pytest

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -320,6 +322,52 @@ def test_a_model_needs_the_one_it_starts_from(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "MODELS", tmp_path / "none")
     with pytest.raises(ValueError, match=r"python -m mmheads\.zoo train tiny-qwen3-m --out"):
         train.train("tiny-qwen3-vl-m", work=tmp_path / "work")
+
+
+class Code:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_save_never_runs_code(recipes, tmp_path):
+    (tmp_path / "work").mkdir()
+    torch.save({"run": Code(tmp_path / "ran")}, tmp_path / "work" / "state.pt")
+    with pytest.raises(ValueError, match=r"state.pt is damaged, or holds more than tensors"):
+        train.train("nano", work=tmp_path / "work")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04 cut"])
+def test_a_damaged_save_is_named(recipes, tmp_path, content):
+    (tmp_path / "state.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"state.pt is damaged"):
+        train.train("nano", work=tmp_path)
+
+
+def test_a_save_of_something_else_is_named(recipes, tmp_path):
+    torch.save({"weights": torch.ones(1)}, tmp_path / "state.pt")
+    with pytest.raises(ValueError, match=r"state.pt does not hold a run"):
+        train.train("nano", work=tmp_path)
+
+
+@pytest.mark.parametrize("facts", [None, "[]", "cut", '{"name": "another"}'])
+def test_only_models_that_were_trained_here_are_reported(tmp_path, monkeypatch, facts):
+    monkeypatch.setattr(measure, "accuracy", None)  # measures nothing
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(SHIPPED[0] / name, tmp_path)
+    (tmp_path / "README.md").write_text("a stranger's card")
+    if facts is not None:
+        (tmp_path / "training.json").write_text(facts)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"holds no model that .* has made"):
+        card.write(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert (tmp_path / "README.md").read_text() == "a stranger's card"
 
 
 def test_a_stage_ends_when_its_goals_are_reached():

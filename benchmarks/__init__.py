@@ -1,0 +1,1 @@
+"""Time and memory of variants, measured side by side in one run: `python -m benchmarks --help`."""
