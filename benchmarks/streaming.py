@@ -272,8 +272,9 @@ def _filled_caches(vlm: VLM, streaming: Streaming, length: int, room: int) -> di
         for layer, module in vlm.attentions.items():
             size = (1, vlm.geometry.kv_groups, length, module.head_dim)
             states = torch.randn(size, generator=generator).to(module.o_proj.weight)
-            if isinstance(cache.layers[layer] if layer < len(cache.layers) else None, CompactLayer):
-                cache.layers[layer].append(states, states)
+            cached = cache.layers[layer] if layer < len(cache.layers) else None
+            if isinstance(cached, CompactLayer):
+                cached.append(states, states)
             else:
                 cache.update(states, states, layer)
         return cache
