@@ -26,10 +26,10 @@ def bm25_pages(document: Document, questions: Sequence[str]) -> NDArray[np.float
         return scores
     index = bm25s.BM25()
     index.index(tokens, show_progress=False)
-    asked: Any = bm25s.tokenize(
+    question_words: Any = bm25s.tokenize(
         list(questions), stopwords="en", return_ids=False, show_progress=False
     )
-    for row, words in enumerate(asked):
+    for row, words in enumerate(question_words):
         known = [word for word in words if word in tokens.vocab]
         if known:
             scores[row] = index.get_scores(known)
@@ -42,10 +42,10 @@ def dense_pages(
     """Similarities of a dense retriever -> [question, page].
 
     Args:
-        document: Its pages are embedded one by one.
-        questions: In words.
+        document: The document; each of its pages is embedded as a whole.
+        questions: The texts of the questions.
         retriever: A `sentence_transformers.SentenceTransformer` (version 5 or newer).
-        images: Embed pictures of the pages, for a retriever that reads them; else their text.
+        images: Embed pictures of the pages, for a retriever that reads them, instead of their text.
     """
     pages = [page.image() if images else page.text for page in document.pages]
     similarity = retriever.similarity(

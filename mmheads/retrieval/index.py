@@ -232,7 +232,7 @@ class DocumentIndex:
                 candidate's image, or the attention of a head is not finite.
         """
         looks = self._attention(question, regions, calibrated, null, null_images)
-        return self._sums([own - empty for own, empty in looks], regions, normalize)
+        return _sums(self.document, [own - empty for own, empty in looks], regions, normalize)
 
     def rank(
         self,
@@ -264,7 +264,7 @@ class DocumentIndex:
             raise ValueError(f"top is {top!r}; expected a whole number of at least 1, or None")
         looks = self._attention(question, regions, calibrated, null, null_images)
         means = [(own - empty).mean(axis=0, keepdims=True) for own, empty in looks]
-        scores = self._sums(means, regions, normalize)[0]
+        scores = _sums(self.document, means, regions, normalize)[0]
         texts = [p if isinstance(p, str) else "<image>" for p in question_parts(question)]
         return Ranking(
             " ".join(texts),
@@ -272,8 +272,8 @@ class DocumentIndex:
             rank(scores)[:top],
             self.window,
             len(self.document.windows),
-            self._heat(means),
-            self._heat([own.mean(axis=0, keepdims=True) for own, _ in looks]),
+            _heat(self.document, means),
+            _heat(self.document, [own.mean(axis=0, keepdims=True) for own, _ in looks]),
             regions,
         )
 
@@ -311,47 +311,49 @@ class DocumentIndex:
             self._null[null] = [question_attention(self.document, w, (null,)) for w in windows]
         return self._null[null]
 
-    def _sums(
-        self,
-        attentions: Sequence[Attention],
-        regions: Sequence[PageBox] | None,
-        normalize: bool,
-    ) -> NDArray[np.float32]:
-        """[head, candidate] sums over tokens, means over windows."""
-        count = self.count if regions is None else len(regions)
-        total = np.zeros((len(attentions[0]), count), np.float32)
-        windows, covered = np.zeros(count), np.zeros(count)
-        for window, attention in zip(self.document.windows, attentions, strict=True):
-            for number, span in window.spans() if regions is None else window.region_spans(regions):
-                mass = attention[:, span.tokens] @ span.weights
-                total[:, number] += mass / span.weights.sum() if normalize else mass
-                windows[number] += 1
-                covered[number] = span.weights.sum()
-        if not windows.all():
-            first = int(windows.argmin())
-            name = f"candidate {first}" if regions is None else str(regions[first])
-            raise ValueError(f"{name} covers no token of the {self.count} candidates")
-        if regions is not None and (covered < SMALL_REGION).any():
-            small = np.flatnonzero(covered < SMALL_REGION)
-            warnings.warn(
-                f"{len(small)} of {count} regions cover less than {SMALL_REGION} of a token, first "
-                f"{regions[small[0]]}; boxes are in the unit of the page's `size`, not relative",
-                stacklevel=3,
-            )
-        return np.divide(total, windows, dtype=np.float32)
 
-    def _heat(self, attentions: Sequence[Attention]) -> Heat:
-        """By candidate with one image, the places and scores of its tokens; means over windows."""
-        values: dict[int, list[NDArray[np.float32]]] = {}
-        boxes = {}
-        for window, attention in zip(self.document.windows, attentions, strict=True):
-            for number in range(window.first, window.first + len(window.parts)):
-                images = window.image_parts(number)
-                span = window.prompt.parts[images[0]] if len(images) == 1 else None
-                if span is not None:
-                    boxes[number] = window.prompt.boxes[images[0]]
-                    values.setdefault(number, []).append(attention[:, span.tokens].mean(axis=0))
-        return {number: (boxes[number], np.mean(each, axis=0)) for number, each in values.items()}
+def _sums(
+    document: IndexedDocument,
+    attentions: Sequence[Attention],
+    regions: Sequence[PageBox] | None,
+    normalize: bool,
+) -> NDArray[np.float32]:
+    """[head, candidate] sums over tokens, means over windows."""
+    count = document.count if regions is None else len(regions)
+    total = np.zeros((len(attentions[0]), count), np.float32)
+    windows, covered = np.zeros(count), np.zeros(count)
+    for window, attention in zip(document.windows, attentions, strict=True):
+        for number, span in window.spans() if regions is None else window.region_spans(regions):
+            mass = attention[:, span.tokens] @ span.weights
+            total[:, number] += mass / span.weights.sum() if normalize else mass
+            windows[number] += 1
+            covered[number] = span.weights.sum()
+    if not windows.all():
+        first = int(windows.argmin())
+        name = f"candidate {first}" if regions is None else str(regions[first])
+        raise ValueError(f"{name} covers no token of the {document.count} candidates")
+    if regions is not None and (covered < SMALL_REGION).any():
+        small = np.flatnonzero(covered < SMALL_REGION)
+        warnings.warn(
+            f"{len(small)} of {count} regions cover less than {SMALL_REGION} of a token, first "
+            f"{regions[small[0]]}; boxes are in the unit of the page's `size`, not relative",
+            stacklevel=3,
+        )
+    return np.divide(total, windows, dtype=np.float32)
+
+
+def _heat(document: IndexedDocument, attentions: Sequence[Attention]) -> Heat:
+    """By candidate with one image, the places and scores of its tokens; means over windows."""
+    values: dict[int, list[NDArray[np.float32]]] = {}
+    boxes = {}
+    for window, attention in zip(document.windows, attentions, strict=True):
+        for number in range(window.first, window.first + len(window.parts)):
+            images = window.image_parts(number)
+            span = window.prompt.parts[images[0]] if len(images) == 1 else None
+            if span is not None:
+                boxes[number] = window.prompt.boxes[images[0]]
+                values.setdefault(number, []).append(attention[:, span.tokens].mean(axis=0))
+    return {number: (boxes[number], np.mean(each, axis=0)) for number, each in values.items()}
 
 
 def _checked_heads(vlm: VLM, heads: HeadSet | None) -> HeadSet:

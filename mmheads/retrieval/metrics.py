@@ -22,37 +22,37 @@ def page_recall(
     gold: Sequence[Iterable[int]],
     cuts: Sequence[int] = PAGE_CUTS,
 ) -> NDArray[np.float64]:
-    """Share of each question's gold pages among the first of its ranking -> [question, cut].
+    """Share of each question's gold pages among the first pages of its ranking -> [question, cut].
 
     Computed by `ir_measures`, as R@k.
 
     Raises:
         ValueError: A question has no gold page, or a cut is less than 1.
     """
-    wanted = [set(pages) for pages in gold]
-    if len(rankings) != len(wanted) or any(len(set(r)) < len(r) for r in rankings):
+    gold_pages = [set(pages) for pages in gold]
+    if len(rankings) != len(gold_pages) or any(len(set(r)) < len(r) for r in rankings):
         raise ValueError(
-            f"{len(rankings)} rankings of {len(wanted)} questions: expected one each, with every "
-            "page once"
+            f"{len(rankings)} rankings of {len(gold_pages)} questions: expected one ranking per "
+            "question, with every page once"
         )
-    if not all(wanted) or min(cuts) < 1:
+    if not all(gold_pages) or min(cuts) < 1:
         raise ValueError(
-            f"recall at {tuple(cuts)}, gold pages {wanted}: expected cuts of 1 or more, and a page "
-            "for every question"
+            f"recall at {tuple(cuts)}, gold pages {gold_pages}: expected cuts of 1 or more, and "
+            "a page for every question"
         )
     relevant = [
         ir_measures.Qrel(str(number), str(page), 1)
-        for number, pages in enumerate(wanted)
+        for number, pages in enumerate(gold_pages)
         for page in pages
     ]
-    found = [
+    ranked = [
         ir_measures.ScoredDoc(str(number), str(page), -place)
         for number, ranking in enumerate(rankings)
         for place, page in enumerate(ranking)
     ]
     measures = {ir_measures.R @ cut: column for column, cut in enumerate(cuts)}
-    recall = np.zeros((len(wanted), len(cuts)))
-    for metric in ir_measures.iter_calc(list(measures), relevant, found):
+    recall = np.zeros((len(gold_pages), len(cuts)))
+    for metric in ir_measures.iter_calc(list(measures), relevant, ranked):
         recall[int(metric.query_id), measures[metric.measure]] = metric.value
     return recall
 
@@ -118,7 +118,7 @@ def _area(
 
 
 def summarise(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
-    """Means of metric columns, a row a domain, then "macro" and "micro" with n each.
+    """Means of metric columns: one row per domain, then "macro" and "micro", each with its n.
 
     Micro is the mean over questions, macro the mean of the domains' means (MMDocIR).
     """

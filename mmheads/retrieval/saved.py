@@ -212,7 +212,7 @@ def _window(
     tensors: Mapping[str, torch.Tensor],
 ) -> Window:
     length, masked = _whole(about["length"]), about["masked"]
-    _expect(isinstance(masked, bool), f"{masked!r:.40} stands where true or false is expected")
+    _expect(isinstance(masked, bool), f"{masked!r:.40} is given where true or false is expected")
     parts = tuple(tuple(map(_whole, each)) for each in about["parts"])
     prompt = _prompt(vlm, instruction, about, tensors)
     flat = [part for each in parts for part in each]
@@ -304,11 +304,11 @@ def _expect(holds: object, problem: str) -> None:
 
 def _whole(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
-        raise ValueError(f"{value!r:.40} stands where a whole number is expected")
+        raise ValueError(f"{value!r:.40} is given where a whole number is expected")
     return value
 
 
 def _text(value: object) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{value!r:.40} stands where a text is expected")
+        raise ValueError(f"{value!r:.40} is given where a text is expected")
     return value
