@@ -12,10 +12,13 @@ from matplotlib.figure import Figure
 
 from mmheads import examples as example_files
 from mmheads import figures, paths
+from mmheads.heads import head_count
 from mmheads.models import load
-from mmheads.retrieval.index import WINDOW, DocumentIndex, question_parts, selection
-from mmheads.scores import HeadScores
-from mmheads.scoring import score_heads, scores_folder
+from mmheads.provenance import hash_json
+from mmheads.retrieval.index import WINDOW, DocumentIndex, question_parts
+from mmheads.scores import HeadScores, union_of_top
+from mmheads.scoring import score_heads
+from mmheads.store import kept_folder
 from mmheads.tasks.documents import DPI, pdf
 
 
@@ -45,19 +48,24 @@ def _add_score(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _score(options: argparse.Namespace) -> None:
-    vlm = load(options.model, device=options.device)
+    head_count(options.fraction, 1)  # a wrong fraction is an error before the work
     examples = example_files.read(options.examples)
-    stem = scores_folder(options.out) / f"{Path(vlm.model_id).name}-{Path(options.examples).stem}"
-    scores = score_heads(vlm, examples, path=stem.with_suffix(".parquet"))
-    with paths.write_whole(stem.with_suffix(".csv")) as path:
-        scores.table().to_csv(path, index=False)
-    with paths.write_whole(stem.with_suffix(".json")) as path:
-        path.write_text(json.dumps(scores.released_format()))
-    with paths.write_whole(stem.with_suffix(".png")) as path:
+    vlm = load(options.model, device=options.device)
+    folder = kept_folder("scores", options.out)
+    file = Path(options.examples).resolve()
+    mark = hash_json([str(file), vlm.revision])[:6]  # other folders, names alike, other weights
+    stem = f"{Path(vlm.model_id).name}-{file.name.removesuffix('.jsonl')}-{mark}"
+    scores = score_heads(vlm, examples, folder=folder)
+    scores.save(folder / f"{stem}.parquet")
+    with paths.write_whole(folder / f"{stem}.csv") as path:
+        scores.to_frame().to_csv(path, index=False)
+    with paths.write_whole(folder / f"{stem}.json") as path:
+        path.write_text(json.dumps(scores.to_released_json()), encoding="utf-8")
+    with paths.write_whole(folder / f"{stem}.png") as path:
         _heat_map(scores).savefig(path)
     for head in scores.top(options.fraction):
         print(f"{head!s:>8}  {scores.mean[head]:+.4f}")
-    print(f"{len(examples)} examples; {stem}.parquet, .csv, .json, .png")
+    print(f"{len(examples)} examples; {folder / stem}.parquet, .csv, .json, .png")
 
 
 def _heat_map(scores: HeadScores) -> Figure:
@@ -88,7 +96,7 @@ def _rank(options: argparse.Namespace) -> None:
     question_parts(options.question)
     document = pdf(options.pdf, dpi=options.dpi)
     images = [page.image for page in document.pages]
-    heads = selection(HeadScores.load(options.heads), options.fraction)
+    heads = union_of_top(HeadScores.load(options.heads), options.fraction)
     vlm = load(options.model, device=options.device)
     index = DocumentIndex(vlm, heads, images, window=options.window, progress=True)
     ranking = index.rank(options.question)

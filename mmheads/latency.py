@@ -49,7 +49,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from mmheads import paths
 from mmheads.attention import record_keys, record_mass
 from mmheads.examples import Example
-from mmheads.heads import Head, HeadSet, ceil_share
+from mmheads.heads import Head, HeadSet, head_count
 from mmheads.models import VLM
 from mmheads.prefix import on_device
 from mmheads.prompts import Prompt, Span, encode
@@ -388,7 +388,7 @@ class _Document:
         words = list(architectures.VOCABULARY)[len(architectures.SPECIAL) :]
         asked = [" ".join(rng.choice(words, QUESTION_TOKENS)) for _ in range(questions)]
         size = vlm.geometry.size
-        pool = np.random.default_rng(seed).choice(size, ceil_share(0.05, size), replace=False)
+        pool = np.random.default_rng(seed).choice(size, head_count(0.05, size), replace=False)
         heads = tuple(Head(*divmod(int(index), vlm.geometry.heads)) for index in pool)
         return cls(vlm, HeadSet(heads, vlm.geometry, vlm.model_id), pages, asked)
 
@@ -489,7 +489,7 @@ def retrieval(
         runs=repeats,
         questions=questions,
         question_tokens=QUESTION_TOKENS,
-        heads=ceil_share(0.05, vlm.geometry.size),
+        heads=head_count(0.05, vlm.geometry.size),
         model=vlm.model_id,
         dtype=str(vlm.model.dtype).removeprefix("torch."),
         machine=machine(str(vlm.device)),
@@ -513,10 +513,10 @@ def dense_heads(vlm: VLM, share: float, *, by: str = "group", seed: int = 0) -> 
     heads: list[Head] = []
     for layer in range(shape.layers):
         if by == "group":
-            groups = rng.permutation(shape.kv_groups)[: ceil_share(share, shape.kv_groups)]
+            groups = rng.permutation(shape.kv_groups)[: head_count(share, shape.kv_groups)]
             chosen = [group * width + i for group in groups for i in range(width)]
         else:
-            chosen = list(rng.permutation(shape.heads)[: ceil_share(share, shape.heads)])
+            chosen = list(rng.permutation(shape.heads)[: head_count(share, shape.heads)])
         heads += [Head(layer, int(head)) for head in chosen]
     return HeadSet(tuple(heads), shape, vlm.model_id)
 

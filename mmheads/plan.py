@@ -5,7 +5,6 @@ Costs are estimates, from the model's shape and from the logs that paper A's aut
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -16,7 +15,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -247,7 +245,7 @@ class ScoreRun:
     task: str
     length: int
     pairs: int
-    null_images: str = "pixels"
+    null_images: str = "placeholders"
     image_ratio: float = 0.5
     data: str = ""
     folder: str = ""
@@ -269,26 +267,20 @@ class ScoreRun:
 
         Weights, template and precision are compared when the run starts.
         """
-        import pyarrow.parquet as pq
-
-        from mmheads.scoring import needle_stem, scores_folder
+        from mmheads.kept_scores import count_scored
 
         source = _opened(self.data) if self.data and Path(self.data).is_dir() else needles
-        stem = needle_stem(
-            name_of(self.model), self.task, self.length, SPLIT, self.image_ratio, source
+        scored = count_scored(
+            name_of(self.model),
+            self.task,
+            self.length,
+            split=SPLIT,
+            image_ratio=self.image_ratio,
+            null_images=self.null_images,
+            folder=self.folder,
+            source=source,
         )
-        found = [0]
-        for path in scores_folder(self.folder).glob("*.parquet"):
-            if not path.name.startswith(f"{stem}-") or ".partial." in path.name:
-                continue
-            about = pq.read_metadata(path)
-            made = json.loads(about.metadata[b"mmheads"])["provenance"]
-            same = all(
-                version(name).split("+")[0] == held for name, held in made["versions"].items()
-            )
-            if same and made["settings"]["null_images"] == self.null_images:
-                found.append(about.num_rows)
-        return min(max(found), self.prompts)
+        return min(scored, self.prompts)
 
     def run(self) -> str:
         """Score; prompts that are scored already are not scored again."""
@@ -341,7 +333,7 @@ def score_runs(parameters: Mapping[str, Any]) -> list[ScoreRun]:
         return []
     one = {
         "pairs": pairs,
-        "null_images": parameters.get("null_images", "pixels"),
+        "null_images": parameters.get("null_images", "placeholders"),
         "folder": parameters["scores_folder"],
     }
     model, data = parameters["model"], parameters.get("data", "")

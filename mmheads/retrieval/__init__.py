@@ -7,7 +7,6 @@ from mmheads.retrieval.index import (
     NULL_QUESTION,
     WINDOW,
     DocumentIndex,
-    selection,
 )
 from mmheads.retrieval.metrics import (
     LAYOUT_CUTS,
@@ -18,6 +17,7 @@ from mmheads.retrieval.metrics import (
     summarise,
 )
 from mmheads.retrieval.ranking import Ranking, rank
+from mmheads.scores import union_of_top
 
 __all__ = [
     "KEEP",
@@ -34,6 +34,6 @@ __all__ = [
     "layout_recall",
     "page_recall",
     "rank",
-    "selection",
     "summarise",
+    "union_of_top",
 ]

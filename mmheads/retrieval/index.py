@@ -33,8 +33,8 @@ from mmheads.heads import Head, HeadSet
 from mmheads.models import VLM
 from mmheads.prefix import Prefix, prefill
 from mmheads.prompts import Prompt, Span, encode, null_question, with_question, without_pixels
+from mmheads.provenance import Provenance
 from mmheads.retrieval.ranking import Ranking, rank
-from mmheads.scores import HeadScores, Provenance
 from mmheads.tasks.documents import PageBox
 
 WINDOW = 200
@@ -63,23 +63,6 @@ Part = str | Image.Image
 
 Candidate = Part | Sequence[Part] | Callable[[], Part | Sequence[Part]]
 """A page image, a text, several of them, or a function that makes it when it is its turn."""
-
-
-def selection(scores: HeadScores, fraction: float = 0.05) -> HeadSet:
-    """The heads to rank with: the union of the tasks' strongest at their longest length (paper A).
-
-    Args:
-        scores: Of one task or several, from the detection split.
-        fraction: Of all heads, for each task.
-    """
-    sets = []
-    for task in dict.fromkeys(scores.metadata["task"]):
-        of_task = scores.where(task=task)
-        sets.append(of_task.where(length=of_task.metadata["length"].max()).top(fraction))
-    union = sets[0]
-    for more in sets[1:]:
-        union = union | more
-    return union
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,6 @@ from sentence_transformers.sentence_transformer.modules import BoW, Normalize
 
 from mmheads import cli, paths, retrieval, scoring
 from mmheads.models import load
-from mmheads.scores import HeadScores
 from mmheads.tasks import documents, needles
 from mmheads.tasks.documents import Document, Page, PageBox
 
@@ -109,7 +108,7 @@ def test_a_dense_retriever_ranks_texts():
 
 def test_command_ranks_a_pdf_and_draws_it(tmp_path, capsys):
     vlm = load("tiny-qwen3-vl-m")
-    examples = [needles.make("rendered", 128, depth) for depth in (0.0, 1.0)]
+    examples = [needles.make("rendered_text", 128, depth) for depth in (0.0, 1.0)]
     scoring.score_heads(vlm, examples, path=tmp_path / "scores.parquet", progress=False)
     example_prompts.write_pdf(tmp_path / "d.pdf", 3)
     command = ["rank", "--model", "tiny-qwen3-vl-m", "--heads", str(tmp_path / "scores.parquet")]
@@ -129,16 +128,6 @@ def test_command_ranks_a_pdf_and_draws_it(tmp_path, capsys):
     ):
         assert cli.main([*command, *arguments]) == 1
         assert message in capsys.readouterr().err
-
-
-def test_selection_is_the_union_of_tasks_at_their_longest_length():
-    values = np.zeros((4, 2, 4), np.float32)
-    values[0, 0, 1] = values[1, 1, 2] = values[2, 0, 3] = values[3, 1, 0] = 1
-    metadata = pd.DataFrame(
-        {"task": ["a", "a", "b", "b"], "length": [8, 16, 16, 8], "depth": 0.0, "seed": 0}
-    )
-    scores = HeadScores(values, metadata=metadata)
-    assert str(retrieval.selection(scores, 1 / 8)) == "L1H2 L0H3"
 
 
 def test_macro_is_the_mean_of_domains_and_micro_that_of_questions():
