@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from mmheads import store
+from mmheads.attention.hook import check_revision
 from mmheads.attention.interventions import ablate
 from mmheads.examples import Example
 from mmheads.heads import HeadSet
@@ -205,6 +206,7 @@ def _answered(
         _open(vlm, folder, fresh) as results,
         tqdm(total=0, desc="answers", disable=not progress, leave=False) as bar,
     ):
+        check_revision(vlm, sets.values(), results.provenance.revision)
         while block := [(each.fingerprint(), each) for each in islice(remaining, BLOCK)]:
             if not table:
                 _score(metric, block[0][1].answer, block[0][1])  # a wrong metric fails at once

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -121,8 +121,14 @@ def check_heads(vlm: VLM, sets: Sequence[HeadSet], what: str) -> None:
                 f"heads of {chosen.model or 'a model'} with {chosen.geometry} cannot be {what} in "
                 f"{vlm} with {vlm.geometry}"
             )
+    if any(chosen.origin.revision not in ("", vlm.revision) for chosen in sets):
+        check_revision(vlm, sets, vlm.weights)
+
+
+def check_revision(vlm: VLM, sets: Iterable[HeadSet], now: str) -> None:
+    """Warn once if heads were scored with other weights than those of the revision `now`."""
     for revision in dict.fromkeys(chosen.origin.revision for chosen in sets):
-        if revision and revision != vlm.revision and revision != (now := vlm.weights):
+        if revision not in ("", now):
             _warn_of_other_weights(str(vlm), revision, now)
 
 

@@ -43,7 +43,7 @@ def test_paper_a_scores_six_models_without_any_of_them_here(printed):
     needed = {
         (row[0], row[2]): row[6]
         for row in rows
-        if len(row) == 10 and row[1] == "rendered" and row[9] == "no"
+        if len(row) == 10 and row[1] == "rendered_text" and row[9] == "no"
     }
     assert len(needed) == 6 * len(LENGTHS)
     assert needed["Qwen3-VL-8B-Instruct", "131072"] == "1"

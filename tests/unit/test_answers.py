@@ -1,6 +1,7 @@
 """Answers under ablations: those of the stock `generate`, kept and resumed."""
 
 import dataclasses
+import warnings
 
 import example_prompts
 import pandas as pd
@@ -12,7 +13,7 @@ from mmheads.answers import answer, answer_streaming
 from mmheads.attention import ablate
 from mmheads.causal import gate_gradients, single_head_effects
 from mmheads.examples import Example
-from mmheads.heads import Head, HeadSet
+from mmheads.heads import Head, HeadSet, Origin
 from mmheads.models import VLM, load
 from mmheads.prefix import on_device
 from mmheads.prompts import encode
@@ -168,3 +169,17 @@ def test_bad_input_is_refused(tiny, tmp_path):
         with pytest.raises(ValueError, match="there is no example"):
             function(tiny, [], progress=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_heads_are_told_apart_from_weights_that_were_changed_in_memory(tmp_path):
+    vlm = dataclasses.replace(example_prompts.vlm("qwen3"), revision="abc")
+    given = [example_prompts.example("qwen3")]
+    chosen = dataclasses.replace(heads(vlm, (0, 1)), origin=Origin("abc"))
+    settings = {"max_new_tokens": 1, "folder": tmp_path, "progress": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        answer(vlm, given, {"a": chosen}, **settings)
+    vlm.model.lm_head.weight.data.mul_(-1)
+    with pytest.warns(UserWarning, match="the weights abc of qwen3 are used with its weights abc"):
+        answer(vlm, given, {"a": chosen}, **settings)
+    assert len(list(tmp_path.iterdir())) == 2, "answers of other weights are not returned"

@@ -422,6 +422,17 @@ def test_results_of_different_files_do_not_collide_and_hold_the_examples_of_thei
     assert len(HeadScores.load(path).values) == 1
 
 
+def test_an_interrupted_command_ends_with_one_line(tmp_path, capsys, monkeypatch):
+    def interrupt(*arguments, **settings):
+        raise KeyboardInterrupt
+
+    (tmp_path / "examples.jsonl").write_text(line_of("K"))
+    monkeypatch.setattr(cli, "load", interrupt)
+    arguments = ["score", "--model", "tiny-qwen3-vl-m", "--examples", str(tmp_path)]
+    assert cli.main(arguments) == 130
+    assert capsys.readouterr().err == "interrupted; what was computed is kept\n"
+
+
 def test_a_wrong_fraction_is_an_error_before_the_work(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cli, "load", None)
     arguments = ["score", "--model", "tiny-qwen3-vl-m", "--examples", str(tmp_path)]
