@@ -81,19 +81,19 @@ class HeadGeometry:
         return head.layer, head.head // (self.heads // self.kv_groups)
 
     @classmethod
-    def parse(cls, fields: Mapping[str, Any]) -> HeadGeometry:
+    def parse(cls, fields: object) -> HeadGeometry:
         """The geometry that was written as a JSON object.
 
         Raises:
             ValueError: A field is missing, unknown, or not a whole number.
         """
+        if not isinstance(fields, Mapping):
+            raise ValueError(f"the geometry is {fields!r}, expected a JSON object")
         sizes: dict[str, Any] = {n: fields.get(n) for n in ("layers", "heads", "kv_groups")}
         layers = fields.get("global_layers")
-        numbers = [*sizes.values(), *(layers or ())]
-        if {*fields} != {*sizes, "global_layers"} or any(type(n) is not int for n in numbers):
-            raise ValueError(
-                f"the geometry is {dict(fields)}, expected whole numbers for {[*sizes]}"
-            )
+        known = {*fields} == {*sizes, "global_layers"} and isinstance(layers, list | tuple | None)
+        if not known or any(type(n) is not int for n in (*sizes.values(), *(layers or ()))):
+            raise ValueError(f"the geometry is {dict(fields)}, expected numbers for {[*sizes]}")
         return cls(**sizes, global_layers=None if layers is None else tuple(layers))
 
 

@@ -89,7 +89,7 @@ class Results:
     def _load(self, path: Path) -> None:
         about, scalars, arrays = read_table(path)
         ignore = ("code", "versions") if path in self._shipped else ()
-        made = Provenance.parse(about.get("provenance"))
+        made = _provenance(about, path)
         if different := made.differences(self.provenance, ignore=ignore):
             raise ValueError(f"{path} holds other results than its folder: {different}; delete it")
         for index, row in enumerate(scalars.to_pylist()):
@@ -140,7 +140,10 @@ class Results:
                 temporary.write_text(json.dumps(note), encoding="utf-8")
 
     def notes(self) -> list[dict[str, Any]]:
-        """All conditions: `about`, and the metadata of the `rows`, each with its `key`."""
+        """All conditions: `about`, and the metadata of the `rows`, each with its `key`.
+
+        Rows whose results are missing are left out.
+        """
         kept = sorted(self._folder.glob("*.json")) if self._folder else []
         found = [_read_note(path) for path in kept if path.name != _ABOUT]
         for path in self._shipped:
@@ -149,7 +152,10 @@ class Results:
             for number, condition in enumerate(about.get("conditions", [])):
                 part = [row for row in rows if row["condition"] == number]
                 found.append({"about": condition, "rows": part})
-        return found
+        return [
+            {"about": note["about"], "rows": [row for row in note["rows"] if row["key"] in self]}
+            for note in found
+        ]
 
     def __enter__(self) -> Self:
         return self
@@ -202,9 +208,8 @@ def open(
     Warns:
         UserWarning: Shipped results of this model do not fit; the message says what differs.
     """
-    more = dict(about or {})
     if folder is None:
-        return Results(kind, provenance, more, None, [])
+        return Results(kind, provenance, about or {}, None, [])
     name = f"{Path(provenance.model).name}-{provenance.key[:12]}"
     place = kept_folder(kind, folder) / name
     place.mkdir(parents=True, exist_ok=True)
@@ -219,7 +224,7 @@ def open(
             warnings.warn(f"{path} is not used: {different}", stacklevel=3)
         else:
             shipped.append(path)
-    return Results(kind, provenance, more, place, shipped)
+    return Results(kind, provenance, about or {}, place, shipped)
 
 
 def known(
@@ -237,12 +242,9 @@ def known(
     found: dict[str, tuple[dict[str, Any], Provenance, Path | None, list[Path]]] = {}
     for path in sorted(kept_folder(kind, folder).glob(f"*/{_ABOUT}")):
         about = _read_json(path)
-        made = Provenance.parse(about.get("provenance"))
-        if (
-            Path(made.model).name == model
-            and (made.code, dict(made.versions)) == (now.code, dict(now.versions))
-            and about.get("format") == FORMAT
-        ):
+        made = _provenance(about, path)
+        current = made.code == now.code and dict(made.versions) == dict(now.versions)
+        if Path(made.model).name == model and current and about.get("format") == FORMAT:
             stable = dataclasses.replace(made, code="", versions={})
             found[stable.key] = (about, made, path.parent, [])
     for path, made, number in _shipped(kind, model):
@@ -265,9 +267,16 @@ def _shipped(kind: str, model: str) -> Iterator[tuple[Path, Provenance, object]]
     for path in sorted((SHIPPED / kind).glob("*.parquet")):
         about = read_about(path)
         if about.get("kind") == kind:
-            made = Provenance.parse(about.get("provenance"))
+            made = _provenance(about, path)
             if Path(made.model).name == Path(model).name:
                 yield path, made, about.get("version")
+
+
+def _provenance(about: Mapping[str, Any], path: Path) -> Provenance:
+    try:
+        return Provenance.parse(about.get("provenance"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; delete it and compute its results again") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -282,6 +291,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_note(path: Path) -> dict[str, Any]:
     note = _read_json(path)
-    if not isinstance(note.get("about"), dict) or not isinstance(note.get("rows"), list):
+    rows = note.get("rows")
+    whole = isinstance(rows, list) and all(isinstance(row, dict) and "key" in row for row in rows)
+    if not isinstance(note.get("about"), dict) or not whole:
         raise ValueError(f"{path} does not say which results a condition has; delete it")
     return note

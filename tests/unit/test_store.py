@@ -247,7 +247,27 @@ def test_results_are_known_by_the_models_name(tmp_path, shipped):
     assert known["a"]["raw"][0, 0] == pytest.approx(0.5, abs=1e-5)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"about": {}}', '{"about": [], "rows": []}'])
+def test_a_note_lists_only_results_that_are_there(tmp_path):
+    with opened(tmp_path) as results:
+        results.add("a", row(1))
+        results.note({"task": "text"}, [{"key": "a"}, {"key": "lost"}])
+    assert opened(tmp_path).notes() == [{"about": {"task": "text"}, "rows": [{"key": "a"}]}]
+
+
+def test_a_forged_provenance_is_refused_by_name(tmp_path):
+    with opened(tmp_path) as results:
+        results.add("a", row(1))
+    (path,) = tmp_path.rglob("about.json")
+    for text in ("{", "5", '{"provenance": []}', '{"provenance": {"model": 5}}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"about.json.*delete it"):
+            store.known("scores", "toy", version=1, now=MADE, folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", '{"about": {}}', '{"about": [], "rows": []}', '{"about": {}, "rows": [{}]}'],
+)
 def test_a_damaged_note_is_refused_by_name(tmp_path, text):
     with opened(tmp_path) as results:
         results.add("a", row(1))
