@@ -27,7 +27,7 @@ from benchmarks.timing import (
 )
 from mmheads.attention import record_keys
 from mmheads.examples import Example
-from mmheads.heads import Head, HeadSet, ceil_share
+from mmheads.heads import Head, HeadSet, head_count
 from mmheads.models import VLM
 from mmheads.prefix import on_device
 from mmheads.prompts import encode
@@ -61,7 +61,7 @@ class _Document:
         texts = [" ".join(rng.choice(vocabulary, QUESTION_TOKENS)) for _ in range(questions)]
         size = vlm.geometry.size
         rng = np.random.default_rng(seed)
-        chosen = rng.choice(size, ceil_share(FRACTION, size), replace=False)
+        chosen = rng.choice(size, head_count(FRACTION, size), replace=False)
         heads = tuple(Head(*divmod(int(index), vlm.geometry.heads)) for index in chosen)
         return cls(vlm, HeadSet(heads, vlm.geometry, vlm.model_id), pages, texts)
 
@@ -164,7 +164,7 @@ def measure_retrieval(
         tables.append(table.assign(layers=document.heads.layers[-1] + 1))
         del index
     settings = {"questions": questions, "question_tokens": QUESTION_TOKENS}
-    settings["heads"] = ceil_share(FRACTION, vlm.geometry.size)
+    settings["heads"] = head_count(FRACTION, vlm.geometry.size)
     result = pd.concat(tables, ignore_index=True)
     return result.assign(**conditions(vlm, repeats, **settings))
 

@@ -24,7 +24,7 @@ from benchmarks.timing import (
     show_megabytes,
     show_seconds,
 )
-from mmheads.heads import Head, HeadSet, ceil_share
+from mmheads.heads import Head, HeadSet, head_count
 from mmheads.models import VLM
 from mmheads.streaming import CompactLayer, Streaming, cache_bytes, stream
 
@@ -54,11 +54,11 @@ def dense_heads(vlm: VLM, share: float, *, by: str = "group", seed: int = 0) -> 
     heads: list[Head] = []
     for layer in range(geometry.layers):
         if by == "group":
-            count = ceil_share(share, geometry.kv_groups)
+            count = head_count(share, geometry.kv_groups)
             groups = rng.permutation(geometry.kv_groups)[:count]
             chosen = [group * width + i for group in groups for i in range(width)]
         else:
-            chosen = list(rng.permutation(geometry.heads)[: ceil_share(share, geometry.heads)])
+            chosen = list(rng.permutation(geometry.heads)[: head_count(share, geometry.heads)])
         heads += [Head(layer, int(head)) for head in chosen]
     return HeadSet(tuple(heads), geometry, vlm.model_id)
 

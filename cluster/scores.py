@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.models import UsageError, name_of
 from cluster.units import first_line
 from cluster.workload import Workload
-from mmheads import paths
 from mmheads.tasks import needles
 
 if TYPE_CHECKING:
@@ -25,7 +22,7 @@ PAGES = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreRun:
-    """The scores of one model on one needle task at one length: a file of `runs/scores`.
+    """The scores of one model on one needle task at one length: kept in the store.
 
     Attributes:
         model: Shipped model, folder, or name on the hub.
@@ -66,24 +63,21 @@ class ScoreRun:
         """Returns the prompts that these versions have scored already with this null question.
 
         Weights, template and precision are compared when the run starts.
-
-        Raises:
-            UsageError: A file with the name of such scores does not hold them.
         """
-        folder = Path(self.folder) if self.folder else paths.RUNS / "scores"
-        if not folder.is_dir():
-            return 0
-        from mmheads.scoring import needle_stem
+        from mmheads.kept_scores import count_scored
 
         source = open_haystacks(self.data) if self.data and Path(self.data).is_dir() else needles
-        stem = needle_stem(
-            name_of(self.model), self.task, self.length, self.split, self.image_ratio, source
+        scored = count_scored(
+            name_of(self.model),
+            self.task,
+            self.length,
+            split=self.split,
+            image_ratio=self.image_ratio,
+            null_images=self.null_images,
+            folder=self.folder,
+            source=source,
         )
-        counts = [0]
-        for path in folder.glob("*.parquet"):
-            if path.name.startswith(f"{stem}-") and ".partial." not in path.name:
-                counts.append(_rows(path, self.null_images))
-        return min(max(counts), self.prompts)
+        return min(scored, self.prompts)
 
     def run(self) -> str:
         """Score; prompts that are scored already are not scored again."""
@@ -106,23 +100,6 @@ class ScoreRun:
         except Exception as error:
             return first_line(error)
         return ""
-
-
-def _rows(path: Path, null_images: str) -> int:
-    """Returns the rows of a score file, or 0 if other versions or settings made it."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        about = pq.read_metadata(path)
-        made = json.loads(about.metadata[b"mmheads"])["provenance"]
-        versions, made_with = made["versions"], made["settings"]["null_images"]
-    except (KeyError, TypeError, ValueError, OSError, pa.ArrowException) as error:
-        raise UsageError(
-            f"{path} has the name of a score file, but cannot be read as one; move it away"
-        ) from error
-    same = all(version(name).split("+")[0] == kept for name, kept in versions.items())
-    return int(about.num_rows) if same and made_with == null_images else 0
 
 
 _held: dict[str, VLM] = {}

@@ -1,27 +1,27 @@
-"""Answers of a model, whole and with heads ablated, and how far ablation changes them.
+"""Answers of the full model and of the model with heads ablated.
 
-A masking is a set of heads, or several draws of one size; its effect is the paired difference to
-the whole model on the same examples (paper A, arXiv 2605.27243, Sec. 5; paper B, arXiv 2606.05843,
+An ablation is a set of heads, or several draws of one size; its effect is the paired difference to
+the full model on the same examples (paper A, arXiv 2605.27243, Sec. 5; paper B, arXiv 2606.05843,
 Fig. 6).
 """
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import json
-import time
+import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import pandas as pd
 import torch
-from filelock import FileLock
 from tqdm import tqdm
 
-from mmheads import paths
+from mmheads import store
+from mmheads.attention.hook import check_revision
 from mmheads.attention.interventions import ablate
 from mmheads.examples import Example
 from mmheads.heads import HeadSet
@@ -29,29 +29,25 @@ from mmheads.metrics import Metric, same
 from mmheads.models import VLM
 from mmheads.prefix import on_device
 from mmheads.prompts import Prompt, encode
+from mmheads.provenance import code_version, hash_json
 from mmheads.streaming.heads import stream
 
-WHOLE = "none"
-"""The masking that takes no head out."""
+FULL_MODEL = "full model"
+"""The ablation that takes no head out."""
 
+BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
+"""Prompt tokens per batch by kind of device: on a CPU, smaller batches stay in its cache."""
 
-TOKENS_A_BATCH = {"cpu": 2048, "cuda": 8192}
-"""By kind of device: on a CPU, smaller batches stay in its cache."""
+VERSION = 1
+"""To be raised by hand when the same ablation gives other answers: shipped ones are left out."""
 
-
-FORMAT = 1
-"""To be raised when the same ablation gives other answers: kept ones are then computed again."""
-
+MODULES = ("prompts", "families", "compat", "models", "prefix", "attention", "streaming", "answers")
+"""The code that answers; kept answers are computed again when it changes."""
 
 BLOCK = 32
 """Examples in memory at a time: a hundred long documents do not fit together."""
 
-
-SAVE_EVERY = 60.0
-"""Seconds between saves of a long run."""
-
-
-Maskings = Mapping[str, HeadSet | Sequence[HeadSet]]
+Ablations = Mapping[str, HeadSet | Sequence[HeadSet]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +62,7 @@ class _Row:
 def answer(
     vlm: VLM,
     examples: Iterable[Example],
-    maskings: Maskings | None = None,
+    ablations: Ablations | None = None,
     *,
     mode: str = "zero",
     when: str = "both",
@@ -74,48 +70,53 @@ def answer(
     max_new_tokens: int = 32,
     metric: Metric = same,
     batch_tokens: int = 0,
-    folder: str | Path = "",
+    folder: str | Path | None = "",
+    fresh: bool = False,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Answer examples greedily, with the whole model and under each masking.
+    """Answer examples greedily, with the full model and under each ablation.
 
     Rows of a batch are prompts of one length, each with its own heads ablated: nothing is padded.
-    Answers are kept in `folder`, a file for each model and version, and not computed again; an
-    interrupted run goes on there.
+    Answers are kept in the results store and not computed again, those before an error or an
+    interrupt too.
 
     Args:
         vlm: The model.
-        examples: With or without evidence.
-        maskings: Sets of heads by name, or several draws of a name; the whole model, "none",
-            answers in any case.
+        examples: Examples with or without evidence.
+        ablations: Sets of heads by name, or several draws under one name; the full model answers
+            in any case.
         mode: See `ablate`.
         when: See `ablate`.
         means: See `ablate`.
-        max_new_tokens: Longest answer.
-        metric: (answer, gold) -> score in [0, 1].
-        batch_tokens: Prompt tokens a batch, by default those of `TOKENS_A_BATCH`; a longer prompt
-            is a batch of its own.
-        folder: Default `runs/answers`.
+        max_new_tokens: Number of tokens of the longest answer.
+        metric: (prediction, gold answer) -> score in [0, 1].
+        batch_tokens: Prompt tokens per batch, by default those of `BATCH_TOKENS`; a longer prompt
+            is a batch by itself.
+        folder: Folder of the results store; empty: `runs/answers`; None: nothing is read or kept.
+        fresh: Leave out shipped answers.
         progress: Show a progress bar.
 
     Returns:
-        A row an example and set of heads: masking, draw (0-based), heads (their number), example
-        (index), task, length, depth, seed (of its haystack), given (the answer), score.
+        One row per example and set of heads: ablation, draw (0-based), heads (their number),
+        example (index), task, length, depth, haystack, prediction, score.
 
     Raises:
-        ValueError: No example, a masking named "none", or as `ablate` and `encode` do.
+        ValueError: There is no example, an ablation is named "full model", the metric gives no
+            number in [0, 1], or as `ablate` and `encode` do.
+        OSError: The folder cannot be written.
     """
-    settings = (mode, when, max_new_tokens, None if means is None else _hash(means.tolist()))
+    settings = (mode, when, max_new_tokens, None if means is None else hash_json(means.tolist()))
     return _answered(
         vlm,
         examples,
-        _sets(maskings or {}, HeadSet((), vlm.geometry, vlm.model_id)),
+        _sets(ablations or {}, HeadSet((), vlm.geometry, vlm.model_id)),
         settings,
         lambda rows: ablate(vlm, [row.heads for row in rows], mode, when, means=means),
         max_new_tokens=max_new_tokens,
         metric=metric,
         batch_tokens=batch_tokens,
         folder=folder,
+        fresh=fresh,
         progress=progress,
     )
 
@@ -123,37 +124,40 @@ def answer(
 def answer_streaming(
     vlm: VLM,
     examples: Iterable[Example],
-    dense: Maskings,
+    dense: Ablations,
     *,
     sinks: int,
     window: int,
     max_new_tokens: int = 32,
     metric: Metric = same,
     batch_tokens: int = 0,
-    folder: str | Path = "",
+    folder: str | Path | None = "",
+    fresh: bool = False,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Answer examples with the whole model, and with some heads dense and all others streaming.
+    """Answer examples with the full model, and with some heads dense and all others streaming.
 
     The mask is really applied, at every length; see `stream`.
 
     Args:
         vlm: The model.
-        examples: As in `answer`.
-        dense: Sets of heads that stay dense by name, or several draws of a name.
-        sinks: First tokens that the others see.
-        window: Last tokens that the others see.
-        max_new_tokens: As in `answer`, like all that follow.
-        metric: "
-        batch_tokens: "
-        folder: "
-        progress: "
+        examples: Examples with or without evidence.
+        dense: Sets of heads that stay dense by name, or several draws under one name.
+        sinks: Number of first tokens that the other heads see.
+        window: Number of last tokens that the other heads see.
+        max_new_tokens: Number of tokens of the longest answer.
+        metric: See `answer`.
+        batch_tokens: See `answer`.
+        folder: See `answer`.
+        fresh: See `answer`.
+        progress: Show a progress bar.
 
     Returns:
         As `answer`; heads is the number of dense heads.
 
     Raises:
         ValueError: As `answer` and `stream` do.
+        OSError: The folder cannot be written.
     """
     return _answered(
         vlm,
@@ -166,6 +170,7 @@ def answer_streaming(
         metric=metric,
         batch_tokens=batch_tokens,
         folder=folder,
+        fresh=fresh,
         progress=progress,
     )
 
@@ -180,76 +185,101 @@ def _answered(
     max_new_tokens: int,
     metric: Metric,
     batch_tokens: int,
-    folder: str | Path,
+    folder: str | Path | None,
+    fresh: bool,
     progress: bool,
     together: bool = False,
 ) -> pd.DataFrame:
     """Answers to all examples under all sets; `together`: rows of a batch have one set."""
-    kept = _Kept(vlm, Path(folder) if folder else paths.RUNS / "answers")
-    whole = sets[WHOLE, 0]
+    full = sets[FULL_MODEL, 0]
     order = {id(heads): place for place, heads in enumerate(sets.values())}
+    batch_tokens = batch_tokens or default_batch_tokens(vlm)
 
-    def key(mark: str, heads: HeadSet) -> str:
-        if heads is whole:
-            return _hash([FORMAT, mark, [], max_new_tokens])
-        return _hash([FORMAT, mark, sorted(heads), settings])
+    def key(fingerprint: str, heads: HeadSet) -> str:
+        if heads is full:
+            return hash_json([fingerprint, [], max_new_tokens])
+        return hash_json([fingerprint, sorted(heads), settings])
 
     table: list[dict[str, object]] = []
-    left = iter(examples)
-    with tqdm(total=0, desc="answers", disable=not progress, leave=False) as bar:
-        while block := [(each.fingerprint(), each) for each in islice(left, BLOCK)]:
-            wanted = [
-                (key(mark, heads), example, heads)
-                for mark, example in block
+    remaining = iter(examples)
+    with (
+        _open(vlm, folder, fresh) as results,
+        tqdm(total=0, desc="answers", disable=not progress, leave=False) as bar,
+    ):
+        check_revision(vlm, sets.values(), results.provenance.revision)
+        while block := [(each.fingerprint(), each) for each in islice(remaining, BLOCK)]:
+            if not table:
+                _score(metric, block[0][1].answer, block[0][1])  # a wrong metric fails at once
+            asked = [
+                (key(fingerprint, heads), example, heads)
+                for fingerprint, example in block
                 for heads in sets.values()
             ]
             if together:
-                wanted.sort(key=lambda one: order[id(one[2])])
-            todo = {k: (example, heads) for k, example, heads in wanted if k not in kept.answers}
+                asked.sort(key=lambda entry: order[id(entry[2])])
+            todo = {k: (example, heads) for k, example, heads in asked if k not in results}
             bar.total = bar.n + len(todo)
-            for rows in _batches(vlm, todo, batch_tokens or default_batch_tokens(vlm), together):
+            for rows in _batches(vlm, todo, batch_tokens, together):
                 with changed(rows):
-                    given = _generate(vlm, [row.prompt for row in rows], max_new_tokens)
-                kept.add({row.key: text for row, text in zip(rows, given, strict=True)})
+                    predictions = _generate(vlm, [row.prompt for row in rows], max_new_tokens)
+                for row, text in zip(rows, predictions, strict=True):
+                    results.add(row.key, {"prediction": text})
                 bar.update(len(rows))
             first = len(table) // len(sets)
-            for index, (mark, example) in enumerate(block, start=first):
+            for index, (fingerprint, example) in enumerate(block, start=first):
                 for (name, draw), heads in sets.items():
-                    text = kept.answers[key(mark, heads)]
-                    table.append(
-                        {
-                            "masking": name,
-                            "draw": draw,
-                            "heads": len(heads),
-                            "example": index,
-                            "task": example.task,
-                            "length": example.length,
-                            "depth": example.depth,
-                            "seed": json.dumps(example.seed) if example.seed else mark,
-                            "given": text,
-                            "score": metric(text, example.answer),
-                        }
-                    )
+                    prediction = str(results[key(fingerprint, heads)]["prediction"])
+                    labels = {"ablation": name, "draw": draw, "heads": len(heads), "example": index}
+                    outcome = {
+                        "prediction": prediction,
+                        "score": _score(metric, prediction, example),
+                    }
+                    table.append({**labels, **_labels(example, fingerprint), **outcome})
     if not table:
         raise ValueError("there is no example to answer")
-    kept.save()
     return pd.DataFrame(table)
 
 
-def _sets(maskings: Maskings, whole: HeadSet) -> dict[tuple[str, int], HeadSet]:
-    """Sets of heads by name and draw, that of the whole model first."""
-    found = {(WHOLE, 0): whole}
-    for name, heads in maskings.items():
+def _open(vlm: VLM, folder: str | Path | None, fresh: bool) -> store.Results:
+    made = vlm.provenance("mmheads.answers", code=code_version(MODULES))
+    made = dataclasses.replace(made, generation=vlm.generation_hash())
+    return store.open("answers", made, version=VERSION, folder=folder, fresh=fresh)
+
+
+def _labels(example: Example, fingerprint: str) -> dict[str, object]:
+    return {
+        "task": example.task,
+        "length": example.length,
+        "depth": example.depth,
+        "haystack": json.dumps(example.haystack) if example.haystack else fingerprint,
+    }
+
+
+def _score(metric: Metric, prediction: str, example: Example) -> float:
+    """What the metric says of a prediction."""
+    value = metric(prediction, example.answer)
+    if not isinstance(value, numbers.Real) or not 0 <= value <= 1:
+        raise ValueError(
+            f"the metric {metric} gives {value!r} for the prediction {prediction!r} and the answer "
+            f"{example.answer!r}; expected a number in [0, 1]"
+        )
+    return float(value)
+
+
+def _sets(ablations: Ablations, full: HeadSet) -> dict[tuple[str, int], HeadSet]:
+    """Sets of heads by name and draw, that of the full model first."""
+    sets = {(FULL_MODEL, 0): full}
+    for name, heads in ablations.items():
         draws = [heads] if isinstance(heads, HeadSet) else heads
-        if name == WHOLE:
-            raise ValueError(f"{WHOLE!r} is the whole model and always there; use another name")
-        found |= {(name, draw): chosen for draw, chosen in enumerate(draws)}
-    return found
+        if name == FULL_MODEL:
+            raise ValueError(f"{name!r} names the model without ablation; use another name")
+        sets |= {(name, draw): drawn for draw, drawn in enumerate(draws)}
+    return sets
 
 
 def default_batch_tokens(vlm: VLM) -> int:
     """Prompt tokens per batch on the model's device."""
-    return TOKENS_A_BATCH.get(vlm.device.type, TOKENS_A_BATCH["cuda"])
+    return BATCH_TOKENS.get(vlm.device.type, BATCH_TOKENS["cuda"])
 
 
 def _batches(
@@ -258,7 +288,7 @@ def _batches(
     batch_tokens: int,
     together: bool,
 ) -> Iterator[list[_Row]]:
-    """Neighbouring rows whose inputs have the same shapes, up to so many tokens."""
+    """Neighbouring rows whose inputs have the same shapes, at most `batch_tokens` tokens."""
     rows: list[_Row] = []
     last: tuple[Example, Prompt] | None = None
     for key, (example, heads) in todo.items():
@@ -278,7 +308,7 @@ def _batches(
 
 
 def _shapes(prompt: Prompt) -> dict[str, tuple[int, ...]]:
-    """Those of an example; an input holds a row an example, an image or a patch."""
+    """Shapes of one example's inputs; an input has one row per example, image or patch."""
     return {name: tuple(value.shape[1:]) for name, value in prompt.inputs.items()}
 
 
@@ -298,45 +328,7 @@ def _generate(vlm: VLM, prompts: Sequence[Prompt], max_new_tokens: int) -> list[
         repetition_penalty=1.0,
         pad_token_id=vlm.tokenizer.pad_token_id or vlm.tokenizer.eos_token_id,
     )
-    given: list[str] = vlm.tokenizer.batch_decode(
+    predictions: list[str] = vlm.tokenizer.batch_decode(
         tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
     )
-    return given
-
-
-def _hash(value: object) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:32]
-
-
-class _Kept:
-    """Answers computed so far with a model, in a file."""
-
-    def __init__(self, vlm: VLM, folder: Path) -> None:
-        made = _hash(asdict(vlm.provenance("mmheads.answers")))[:8]
-        self.path = folder / f"{Path(vlm.model_id).name}-{made}.parquet"
-        self.saved = time.monotonic()
-        self.answers = self._read()
-        self.changed = False
-
-    def _read(self) -> dict[str, str]:
-        if not self.path.exists():
-            return {}
-        table = pd.read_parquet(self.path)
-        return dict(zip(table["key"], table["given"], strict=True))
-
-    def add(self, answers: Mapping[str, str]) -> None:
-        self.answers |= answers
-        self.changed = True
-        if time.monotonic() - self.saved > SAVE_EVERY:
-            self.save()
-
-    def save(self) -> None:
-        """Write what is new to what another process may have written meanwhile."""
-        if not self.changed:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.path.with_suffix(".lock")), paths.write_whole(self.path) as path:
-            self.answers = self._read() | self.answers
-            table = pd.DataFrame({"key": list(self.answers), "given": list(self.answers.values())})
-            table.to_parquet(path, index=False)
-        self.saved, self.changed = time.monotonic(), False
+    return predictions

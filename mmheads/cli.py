@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -53,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"mmheads: {_sentence(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("mmheads: interrupted; what was finished is kept", file=sys.stderr)
+        print("mmheads: interrupted; what was computed is kept", file=sys.stderr)
         return 130
     return 0
 
@@ -106,29 +105,33 @@ def _add_score(commands: Any) -> None:
 def _score(options: argparse.Namespace) -> None:
     from mmheads.example_files import read_examples
     from mmheads.models import load
-    from mmheads.scoring import score_heads, scores_folder
+    from mmheads.provenance import hash_json
+    from mmheads.scoring import score_heads
+    from mmheads.store import kept_folder
 
     examples = read_examples(options.examples)
-    for line, record in zip(examples.lines, examples.has_evidence, strict=True):
-        if not record:
+    for line, has_evidence in zip(examples.lines, examples.has_evidence, strict=True):
+        if not has_evidence:
             raise ValueError(
                 f"{examples.path}, line {line}: the example has no evidence; heads are scored by "
                 "their attention to evidence"
             )
-    out = paths.writable(scores_folder(options.out))
+    folder = paths.writable(kept_folder("scores", options.out))
     vlm = load(options.model, device=options.device)
-    mark = hashlib.sha256(str(examples.path.resolve()).encode()).hexdigest()[:6]
-    stem = f"{Path(vlm.model_id).name}-{examples.path.stem}-{mark}"
-    scores = score_heads(vlm, examples, path=out / f"{stem}.parquet")
-    with paths.write_whole(out / f"{stem}.csv") as path:
-        scores.table().to_csv(path, index=False)
-    with paths.write_whole(out / f"{stem}.json") as path:
-        path.write_text(json.dumps(scores.released_format()), encoding="utf-8")
-    with paths.write_whole(out / f"{stem}.png") as path:
+    # Files of one name in different folders, and models of one name, keep their own results.
+    mark = hash_json([str(examples.path.resolve()), vlm.revision])[:6]
+    stem = f"{Path(vlm.model_id).name}-{examples.path.name.removesuffix('.jsonl')}-{mark}"
+    scores = score_heads(vlm, examples, folder=folder)
+    scores.save(folder / f"{stem}.parquet")
+    with paths.write_whole(folder / f"{stem}.csv") as path:
+        scores.to_frame().to_csv(path, index=False)
+    with paths.write_whole(folder / f"{stem}.json") as path:
+        path.write_text(json.dumps(scores.to_released_json()), encoding="utf-8")
+    with paths.write_whole(folder / f"{stem}.png") as path:
         _heat_map(scores).savefig(path)
     for head in scores.top(options.fraction):
         print(f"{head!s:>8}  {scores.mean[head]:+.4f}")
-    print(f"{len(examples)} examples; {out / stem}.parquet, .csv, .json, .png")
+    print(f"{len(examples)} examples; {folder / stem}.parquet, .csv, .json, .png")
 
 
 def _heat_map(scores: Any) -> Any:
@@ -174,8 +177,8 @@ def _rank(options: argparse.Namespace) -> None:
     from mmheads.models import load
     from mmheads.pdfs import DPI, open_pdf
     from mmheads.retrieval.candidates import question_parts
-    from mmheads.retrieval.index import WINDOW, DocumentIndex, union_of_top
-    from mmheads.scores import HeadScores
+    from mmheads.retrieval.index import WINDOW, DocumentIndex
+    from mmheads.scores import HeadScores, union_of_top
 
     question_parts(options.question)
     out = Path(options.out or f"{Path(options.pdf).stem}.rank.png")

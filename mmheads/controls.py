@@ -20,7 +20,7 @@ def random_controls(
     seed: int,
     match: str = "",
 ) -> list[HeadSet]:
-    """Random sets as large as a selection, without any of its heads.
+    """Random sets of the size of a selection that hold none of its heads.
 
     Where a match cannot be kept, the missing heads come from the nearest layers that have some,
     whatever their KV group, and a warning says so.
@@ -30,7 +30,7 @@ def random_controls(
         eligible: [layer, head] bool, the heads that may be drawn.
         draws: Number of sets.
         seed: Seed of the draws.
-        match: "layer" keeps the number of heads a layer. "kv_group" keeps how many heads share
+        match: "layer" keeps the number of heads per layer. "kv_group" keeps how many heads share
             a KV group: for each group with n selected heads, n heads of one group without any, of
             the same layer if there is such a group left. "" matches nothing.
 
@@ -47,15 +47,19 @@ def random_controls(
         )
     rng = np.random.default_rng(seed)
     draw = {"": _draw_any, "layer": _draw_by_layer, "kv_group": _draw_by_group}[match]
-    found = [draw(selected, pool.copy(), rng) for _ in range(draws)]
-    displaced = max(count for _, count in found)
+    drawn = [draw(selected, pool.copy(), rng) for _ in range(draws)]
+    displaced = max(count for _, count in drawn)
     if displaced:
         warnings.warn(
             f"{displaced} of {len(selected)} control heads do not match by {match}: the heads that "
             "are left do not suffice, and the nearest ones were drawn",
             stacklevel=2,
         )
-    return [dataclasses.replace(selected, heads=heads) for heads, _ in found]
+    rule = f"random, matched by {match}" if match else "random"
+    origin = dataclasses.replace(selected.origin, rule=f"{rule}, beside {selected.origin.rule}")
+    return [
+        dataclasses.replace(selected, heads=heads, origin=origin, scores={}) for heads, _ in drawn
+    ]
 
 
 _Drawn = tuple[tuple[Head, ...], int]
@@ -82,8 +86,8 @@ def _draw_by_group(selected: HeadSet, pool: NDArray[np.bool_], rng: np.random.Ge
         free[group] = False
     heads: list[Head] = []
     displaced = 0
-    wanted = list(Counter(geometry.kv_group(head) for head in selected).items())
-    shuffled = [wanted[at] for at in rng.permutation(len(wanted))]
+    sizes = list(Counter(geometry.kv_group(head) for head in selected).items())
+    shuffled = [sizes[index] for index in rng.permutation(len(sizes))]
     for (layer, _), count in sorted(shuffled, key=lambda entry: -entry[1]):
         layers, groups = np.nonzero(free & (by_group.sum(axis=-1) >= count))
         if not len(layers):
@@ -92,17 +96,18 @@ def _draw_by_group(selected: HeadSet, pool: NDArray[np.bool_], rng: np.random.Ge
             continue
         distance = abs(layers - layer)
         pick = rng.choice(np.flatnonzero(distance == distance.min()))
-        there, control = int(layers[pick]), int(groups[pick])
-        inside = rng.choice(np.flatnonzero(by_group[there, control]), count, replace=False)
-        heads += [Head(there, control * shared + int(index)) for index in inside]
-        free[there, control] = False
-        by_group[there, control, inside] = False
-        displaced += count * (there != layer)
+        control_layer, control = int(layers[pick]), int(groups[pick])
+        members = np.flatnonzero(by_group[control_layer, control])
+        chosen = rng.choice(members, count, replace=False)
+        heads += [Head(control_layer, control * shared + int(index)) for index in chosen]
+        free[control_layer, control] = False
+        by_group[control_layer, control, chosen] = False
+        displaced += count * (control_layer != layer)
     return tuple(heads), displaced
 
 
 def _draw_nearest(layer: int, pool: NDArray[np.bool_], rng: np.random.Generator) -> Head:
-    """Take a head out of the nearest layer that has any."""
+    """Take a head out of the nearest layer that has one left."""
     distance = np.where(pool.any(axis=1), abs(np.arange(len(pool)) - layer), len(pool))
     nearest = int(distance.argmin())
     head = Head(nearest, int(rng.choice(np.flatnonzero(pool[nearest]))))

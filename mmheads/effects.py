@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from mmheads.answers import WHOLE
+from mmheads.answers import FULL_MODEL
 from mmheads.statistics import bootstrap_interval, holm, paired_difference
 
 
@@ -15,40 +15,41 @@ def effects(
     table: pd.DataFrame,
     by: Sequence[str] = ("task",),
     *,
-    against: str = WHOLE,
+    baseline: str = FULL_MODEL,
     seed: int = 0,
     family: int = 0,
 ) -> pd.DataFrame:
-    """What each masking does to the score, in pairs with the whole model -> a row a comparison.
+    """What each ablation does to the score, paired with the full model: one row per comparison.
 
-    The unit is a haystack: examples that differ in the depth of their needle alone share it, and
+    The unit is a haystack: examples that differ only in the depth of their needle share it, and
     draws are averaged, so that what is said of random sets is said of these draws. Intervals are
-    95% bootstrap intervals over units; p is that of a sign-flip test, adjusted by Holm over the
-    comparisons of the table.
+    95% bootstrap intervals over haystacks; p is that of a sign-flip test, adjusted by Holm over
+    the comparisons of the table.
 
     Args:
-        table: What `answer` gave.
+        table: What `answer` returned.
         by: Columns to compare within.
-        against: The masking to compare with.
+        baseline: The ablation to compare with.
         seed: Seed of bootstrap and test.
         family: Number of comparisons for Holm's adjustment, if this table is a part of a figure;
             the others then count as if their p were 1.
 
     Raises:
-        ValueError: Fewer than two units in a cell, or no row of the masking to compare with.
+        ValueError: There are fewer than two haystacks in a cell, or no row of the baseline.
     """
-    if against not in set(table["masking"]):
-        raise ValueError(f"the table has no masking {against!r} to compare with")
+    if baseline not in set(table["ablation"]):
+        names = table["ablation"].unique().tolist()
+        raise ValueError(f"the table has no ablation {baseline!r}; it has {names}")
     rows = []
     for cell, group in table.groupby(list(by), sort=False):
-        units = group.groupby(["masking", "seed"], sort=False)["score"].mean()
-        reference = units[against]
-        for name in group["masking"].unique():
+        units = group.groupby(["ablation", "haystack"], sort=False)["score"].mean()
+        reference = units[baseline]
+        for name in group["ablation"].unique():
             values = units[name].loc[reference.index].to_numpy()
             value = bootstrap_interval(values, seed=seed)
-            part = group[group["masking"] == name]
+            part = group[group["ablation"] == name]
             row = dict(zip(by, cell, strict=True)) | {
-                "masking": name,
+                "ablation": name,
                 "heads": int(part["heads"].max()),
                 "draws": part["draw"].nunique(),
                 "score": value.value,
@@ -56,7 +57,7 @@ def effects(
                 "high": value.high,
                 "n": value.n,
             }
-            if name != against:
+            if name != baseline:
                 change = paired_difference(values, reference.to_numpy(), seed=seed)
                 row |= {
                     "change": change.value,
@@ -66,7 +67,7 @@ def effects(
                 }
             rows.append(row)
     result = pd.DataFrame(rows)
-    compared = result["masking"] != against
+    compared = result["ablation"] != baseline
     if compared.any():
         p = result.loc[compared, "p"].to_numpy()
         padded = np.concatenate([p, np.ones(max(0, family - len(p)))])

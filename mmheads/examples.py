@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 
 from PIL import Image, ImageDraw, ImageFont
 
 from mmheads.images import open_image
+from mmheads.provenance import hash_json
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,10 +61,11 @@ class Example:
         candidates: Regions to rank, by kind ("page", "layout"); empty where nothing is ranked.
         instruction: Said after the question, how to answer it; no part of the question.
         task: Name of the task.
-        length: Nominal length of the prompt in tokens.
+        length: Nominal context length in tokens of a grid of needles; 0 outside such grids.
         depth: Where the evidence stands (or stood, before it was removed), 0 (start of the
             context) to 1 (its end); None for a task without evidence.
-        seed: What the example was drawn from.
+        haystack: What identifies the pair of question and evidence; examples that share it differ
+            only in depth. Empty: the example is a unit by itself.
         tokens: Evidence as [first, last + 1) token intervals in the prompt of the tiny models,
             written down by the task that placed it; empty where there is none.
     """
@@ -78,7 +80,7 @@ class Example:
     task: str = ""
     length: int = 0
     depth: float | None = None
-    seed: tuple[int, ...] = ()
+    haystack: tuple[int, ...] = ()
     tokens: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
@@ -132,16 +134,18 @@ class Example:
         )
 
     def fingerprint(self) -> str:
-        """Hash of all that the scores of the example depend on."""
-        digest = hashlib.sha256()
-        for part in self.parts():
-            for piece in part.frames if isinstance(part, Video) else (part,):
-                if isinstance(piece, str):
-                    digest.update(piece.encode() + b"\0")
-                else:
-                    digest.update(f"{piece.mode}{piece.size}".encode() + piece.tobytes())
-        digest.update(repr((len(self.context), self.evidence)).encode())
-        return digest.hexdigest()[:16]
+        """Hash of all that scores and answers of the example depend on, 32 hexadecimal digits.
+
+        The task's name, the depth and what identifies the haystack are labels and not part of it.
+        """
+        regions = [asdict(region) for region in self.evidence or ()]
+        content = {
+            "context": [_identity(part) for part in self.context],
+            "question": [_identity(part) for part in self.question],
+            "instruction": self.instruction,
+            "evidence": None if self.evidence is None else regions,
+        }
+        return hash_json(content)
 
     def picture(self, width: int = 640, scale: int = 2) -> Image.Image:
         """Lay the example out as a page to look at: evidence outlined, the question below."""
@@ -157,6 +161,17 @@ def _as_seen(part: Part) -> Part:
     if isinstance(part, Video):
         return replace(part, frames=tuple(map(seen, part.frames)))
     return part if isinstance(part, str) else seen(part)
+
+
+def _identity(part: Part) -> dict[str, object]:
+    """What a part is, for a hash: kind and content, with sizes and rates."""
+    if isinstance(part, str):
+        return {"text": part}
+    if isinstance(part, Video):
+        return {"fps": part.fps, "frames": [_identity(frame) for frame in part.frames]}
+    image = part.convert("RGBA") if part.mode in ("P", "PA") else part  # a palette is content too
+    pixels = hashlib.sha256(image.tobytes()).hexdigest()
+    return {"mode": image.mode, "size": image.size, "pixels": pixels}
 
 
 def _check(region: Region, context: tuple[Part, ...]) -> None:

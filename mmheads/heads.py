@@ -1,17 +1,26 @@
-"""Head scores and head sets: which heads fetch the evidence, how few they are, how stable.
+"""Attention heads, the geometry of a model's heads, and sets of heads with their files.
 
-Arrays are [example, layer, head]. A head is (layer, head), 0-based, printed L8H10.
+A head is (layer, head), 0-based, printed L8H10.
 """
 
+from __future__ import annotations
+
 import dataclasses
+import json
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from mmheads import paths
+
+_FORMAT = 1
+"""Version of the files of head sets."""
 
 
 class Head(NamedTuple):
@@ -24,7 +33,7 @@ class Head(NamedTuple):
         return f"L{self.layer}H{self.head}"
 
 
-def head_names(heads: Iterable[Iterable[int]]) -> str:
+def format_heads(heads: Iterable[Iterable[int]]) -> str:
     """Heads as a reader sees them, "L3H2, L8H10"."""
     return ", ".join(str(Head(*map(int, head))) for head in heads)
 
@@ -35,8 +44,8 @@ class HeadGeometry:
 
     Attributes:
         layers: Number of layers.
-        heads: Number of query heads a layer.
-        kv_groups: Number of key-value heads a layer; `heads / kv_groups` query heads share one.
+        heads: Number of query heads per layer.
+        kv_groups: Number of key-value heads per layer; `heads / kv_groups` query heads share one.
         global_layers: The layers that attend to the whole context; None if all do.
     """
 
@@ -51,9 +60,9 @@ class HeadGeometry:
                 f"{self.layers} layers of {self.heads} heads in {self.kv_groups} KV groups: "
                 "expected positive numbers, and as many heads in each KV group of a layer"
             )
-        outside = [layer for layer in self.global_layers or () if not 0 <= layer < self.layers]
-        if outside:
-            raise ValueError(f"global layers {outside} are not among the {self.layers} layers")
+        beyond = [layer for layer in self.global_layers or () if not 0 <= layer < self.layers]
+        if beyond:
+            raise ValueError(f"global layers {beyond} are not among the {self.layers} layers")
 
     @property
     def size(self) -> int:
@@ -71,10 +80,50 @@ class HeadGeometry:
         """The (layer, KV group) whose keys and values the head reads."""
         return head.layer, head.head // (self.heads // self.kv_groups)
 
+    @classmethod
+    def parse(cls, fields: object) -> HeadGeometry:
+        """The geometry that was written as a JSON object.
+
+        Raises:
+            ValueError: A field is missing, unknown, or not a whole number.
+        """
+        if not isinstance(fields, Mapping):
+            raise ValueError(f"the geometry is {fields!r}, expected a JSON object")
+        sizes: dict[str, Any] = {n: fields.get(n) for n in ("layers", "heads", "kv_groups")}
+        layers = fields.get("global_layers")
+        known = {*fields} == {*sizes, "global_layers"} and isinstance(layers, list | tuple | None)
+        if not known or any(type(n) is not int for n in (*sizes.values(), *(layers or ()))):
+            raise ValueError(f"the geometry is {dict(fields)}, expected numbers for {[*sizes]}")
+        return cls(**sizes, global_layers=None if layers is None else tuple(layers))
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a head set comes from.
+
+    Attributes:
+        revision: Revision of the weights that the heads were scored with.
+        task: Task or tasks that chose them.
+        length: Nominal context length or lengths in tokens.
+        rule: How they were chosen, "top 5% by mean score".
+        source: The module that computed their scores, or the file of other authors.
+    """
+
+    revision: str = ""
+    task: str = ""
+    length: str = ""
+    rule: str = ""
+    source: str = ""
+
+    def __or__(self, other: Origin) -> Origin:
+        """The origin of heads of two sets: what differs is joined, "text + image"."""
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Origin(*(" + ".join(dict.fromkeys(filter(None, pair))) for pair in pairs))
+
 
 @dataclass(frozen=True)
 class HeadSet:
-    """Heads of one model, in the order they were given (the strongest first, if selected).
+    """Heads of one model, in the order in which they were given (selected ones: strongest first).
 
     Set operations keep the order of the left operand.
 
@@ -82,25 +131,26 @@ class HeadSet:
         heads: The heads, each once.
         geometry: The model's heads.
         model: Model id; empty if unknown.
-        revision: Commit or hash of the weights that the heads were chosen with; empty if unknown.
-            It does not count when two sets are compared.
+        origin: Where the heads come from; two sets of the same heads are equal without it.
+        scores: The score of each head, where it is known.
     """
 
     heads: tuple[Head, ...]
     geometry: HeadGeometry
     model: str = ""
-    revision: str = dataclasses.field(default="", compare=False)
+    origin: Origin = field(default=Origin(), compare=False, repr=False)
+    scores: Mapping[Head, float] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         heads = tuple(Head(*head) for head in self.heads)
         object.__setattr__(self, "heads", heads)
         if len(set(heads)) < len(heads):
-            raise ValueError(f"a head set holds each head once, got {head_names(heads)}")
+            raise ValueError(f"a head set holds each head once, got {format_heads(heads)}")
         layers, width = self.geometry.layers, self.geometry.heads
-        outside = [h for h in heads if not (0 <= h.layer < layers and 0 <= h.head < width)]
-        if outside:
+        beyond = [h for h in heads if not (0 <= h.layer < layers and 0 <= h.head < width)]
+        if beyond:
             raise ValueError(
-                f"{head_names(outside)} not among the {layers} layers x {width} heads of "
+                f"{format_heads(beyond)} not among the {layers} layers x {width} heads of "
                 f"{self.model or 'the model'} (heads are (layer, head), 0-based)"
             )
 
@@ -120,16 +170,18 @@ class HeadSet:
     def __str__(self) -> str:
         return " ".join(map(str, self.heads))
 
-    def __and__(self, other: "HeadSet") -> "HeadSet":
+    def __and__(self, other: HeadSet) -> HeadSet:
         return self._combine(other, (head for head in self if head in other))
 
-    def __sub__(self, other: "HeadSet") -> "HeadSet":
+    def __sub__(self, other: HeadSet) -> HeadSet:
         return self._combine(other, (head for head in self if head not in other))
 
-    def __or__(self, other: "HeadSet") -> "HeadSet":
-        return self._combine(other, dict.fromkeys((*self, *other)))
+    def __or__(self, other: HeadSet) -> HeadSet:
+        joined = self._combine(other, dict.fromkeys((*self, *other)))
+        scores = {**other.scores, **self.scores}
+        return dataclasses.replace(joined, origin=self.origin | other.origin, scores=scores)
 
-    def _combine(self, other: "HeadSet", heads: Iterable[Head]) -> "HeadSet":
+    def _combine(self, other: HeadSet, heads: Iterable[Head]) -> HeadSet:
         same_geometry(self.geometry, other.geometry)
         return dataclasses.replace(self, heads=tuple(heads))
 
@@ -158,12 +210,61 @@ class HeadSet:
             raise ValueError("an empty head set has no mean layer")
         return float(np.mean([head.layer for head in self]))
 
+    def save(self, path: str | Path) -> None:
+        """Write a JSON file: model, origin, geometry, and a list of [layer, head, score].
 
-def ceil_share(fraction: float, size: int) -> int:
-    """`ceil(fraction * size)`, not misled by binary fractions (0.07 of 100 is 7, not 8).
+        The score is null where it is not known.
+        """
+        content = {
+            "format": _FORMAT,
+            "model": self.model,
+            **dataclasses.asdict(self.origin),
+            "geometry": dataclasses.asdict(self.geometry),
+            "heads": [[*head, self.scores.get(head)] for head in self],
+        }
+        with paths.write_whole(Path(path)) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> HeadSet:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is not a file of heads of this version; the message names the file.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not a file; expected a JSON file of heads")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["format"] != _FORMAT:
+                raise ValueError(f"its format is {content['format']!r}, expected {_FORMAT}")
+            scored = [(Head(layer, head), score) for layer, head, score in content["heads"]]
+            if any(type(number) is not int for head, _ in scored for number in head):
+                raise ValueError("a layer or head is not a whole number")
+            names = [entry.name for entry in dataclasses.fields(Origin)]
+            return cls(
+                tuple(head for head, _ in scored),
+                HeadGeometry.parse(content["geometry"]),
+                str(content["model"]),
+                Origin(**{name: str(content[name]) for name in names}),
+                {head: float(score) for head, score in scored if score is not None},
+            )
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is not a file of heads ({type(error).__name__}: {error}); expected what "
+                "`HeadSet.save` writes"
+            ) from error
+
+
+def head_count(fraction: float, size: int) -> int:
+    """Number of heads in a share of `size` heads, rounded up.
+
+    Binary fractions do not mislead it: 0.07 of 100 is 7, not 8.
 
     Raises:
-        ValueError: a fraction outside (0, 1].
+        ValueError: The fraction lies outside (0, 1].
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction is {fraction}, expected a number in (0, 1]")
@@ -174,7 +275,7 @@ def overlap(a: HeadSet, b: HeadSet) -> float:
     """Share of heads that two sets of equal size have in common, |a and b| / |a|.
 
     Raises:
-        ValueError: empty sets, sets of unequal size, or of models with other layers and heads.
+        ValueError: Empty sets, sets of unequal size, or sets of models with different heads.
     """
     if len(a) != len(b) or not len(a):
         raise ValueError(f"overlap compares sets of one size, got {len(a)} and {len(b)} heads")

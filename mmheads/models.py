@@ -5,13 +5,11 @@ Every difference between model families lives here and in `evidence`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,9 +33,13 @@ from transformers.utils.import_utils import is_torchvision_available
 
 from mmheads import paths
 from mmheads.heads import Head, HeadGeometry, HeadSet
-from mmheads.scores import Provenance
-
-_LIBRARIES = ("mmheads", "torch", "transformers")
+from mmheads.provenance import (
+    Provenance,
+    folder_revision,
+    hash_json,
+    library_versions,
+    parameter_hash,
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,15 +50,19 @@ class VLM:
         model: In evaluation mode.
         processor: Of images and text; a text-only model has its tokenizer here.
         model_id: Folder or name on the hub.
-        revision: Commit on the hub, or a hash of the folder's weights.
+        revision: Commit on the hub, or a hash of the folder's weights; empty for a model that was
+            made in memory.
+        loaded: Hash of a sample of the weights at first; later changes are told by it.
     """
 
     model: Any
     processor: Any
     model_id: str = ""
     revision: str = ""
+    loaded: str = ""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "loaded", self.loaded or parameter_hash(self.model))
         if not getattr(self.tokenizer, "is_fast", False):
             raise ValueError(
                 f"{self.model_id} has the slow tokenizer {type(self.tokenizer).__name__}; evidence "
@@ -165,28 +171,60 @@ class VLM:
 
     @cached_property
     def template(self) -> str:
-        """Hash of the chat template and of the image processor's settings."""
+        """Hash of the chat template and of the processor's settings for images and videos."""
         settings: dict[str, Any] = {"chat_template": self.processor.chat_template}
-        if hasattr(self.processor, "image_processor"):
-            settings["image_processor"] = self.processor.image_processor.to_dict()
-        text = json.dumps(settings, sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        for name in ("image_processor", "video_processor"):
+            if part := getattr(self.processor, name, None):
+                settings[name] = part.to_dict() if hasattr(part, "to_dict") else vars(part)
+        return hash_json(settings)[:16]
 
-    def provenance(self, source: str, null_question: str = "", **settings: Any) -> Provenance:
-        """How results of this model are made: weights, template, versions and settings."""
+    @cached_property
+    def tokenizer_hash(self) -> str:
+        """Hash of the tokenizer: vocabulary, merges, normalisation, added tokens."""
+        content = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        for changing in ("padding", "truncation"):  # set by every call
+            content.pop(changing, None)
+        return hash_json(content)[:16]
+
+    @property
+    def weights(self) -> str:
+        """The revision of the weights as they are now: it says so if they were changed."""
+        now = parameter_hash(self.model)
+        if not self.revision:
+            return f"in memory {now}"
+        return self.revision if now == self.loaded else f"{self.revision} changed to {now}"
+
+    def provenance(
+        self, source: str, null_question: str = "", *, code: str = "", **settings: Any
+    ) -> Provenance:
+        """How results of this model are computed.
+
+        Args:
+            source: The module that computes them.
+            null_question: The question that calibrates scores, if any.
+            code: Hash of the code that computes them, see `code_version`.
+            settings: Whatever else they depend on.
+        """
         return Provenance(
             model=self.model_id,
-            revision=self.revision,
+            revision=self.weights,
             template=self.template,
+            tokenizer=self.tokenizer_hash,
             null_question=null_question,
-            versions={name: version(name).split("+")[0] for name in _LIBRARIES},
+            versions=library_versions(),
             settings={
                 **settings,
                 "dtype": str(self.model.dtype).removeprefix("torch."),
                 "attention": self.text_config._attn_implementation,
             },
+            code=code,
             source=source,
         )
+
+    def generation_hash(self) -> str:
+        """Hash of the generation configuration, which answers depend on."""
+        settings = self.model.generation_config.to_dict()
+        return hash_json({k: v for k, v in settings.items() if k != "transformers_version"})[:16]
 
 
 def load(
@@ -242,7 +280,8 @@ def load(
     if spread is None:
         model.to(device)  # type: ignore[arg-type]
     folder = Path(source)
-    commit = _weights_hash(folder) if folder.is_dir() else getattr(config, "_commit_hash", "") or ""
+    local = folder.is_dir()
+    commit = folder_revision(folder) if local else getattr(config, "_commit_hash", "") or ""
     return VLM(model=model.eval(), processor=processor, model_id=_name(folder), revision=commit)
 
 
@@ -299,14 +338,3 @@ def without_video(base: type[ProcessorMixin]) -> type[Any]:
 def _name(folder: Path) -> str:
     """A folder's model by its name alone, wherever it lies: a path says nothing on its weights."""
     return folder.resolve().name if folder.is_dir() else str(folder)
-
-
-def _weights_hash(folder: Path, edge: int = 1 << 20) -> str:
-    """Hash of a folder's configuration and of the first and last MiB of each weight file."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        with path.open("rb") as file:
-            digest.update(f"{path.name}{path.stat().st_size}".encode() + file.read(edge))
-            file.seek(-min(edge, path.stat().st_size), 2)
-            digest.update(file.read())
-    return digest.hexdigest()[:16]

@@ -20,8 +20,9 @@ import pooch
 from tqdm import tqdm
 
 from mmheads import paths
-from mmheads.heads import Head, HeadGeometry, head_names
-from mmheads.scores import HeadScores, Provenance
+from mmheads.heads import Head, HeadGeometry, format_heads
+from mmheads.provenance import Provenance
+from mmheads.scores import HeadScores
 
 COMMIT = "126112d6936b55f0ce7bc884ee4c87e567d89895"
 RELEASE = f"ab-cli/MMRetHead@{COMMIT}"
@@ -174,7 +175,7 @@ def impossible_heads(
     """Heads of each model with a score outside [-1, 1] in any of its files, by (layer, head)."""
     found: dict[str, set[Head]] = {}
     for (model, _, _), scores in released.items():
-        found.setdefault(model, set()).update(scores.outside(-1, 1))
+        found.setdefault(model, set()).update(scores.out_of_range(-1, 1))
     return {model: sorted(heads) for model, heads in found.items()}
 
 
@@ -206,7 +207,7 @@ def parse(raw: bytes, name: str, *, task: str, length: int) -> HeadScores:
         ({head for head, score in scores if not np.isfinite(score)}, "has no number for"),
     ):
         if heads:
-            raise DefectiveFileError(f"{name} {problem} {head_names(sorted(heads))}")
+            raise DefectiveFileError(f"{name} {problem} {format_heads(sorted(heads))}")
 
     values = np.empty((1, geometry.layers, geometry.heads), dtype=np.float32)
     for (layer, head), score in scores:
@@ -219,7 +220,7 @@ def parse(raw: bytes, name: str, *, task: str, length: int) -> HeadScores:
                 "task": [task],
                 "length": [length],
                 "depth": [np.nan],
-                "seed": [seed],
+                "haystack": [""],
                 "prompts": [prompts],
                 "mean_input_tokens": [input_tokens],
             }
@@ -227,12 +228,13 @@ def parse(raw: bytes, name: str, *, task: str, length: int) -> HeadScores:
         provenance=Provenance(
             model=model_id,
             null_question=" ".join(["N/A"] * 5),
+            settings={"shuffle_seed": seed},
             source=f"{RELEASE}/{name}",
         ),
     )
-    if impossible := result.outside(-1, 1):
+    if impossible := result.out_of_range(-1, 1):
         message = (
-            f"{name}: calibrated scores of {head_names(impossible)} lie outside [-1, 1], where a "
+            f"{name}: calibrated scores of {format_heads(impossible)} lie outside [-1, 1], where a "
             "difference of two attention masses cannot lie"
         )
         if model not in KNOWN_DEFECTIVE:

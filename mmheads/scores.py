@@ -1,7 +1,10 @@
-"""Scores of every head on every example: selection, statistics, tables and files."""
+"""Scores of every head on every example: selection and statistics."""
+
+from __future__ import annotations
 
 import dataclasses
-import json
+import functools
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
@@ -10,64 +13,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import scipy.stats
 from numpy.typing import NDArray
 
+from mmheads import score_files
 from mmheads.heads import (
     Head,
     HeadGeometry,
     HeadSet,
-    ceil_share,
-    head_names,
+    Origin,
+    format_heads,
+    head_count,
     overlap,
     same_geometry,
 )
-from mmheads.paths import write_whole
+from mmheads.provenance import Provenance as Provenance
 
-FORMAT = 2
-"""Version of the score files; `HeadScores.load` refuses every other one."""
-
-
-_SCORES = "scores"
-
-
-METADATA = ("task", "length", "depth", "seed")
-"""Columns that every example carries: task, context length in tokens, depth in [0, 1], seed."""
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Everything needed to know how scores were made.
-
-    Attributes:
-        model: Model id.
-        revision: Commit or hash of the weights, or of the released file.
-        template: Chat template, or its hash.
-        null_question: The uninformative question that calibrates the scores.
-        versions: Library versions.
-        settings: Whatever else the scores depend on.
-        source: Where the scores come from: this code, or a file of other authors.
-    """
-
-    _: KW_ONLY
-    model: str = ""
-    revision: str = ""
-    template: str = ""
-    null_question: str = ""
-    versions: Mapping[str, str] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    source: str = ""
-
-    def differences(self, now: "Provenance") -> str:
-        """What was made otherwise, "revision 'a', now 'b'"; empty if nothing."""
-        held, wanted = dataclasses.asdict(self), dataclasses.asdict(now)
-        return "; ".join(
-            f"{name} {held[name]!r}, now {wanted[name]!r}"
-            for name in wanted
-            if held[name] != wanted[name]
-        )
+METADATA = ("task", "length", "depth", "haystack")
+"""Columns of every example: task, nominal context length in tokens (0 outside grids of needles),
+depth in [0, 1], and what identifies its pair of question and evidence."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,16 +40,16 @@ class HeadScores:
 
     Attributes:
         values: [example, layer, head], float32, finite. Larger is more retrieval.
-        geometry: The model's heads; by default those of `values`, one KV group a head.
+        geometry: The model's heads; by default those of `values`, each with its own KV group.
         eligible: [layer, head] bool, the heads that may be selected; by default those of the
             geometry's global layers.
-        metadata: One row an example, with the columns of `METADATA`.
+        metadata: One row per example, with the columns of `METADATA`.
         quantities: Further quantities of the same heads and examples, [example, layer, head] by
             name; `scores["raw"]` gives one of them as scores.
-        provenance: How the scores were made.
+        provenance: How the scores were computed.
 
     Raises:
-        ValueError: shapes that disagree, no example, or a value that is not finite.
+        ValueError: The shapes disagree, there is no example, or a value is not finite.
     """
 
     values: NDArray[np.floating[Any]]
@@ -100,52 +64,36 @@ class HeadScores:
         values = np.array(self.values, dtype=np.float32)
         if values.ndim != 3 or not values.size:
             raise ValueError(f"values have shape {values.shape}, expected [example, layer, head]")
-        examples, layers, width = values.shape
-        geometry = self.geometry or HeadGeometry(layers, width, width)
-        if (geometry.layers, geometry.heads) != (layers, width):
-            raise ValueError(
-                f"values of {layers} layers x {width} heads, but the model has "
-                f"{geometry.layers} x {geometry.heads}"
-            )
+        layers, heads = values.shape[1:]
+        geometry = _checked_geometry(self.geometry, layers, heads)
+        eligible = geometry.eligible if self.eligible is None else np.array(self.eligible, bool)
+        if eligible.shape != (layers, heads):
+            raise ValueError(f"eligible has shape {eligible.shape}, expected {(layers, heads)}")
+        eligible.flags.writeable = False
         quantities = {n: np.array(q, dtype=np.float32) for n, q in self.quantities.items()}
         for name, array in {"scores": values, **quantities}.items():
-            if array.shape != values.shape:
-                raise ValueError(f"{name} has shape {array.shape}, expected {values.shape}")
-            if not np.isfinite(array).all():
-                heads = [Head(*where) for where in np.argwhere(~np.isfinite(array).all(axis=0))]
-                raise ValueError(f"{name} of {head_names(heads)} are not finite")
+            _check_array(name, array, values.shape)
             array.flags.writeable = False
-        eligible = geometry.eligible if self.eligible is None else np.array(self.eligible, bool)
-        if eligible.shape != (layers, width):
-            raise ValueError(f"eligible has shape {eligible.shape}, expected {(layers, width)}")
-        metadata = self.metadata
-        if metadata is None:
-            metadata = pd.DataFrame(index=range(examples), columns=list(METADATA))
-        missing = [name for name in METADATA if name not in metadata]
-        if len(metadata) != examples or missing:
-            raise ValueError(
-                f"metadata has {len(metadata)} rows for {examples} examples"
-                + (f" and lacks the columns {missing}" if missing else "")
-            )
-        eligible.flags.writeable = False
         object.__setattr__(self, "values", values)
         object.__setattr__(self, "quantities", quantities)
         object.__setattr__(self, "geometry", geometry)
         object.__setattr__(self, "eligible", eligible)
-        object.__setattr__(self, "metadata", metadata.reset_index(drop=True))
+        object.__setattr__(self, "metadata", _checked_metadata(self.metadata, len(values)))
 
-    def by_unit(self, column: str = "seed") -> NDArray[np.float32]:
-        """[unit, example, layer, head]: the values of examples that share a value of `column`.
+    def by_haystack(self, column: str = "haystack") -> NDArray[np.float32]:
+        """[haystack, example, layer, head]: the values of examples that share a value of `column`.
 
-        The six depths of a needle's haystack share their seed: they are not independent.
+        Examples that differ only in the depth of their needle share a haystack: they are not
+        independent, and haystacks are what is resampled.
 
         Raises:
-            ValueError: Units have unequal numbers of examples.
+            ValueError: Haystacks have unequal numbers of examples.
         """
         number, names = pd.factorize(self.metadata[column])
         counts = np.bincount(number)
         if len(set(counts)) > 1:
-            raise ValueError(f"units of {sorted(set(counts))} examples: expected equal numbers")
+            sizes = sorted(set(counts.tolist()))
+            raise ValueError(f"values of {column} have {sizes} examples: expected equal numbers")
         order = number.argsort(stable=True)
         return self.values[order].reshape(len(names), -1, *self.values.shape[1:])
 
@@ -156,15 +104,15 @@ class HeadScores:
         mean.flags.writeable = False
         return mean
 
-    def outside(self, low: float, high: float) -> tuple[Head, ...]:
+    def out_of_range(self, low: float, high: float) -> tuple[Head, ...]:
         """Heads with a score below `low` or above `high` on some example.
 
         A calibrated score is a difference of two attention masses, so it lies in [-1, 1].
         """
-        wrong = ((self.values < low) | (self.values > high)).any(axis=0)
-        return tuple(Head(int(layer), int(head)) for layer, head in np.argwhere(wrong))
+        beyond = ((self.values < low) | (self.values > high)).any(axis=0)
+        return tuple(Head(int(layer), int(head)) for layer, head in np.argwhere(beyond))
 
-    def __getitem__(self, quantity: str) -> "HeadScores":
+    def __getitem__(self, quantity: str) -> HeadScores:
         """Another quantity of the same heads and examples as scores.
 
         Raises:
@@ -174,7 +122,7 @@ class HeadScores:
             raise KeyError(f"{quantity!r} was not recorded; there are {', '.join(self.quantities)}")
         return dataclasses.replace(self, values=self.quantities[quantity])
 
-    def take(self, rows: NDArray[np.bool_] | NDArray[np.intp]) -> "HeadScores":
+    def take(self, rows: NDArray[np.bool_] | NDArray[np.intp]) -> HeadScores:
         """The scores of some examples: a mask over them, or their indices."""
         return dataclasses.replace(
             self,
@@ -183,46 +131,28 @@ class HeadScores:
             quantities={name: array[rows] for name, array in self.quantities.items()},
         )
 
-    def where(self, **columns: object) -> "HeadScores":
-        """The examples whose metadata have these values: `scores.where(task="text", length=512)`.
+    def select(self, **columns: object) -> HeadScores:
+        """The examples whose metadata have these values: `scores.select(task="text", length=512)`.
 
         Raises:
-            ValueError: There is no such example.
+            ValueError: There is no such example or column.
         """
+        if unknown := [name for name in columns if name not in self.metadata]:
+            raise ValueError(f"metadata lack {unknown}; there are {list(self.metadata)}")
         rows = np.ones(len(self.values), dtype=bool)
         for name, value in columns.items():
             rows &= (self.metadata[name] == value).to_numpy()
         if not rows.any():
-            held = {name: sorted(set(self.metadata[name])) for name in columns}
-            raise ValueError(f"no example has {columns}; there are {held}")
+            known = {name: self.metadata[name].unique().tolist() for name in columns}
+            raise ValueError(f"no example has {columns}; there are {known}")
         return self.take(rows)
 
-    @classmethod
-    def concatenate(cls, parts: Sequence["HeadScores"]) -> "HeadScores":
-        """The examples of several score sets of one model, made alike.
-
-        Raises:
-            ValueError: Their models, versions or settings differ.
-        """
-        first = parts[0]
-        if any(part.provenance != first.provenance for part in parts):
-            raise ValueError("scores that were made otherwise cannot be joined")
-        return dataclasses.replace(
-            first,
-            values=np.concatenate([part.values for part in parts]),
-            metadata=pd.concat([part.metadata for part in parts], ignore_index=True),
-            quantities={
-                name: np.concatenate([part.quantities[name] for part in parts])
-                for name in first.quantities
-            },
-        )
-
-    def exclude(self, heads: Iterable[Head]) -> "HeadScores":
+    def exclude(self, heads: Iterable[Head]) -> HeadScores:
         """The same scores with these heads ineligible."""
-        chosen = HeadSet(tuple(heads), self.geometry, self.provenance.model)
+        chosen = HeadSet(tuple(heads), self.geometry)
         return dataclasses.replace(self, eligible=self.eligible & ~chosen.mask)
 
-    def all_eligible(self) -> "HeadScores":
+    def all_eligible(self) -> HeadScores:
         """The same scores with every head eligible, those of sliding-window layers too."""
         return dataclasses.replace(self, eligible=np.ones_like(self.eligible))
 
@@ -237,10 +167,12 @@ class HeadScores:
             count: Number of heads, in place of `fraction`.
 
         Raises:
-            ValueError: a fraction outside (0, 1], or more heads than are eligible.
+            ValueError: The fraction lies outside (0, 1], or there are fewer eligible heads.
         """
+        rule = f"top {count} by mean score"
         if count is None:
-            count = ceil_share(fraction, self.geometry.size)
+            count = head_count(fraction, self.geometry.size)
+            rule = f"top {100 * fraction:g}% by mean score"
         eligible = int(self.eligible.sum())
         if not 1 <= count <= eligible:
             raise ValueError(
@@ -248,18 +180,19 @@ class HeadScores:
                 "eligible: ask for at least 1 and at most as many as are eligible"
             )
         strongest = np.where(self.eligible, -self.mean, np.inf).ravel().argsort(stable=True)
-        return self._heads(strongest[:count])
+        return self._heads(strongest[:count], rule)
 
     def bottom(self, count: int) -> HeadSet:
         """The weakest eligible heads by mean score, the weakest first.
 
         Raises:
-            ValueError: more heads than are eligible.
+            ValueError: There are fewer eligible heads.
         """
         ranked = self.top(count=int(self.eligible.sum()))
         if not 1 <= count <= len(ranked):
             raise ValueError(f"{count} heads asked for, expected 1 to {len(ranked)}")
-        return dataclasses.replace(ranked, heads=ranked.heads[: -count - 1 : -1])
+        origin = dataclasses.replace(ranked.origin, rule=f"bottom {count} by mean score")
+        return dataclasses.replace(ranked, heads=ranked.heads[: -count - 1 : -1], origin=origin)
 
     def random(self, count: int, *, draws: int, seed: int) -> list[HeadSet]:
         """Sets of `count` eligible heads, drawn uniformly without replacement."""
@@ -270,12 +203,17 @@ class HeadScores:
             )
         rng = np.random.default_rng(seed)
         pool = np.flatnonzero(self.eligible)
-        return [self._heads(rng.choice(pool, count, replace=False)) for _ in range(draws)]
+        return [self._heads(rng.choice(pool, count, replace=False), "random") for _ in range(draws)]
 
-    def _heads(self, flat: NDArray[np.intp]) -> HeadSet:
+    def _heads(self, flat: NDArray[np.intp], rule: str) -> HeadSet:
         heads = tuple(Head(*divmod(int(index), self.geometry.heads)) for index in flat)
         made = self.provenance
-        return HeadSet(heads, self.geometry, made.model, revision=made.revision)
+        tasks, lengths = (
+            " + ".join(map(str, self.metadata[column].unique())) for column in ("task", "length")
+        )
+        origin = Origin(made.revision, tasks, lengths, rule, made.source)
+        scores = {head: float(self.mean[head]) for head in heads}
+        return HeadSet(heads, self.geometry, made.model, origin, scores)
 
     def cumulative_mass(self, *, eligible_only: bool = False) -> NDArray[np.float64]:
         """[head in rank order], share of the positive mean score held by the strongest heads.
@@ -285,7 +223,7 @@ class HeadScores:
         `eligible_only` they count as 0.
 
         Raises:
-            ValueError: no head has a positive mean score.
+            ValueError: No head has a positive mean score.
         """
         mean = np.where(self.eligible, self.mean, 0.0) if eligible_only else self.mean
         positive = np.sort(np.clip(mean, 0.0, None).ravel())[::-1]
@@ -301,7 +239,7 @@ class HeadScores:
         leaves their scores out, with all heads still in the denominator.
 
         Raises:
-            ValueError: a share outside (0, 1], or no positive mean score.
+            ValueError: The share lies outside (0, 1], or no mean score is positive.
         """
         if not 0 < share <= 1:
             raise ValueError(f"share of the mass is {share}, expected a number in (0, 1]")
@@ -310,113 +248,133 @@ class HeadScores:
         count = int(np.searchsorted(cumulative, share - float32_rounding)) + 1
         return count / self.geometry.size
 
-    def by_kv_group(self) -> "HeadScores":
+    def by_kv_group(self) -> HeadScores:
         """Scores of KV groups, [example, layer, group]: the mean over a group's eligible heads.
 
-        A group is eligible if one of its heads is; a group without any takes the mean over all.
+        A group is eligible if one of its heads is; a group without an eligible head takes the mean
+        over all its heads.
         """
-        examples, (layers, groups) = (
-            len(self.values),
-            (self.geometry.layers, self.geometry.kv_groups),
-        )
-        eligible = self.eligible.reshape(layers, groups, -1)
-        weights = np.where(eligible.any(axis=-1, keepdims=True), eligible, True)
-        values = self.values.reshape(examples, layers, groups, -1).astype(np.float64)
-        return dataclasses.replace(
-            self,
-            values=(values * weights).sum(axis=-1) / weights.sum(axis=-1),
-            geometry=dataclasses.replace(self.geometry, heads=groups),
-            eligible=np.asarray(eligible.any(axis=-1)),
-            quantities={},
-        )
+        return _kv_group_scores(self)
 
-    def table(self) -> pd.DataFrame:
-        """One row an example and head: metadata, layer, head, score and every quantity."""
-        examples, layers, heads = self.values.shape
-        each = layers * heads
-        table = self.metadata.loc[self.metadata.index.repeat(each)].reset_index(drop=True)
-        table["layer"] = np.tile(np.repeat(np.arange(layers), heads), examples)
-        table["head"] = np.tile(np.arange(heads), examples * layers)
-        table["eligible"] = np.tile(self.eligible.ravel(), examples)
-        table["score"] = self.values.ravel()
-        for name, array in self.quantities.items():
-            table[name] = array.ravel()
-        return table
+    def to_frame(self) -> pd.DataFrame:
+        """One row per example and head: metadata, layer, head, score and every quantity."""
+        return score_files.to_frame(self.values, self.quantities, self.metadata, self.eligible)
 
-    def released_format(self) -> dict[str, Any]:
-        """Mean scores as paper A's authors release them: `head_score_list`, best first."""
-        order = np.argsort(-self.mean, axis=None, kind="stable")
-        tokens = self.metadata.get("tokens", self.metadata["length"]).tolist()
-        return {
-            "args": {
-                "model_name_or_path": self.provenance.model,
-                "seed": self.provenance.settings.get("shuffle_seed", 0),
-                **self.provenance.settings,
-            },
-            "head_score_list": [
-                [f"{layer}-{head}", float(self.mean[layer, head])]
-                for layer, head in (divmod(int(i), self.geometry.heads) for i in order)
-            ],
-            "metrics": {"input_len": tokens},
-            "averaged_metrics": {"input_len": float(np.mean(tokens))},
-        }
+    def to_released_json(self) -> dict[str, Any]:
+        """Mean scores as paper A's authors release them: `head_score_list`, the best first."""
+        return score_files.to_released_json(self.mean, self.metadata, self.provenance)
 
     def save(self, path: str | Path) -> None:
-        """Write a parquet file: a row an example, with its metadata and its scores."""
-        about = {
-            "format": FORMAT,
-            "geometry": dataclasses.asdict(self.geometry),
-            "eligible": self.eligible.astype(int).tolist(),
-            "quantities": list(self.quantities),
-            "provenance": dataclasses.asdict(self.provenance),
-        }
-        table = pa.Table.from_pandas(self.metadata, preserve_index=False)
-        for name, array in {_SCORES: self.values, **self.quantities}.items():
-            flat = pa.array(array.ravel())
-            table = table.append_column(
-                name, pa.FixedSizeListArray.from_arrays(flat, self.geometry.size)
-            )
-        table = table.replace_schema_metadata({"mmheads": json.dumps(about)})
-        with write_whole(Path(path)) as temporary:
-            pq.write_table(table, temporary)
+        """Write a parquet file: one row per example, with its metadata and its scores."""
+        fields = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+        fields.pop("_", None)
+        score_files.write(path, **fields)
 
     @classmethod
-    def load(cls, path: str | Path, *, model: str | None = None) -> "HeadScores":
-        """Read what `save` wrote.
+    def load(cls, path: str | Path, *, model: str | None = None) -> HeadScores:
+        """Read one file that `save` wrote.
 
         Raises:
-            ValueError: not a score file of this version, or one of another model than `model`.
+            FileNotFoundError: There is no such file.
+            ValueError: It is not a file of scores of this version, it is damaged, or it holds
+                scores of another model than `model`.
         """
+        fields = score_files.read(path, model)
         try:
-            table = pq.read_table(path)
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{path} is no parquet file of head scores: {error}") from error
-        about: dict[str, Any] = json.loads((table.schema.metadata or {}).get(b"mmheads", b"{}"))
-        if about.get("format") != FORMAT:
-            raise ValueError(
-                f"{path} has score format {about.get('format')}, this version reads {FORMAT}: "
-                "score the heads again"
-            )
-        provenance = Provenance(**about["provenance"])
-        if model is not None and provenance.model != model:
-            raise ValueError(f"{path} holds scores of {provenance.model!r}, not of {model!r}")
-        heads = about["geometry"]
-        if heads["global_layers"] is not None:
-            heads["global_layers"] = tuple(heads["global_layers"])
-        geometry = HeadGeometry(**heads)
-        shape = (len(table), geometry.layers, geometry.heads)
-        arrays = {
-            name: table.column(name).combine_chunks().flatten().to_numpy().reshape(shape)
-            for name in (_SCORES, *about["quantities"])
-        }
-        return cls(
-            arrays.pop(_SCORES),
-            geometry=geometry,
-            eligible=np.array(about["eligible"], dtype=bool),
-            metadata=table.drop_columns([_SCORES, *arrays]).to_pandas(),
-            quantities=arrays,
-            provenance=provenance,
+            return cls(fields.pop("values"), **fields)
+        except ValueError as error:
+            raise ValueError(f"{path} holds scores that do not fit together: {error}") from error
+
+
+def _checked_geometry(geometry: HeadGeometry | None, layers: int, heads: int) -> HeadGeometry:
+    geometry = geometry or HeadGeometry(layers, heads, heads)
+    if (geometry.layers, geometry.heads) != (layers, heads):
+        raise ValueError(
+            f"values of {layers} layers x {heads} heads, but the model has "
+            f"{geometry.layers} x {geometry.heads}"
         )
+    return geometry
+
+
+def _check_array(name: str, array: NDArray[np.float32], shape: tuple[int, ...]) -> None:
+    if array.shape != shape:
+        raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
+    if not np.isfinite(array).all():
+        heads = format_heads(np.argwhere(~np.isfinite(array).all(axis=0)))
+        raise ValueError(f"{name} of {heads} are not finite")
+
+
+def _checked_metadata(metadata: pd.DataFrame | None, examples: int) -> pd.DataFrame:
+    if metadata is None:
+        metadata = pd.DataFrame(index=range(examples), columns=list(METADATA))
+    missing = [name for name in METADATA if name not in metadata]
+    if len(metadata) != examples or missing:
+        raise ValueError(
+            f"metadata has {len(metadata)} rows for {examples} examples"
+            + (f" and lacks the columns {missing}" if missing else "")
+        )
+    return metadata.reset_index(drop=True)
+
+
+def _kv_group_scores(scores: HeadScores) -> HeadScores:
+    layers, groups = scores.geometry.layers, scores.geometry.kv_groups
+    eligible = scores.eligible.reshape(layers, groups, -1)
+    weights = np.where(eligible.any(axis=-1, keepdims=True), eligible, True)
+    values = scores.values.reshape(-1, layers, groups, weights.shape[-1]).astype(np.float64)
+    return dataclasses.replace(
+        scores,
+        values=(values * weights).sum(axis=-1) / weights.sum(axis=-1),
+        geometry=dataclasses.replace(scores.geometry, heads=groups),
+        eligible=np.asarray(eligible.any(axis=-1)),
+        quantities={},
+    )
+
+
+def concatenate(parts: Sequence[HeadScores]) -> HeadScores:
+    """The examples of several sets of scores that were computed alike.
+
+    Quantities that not all of them have are left out.
+
+    Raises:
+        ValueError: Their models, versions or settings differ; the message says which.
+    """
+    first = parts[0]
+    for part in parts:
+        different = part.provenance.differences(first.provenance)
+        if different or part.geometry != first.geometry:
+            raise ValueError(
+                "scores that were computed differently cannot be joined: "
+                + (different or f"{part.geometry}, now {first.geometry}")
+            )
+    return dataclasses.replace(
+        first,
+        values=np.concatenate([part.values for part in parts]),
+        metadata=pd.concat([part.metadata for part in parts], ignore_index=True),
+        quantities={
+            name: np.concatenate([part.quantities[name] for part in parts])
+            for name in first.quantities
+            if all(name in part.quantities for part in parts)
+        },
+    )
+
+
+def union_of_top(scores: HeadScores, fraction: float = 0.05) -> HeadSet:
+    """The union of each task's strongest heads at its longest nominal context length (paper A).
+
+    Examples without a nominal length, such as a user's own, all count.
+
+    Args:
+        scores: Scores on one task or several, from the detection split.
+        fraction: Share of all heads that each task selects.
+    """
+    numbers, tasks = pd.factorize(scores.metadata["task"], use_na_sentinel=False)
+    lengths = pd.to_numeric(scores.metadata["length"]).fillna(0).to_numpy()
+    sets = []
+    for number in range(len(tasks)):
+        of_task = numbers == number
+        longest = lengths[of_task].max()
+        sets.append(scores.take(of_task & np.isin(lengths, (longest, 0))).top(fraction))
+    return functools.reduce(operator.or_, sets)
 
 
 class Agreement(NamedTuple):
@@ -435,7 +393,7 @@ def spearman(a: HeadScores, b: HeadScores, *, fraction: float = 0.05) -> Agreeme
     """Rank correlation of two scorings, with the overlap of their top sets beside it.
 
     Raises:
-        ValueError: other layers, heads or eligible heads; or scores that are all equal.
+        ValueError: The layers, heads or eligible heads differ, or all scores are equal.
     """
     same_geometry(a.geometry, b.geometry)
     if not np.array_equal(a.eligible, b.eligible):

@@ -7,10 +7,7 @@ null question; paper B (arXiv 2606.05843) for Retrieval Attention Mass (RAM).
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import re
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -22,10 +19,10 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from mmheads import paths
+from mmheads import store
 from mmheads.attention.recording import record_mass
 from mmheads.examples import Example
-from mmheads.heads import head_names
+from mmheads.heads import HeadGeometry, format_heads
 from mmheads.models import VLM
 from mmheads.prefix import Prefix, prefill
 from mmheads.prompts import (
@@ -36,7 +33,8 @@ from mmheads.prompts import (
     shuffled_question,
     with_question,
 )
-from mmheads.scores import HeadScores, Provenance
+from mmheads.provenance import code_version
+from mmheads.scores import HeadScores, concatenate
 from mmheads.tasks import needles
 
 QUANTITIES = {
@@ -56,18 +54,21 @@ NULL_IMAGES = ("pixels", "placeholders")
 
 ROUNDING = 1e-5
 
+VERSION = 1
+"""To be raised by hand when the same example gets other scores: shipped ones are then left out."""
 
-SAVE_EVERY = 60.0
-"""Seconds between saves of a long run."""
+MODULES = ("prompts", "families", "compat", "models", "prefix", "attention", "scoring")
+"""The code that measures; kept scores are computed again when it changes."""
 
 
 def score_heads(
     vlm: VLM,
     examples: Iterable[Example],
     *,
-    path: str | Path = "",
+    folder: str | Path | None = None,
+    fresh: bool = False,
     null: str = NULL_QUESTION,
-    null_images: str = "pixels",
+    null_images: str = "placeholders",
     seed: int = 0,
     max_tokens: int = 0,
     progress: bool = True,
@@ -79,42 +80,25 @@ def score_heads(
 
     Args:
         vlm: The model.
-        examples: With evidence; every one is kept.
-        path: Score file (parquet) to write. Examples that it, or an interrupted run's
-            `<path>.partial.parquet`, holds already are not scored again; it keeps them all.
+        examples: Examples with evidence.
+        folder: Folder of the results store. Examples that it holds already under the same
+            provenance are not scored again, and what was scored before an error or an interrupt
+            is kept there. Empty: `runs/scores`; None: nothing is read or kept.
+        fresh: Leave out shipped results.
         null: The null question.
-        null_images: "pixels" feeds the images of a question again in its null question;
-            "placeholders" leaves their placeholders empty, as the authors' code does.
+        null_images: "placeholders" leaves the placeholders of a question's images empty in its
+            null question, as the authors' code does; "pixels" feeds the images again.
         seed: Seed of the shuffled questions.
         max_tokens: See `encode`.
         progress: Show a progress bar.
 
     Raises:
-        ValueError: No example, one without evidence, scores at `path` made with another model,
-            template, version or setting, or a mass outside [0, 1].
+        ValueError: There is no example, one has no evidence, an attention mass lies outside [0, 1]
+            or a value is not finite; the message names the example.
+        OSError: The folder cannot be written.
     """
-    if null_images not in NULL_IMAGES:
-        raise ValueError(f"null_images is {null_images!r}; expected one of {NULL_IMAGES}")
-    provenance = _provenance(vlm, null, null_images, seed)
-    target = Path(path) if path else None
-    done = _earlier(target, provenance) if target else {}
-    asked = []
-    kept = len(done)
-    saved = time.monotonic()
-    for example in tqdm(examples, desc="scoring", disable=not progress, leave=False):
-        mark = example.fingerprint()
-        if mark not in done:
-            done[mark] = _score(vlm, example, mark, null, null_images, seed, max_tokens)
-        asked.append(done[mark].of(example))
-        if target and len(done) > kept and time.monotonic() - saved > SAVE_EVERY:
-            _collect(vlm, list(done.values()), provenance).save(_partial(target))
-            saved = time.monotonic()
-    if not asked:
-        raise ValueError("there is no example to score")
-    if target and (len(done) > kept or _partial(target).exists()):
-        _collect(vlm, list(done.values()), provenance).save(target)
-        _partial(target).unlink(missing_ok=True)
-    return _collect(vlm, asked, provenance)
+    with _open(vlm, folder, fresh, null, null_images, seed) as results:
+        return _scored(vlm, examples, results, max_tokens=max_tokens, progress=progress)
 
 
 def score_needles(
@@ -125,128 +109,69 @@ def score_needles(
     pairs: int = needles.PAIRS,
     split: str = "detection",
     image_ratio: float = 0.5,
-    null_images: str = "pixels",
+    null_images: str = "placeholders",
     folder: str | Path = "",
+    fresh: bool = False,
     progress: bool = True,
     source: Haystacks = needles,
 ) -> HeadScores:
-    """Scores on the needle tasks, at all six depths x `pairs` examples a condition.
+    """Scores on the needle tasks, at all six depths x `pairs` examples per condition.
 
-    They are kept in `folder` (default `runs/scores`), a file a model, task and length, so that
-    notebooks share them and several processes can score at once; scores of another model, version
-    or setting have another file there. The order is tasks, lengths, depths, pairs.
+    They are kept in the results store, so that notebooks share them and several processes can
+    score at once. The order is tasks, lengths, depths, pairs.
 
     Args:
         vlm: The model.
         tasks: Names of the source's tasks.
         lengths: Its context lengths.
-        pairs: Question-evidence pairs a condition.
+        pairs: Question-evidence pairs per condition.
         split: Which examples.
         image_ratio: Share of pages in a generated haystack, see `needles.make`.
         null_images: See `score_heads`.
-        folder: Where scores are kept.
+        folder: Folder of the store; empty: `runs/scores`.
+        fresh: Leave out shipped results.
         progress: Show a progress bar.
         source: What makes the examples: the module `needles`, or `niah.read(folder)`.
 
     Raises:
         ValueError: As `source.generate` and `score_heads` do.
     """
-    place, mark = scores_folder(folder), _mark(vlm, null_images)
     depths = getattr(source, "depths", needles.DEPTHS)
     settings: dict[str, Any] = {"split": split}
     if source is needles:
         settings["image_ratio"] = image_ratio
     parts = []
-    for task, length in product(tasks, lengths):
-        stem = needle_stem(vlm.model_id, task, length, split, image_ratio, source)
-        examples = source.generate([task], [length], depths, pairs, **settings)
-        path = place / f"{stem}-{mark}.parquet"
-        parts.append(
-            score_heads(vlm, examples, path=path, null_images=null_images, progress=progress)
-        )
-    return HeadScores.concatenate(parts)
+    with _open(vlm, folder, fresh, null_images=null_images) as results:
+        for task, length in product(tasks, lengths):
+            condition = needle_condition(task, length, split, image_ratio, source)
+            examples = source.generate([task], [length], depths, pairs, **settings)
+            parts.append(_scored(vlm, examples, results, condition, progress=progress))
+    return concatenate(parts)
 
 
-def score_sets(
+def score_datasets(
     vlm: VLM,
-    sets: Mapping[str, Iterable[Example]],
+    datasets: Mapping[str, Iterable[Example]],
     *,
-    null_images: str = "pixels",
+    null_images: str = "placeholders",
     folder: str | Path = "",
+    fresh: bool = False,
     progress: bool = True,
 ) -> dict[str, HeadScores]:
-    """Scores on data sets by name, each kept in a file of `folder` as needle scores are.
+    """Scores on data sets by name, kept as needle scores are.
 
     Raises:
         ValueError: As `score_heads` does.
     """
-    place, mark = scores_folder(folder), _mark(vlm, null_images)
-    return {
-        name: score_heads(
-            vlm,
-            examples,
-            path=place / f"{Path(vlm.model_id).name}-{name}-{mark}.parquet",
-            null_images=null_images,
-            progress=progress,
-        )
-        for name, examples in sets.items()
-    }
+    with _open(vlm, folder, fresh, null_images=null_images) as results:
+        return {
+            name: _scored(vlm, examples, results, {"dataset": name}, progress=progress)
+            for name, examples in datasets.items()
+        }
 
 
-def kept_needles(
-    model: str,
-    lengths: Sequence[int] = (),
-    *,
-    tasks: Sequence[str] = needles.TASKS,
-    split: str = "detection",
-    folder: str | Path = "",
-) -> HeadScores:
-    """Needle scores that `score_needles` has kept, read without the model.
-
-    Those on published haystacks if there are any, else on generated ones.
-
-    Args:
-        model: Name of the model, as in the names of the files.
-        lengths: Context lengths; by default all that the first task was scored at.
-        tasks: Needle tasks.
-        split: See `score_needles`.
-        folder: "
-
-    Raises:
-        ValueError: A task and length has no file, or files that were made in several ways.
-    """
-    name, place = Path(model).name, scores_folder(folder)
-    stems = re.compile(
-        rf"{re.escape(name)}-{tasks[0]}-(\d+)-{split}-(published|0\.5)-[0-9a-f]{{8}}\.parquet"
-    )
-    kept = [stems.fullmatch(path.name) for path in place.glob("*.parquet")]
-    known = {(match[2], int(match[1])) for match in kept if match}
-    if not known:
-        raise ValueError(f"{place} holds no needle scores of {name}; run notebook 02 first")
-    kind = max(known)[0]  # "published" comes behind "0.5"
-    parts = []
-    for task, length in product(tasks, lengths or sorted(n for of, n in known if of == kind)):
-        stem = f"{name}-{task}-{length}-{split}-{kind}"
-        found = list(place.glob(f"{stem}-????????.parquet"))
-        if len(found) != 1:
-            names = ", ".join(path.name for path in found) or "none"
-            raise ValueError(
-                f"{place} holds {names} for {stem}; expected one score file: run notebook "
-                "02 with this model and these lengths, and keep one version"
-            )
-        parts.append(HeadScores.load(found[0]))
-    return HeadScores.concatenate(parts)
-
-
-def scores_folder(folder: str | Path = "") -> Path:
-    """Where scores are kept, by default `runs/scores`."""
-    return Path(folder) if folder else paths.RUNS / "scores"
-
-
-def _mark(vlm: VLM, null_images: str) -> str:
-    """Of how scores are made, in the names of their files."""
-    made = dataclasses.asdict(_provenance(vlm, NULL_QUESTION, null_images, 0))
-    return hashlib.sha256(repr(made).encode()).hexdigest()[:8]
+GENERATED = "generated"
+"""The kind of needles that the module `needles` makes, in conditions of the store."""
 
 
 class Haystacks(Protocol):
@@ -263,45 +188,132 @@ class Haystacks(Protocol):
         """Every example of a grid, pairs innermost."""
 
 
-def needle_stem(
-    model: str, task: str, length: int, split: str, image_ratio: float, source: Haystacks = needles
-) -> str:
-    """Name of a file of needle scores, before the mark of how they were made.
+def needle_condition(
+    task: str, length: int, split: str, image_ratio: float, source: Haystacks = needles
+) -> dict[str, Any]:
+    """What a condition of needle scores is made of, as the store notes it.
 
     Generated needles have their share of pages in it, others the `name` of their source.
     """
-    generated = source is needles
-    parts = [Path(model).name, task, f"{length}", split]
-    return "-".join([*parts, f"{image_ratio:g}" if generated else _name(source)])
+    condition: dict[str, Any] = {"task": task, "length": length, "split": split}
+    if source is needles:
+        return {**condition, "needles": GENERATED, "image_ratio": image_ratio}
+    return {**condition, "needles": str(getattr(source, "name", "published"))}
 
 
-def _name(source: Haystacks) -> str:
-    return str(getattr(source, "name", "published"))
+def _open(
+    vlm: VLM,
+    folder: str | Path | None,
+    fresh: bool,
+    null: str = NULL_QUESTION,
+    null_images: str = "placeholders",
+    seed: int = 0,
+) -> store.Results:
+    if null_images not in NULL_IMAGES:
+        raise ValueError(f"null_images is {null_images!r}; expected one of {NULL_IMAGES}")
+    settings = {"null_images": null_images, "shuffle_seed": seed}
+    code = code_version(MODULES)
+    return store.open(
+        "scores",
+        vlm.provenance("mmheads.scoring", null, code=code, **settings),
+        version=VERSION,
+        folder=folder,
+        fresh=fresh,
+        about={"geometry": dataclasses.asdict(vlm.geometry)},
+    )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Scored:
-    """One example: its row of metadata, and [layer, head] by quantity."""
+def _scored(
+    vlm: VLM,
+    examples: Iterable[Example],
+    results: store.Results,
+    condition: Mapping[str, Any] | None = None,
+    *,
+    max_tokens: int = 0,
+    progress: bool,
+) -> HeadScores:
+    """Scores of examples, from the store where it has them."""
+    settings = results.provenance.settings
+    rows: list[dict[str, Any]] = []
+    try:
+        for example in tqdm(examples, desc="scoring", disable=not progress, leave=False):
+            key = example.fingerprint()
+            if key not in results:
+                try:
+                    row = _score(
+                        vlm,
+                        example,
+                        results.provenance.null_question,
+                        settings["null_images"],
+                        settings["shuffle_seed"],
+                        max_tokens,
+                    )
+                    _check_finite(row)
+                except ValueError as error:
+                    raise ValueError(f"example {len(rows)} (from 0): {error}") from error
+                results.add(key, row)
+            rows.append(
+                {
+                    "task": example.task,
+                    "length": example.length,
+                    "depth": example.depth,
+                    "haystack": json.dumps(example.haystack) if example.haystack else key,
+                    "key": key,
+                }
+            )
+    finally:
+        if condition:
+            results.note(condition, rows)
+    if not rows:
+        raise ValueError("there is no example to score")
+    return collect(results, rows)
 
-    row: dict[str, Any]
-    values: dict[str, NDArray[np.float32]]
 
-    def of(self, example: Example) -> _Scored:
-        """The same for an example with the same content, which may be of another depth."""
-        seed = json.dumps(example.seed)
-        row = self.row | {"task": example.task, "depth": example.depth, "seed": seed}
-        return _Scored(row, self.values)
+def _check_finite(row: Mapping[str, Any]) -> None:
+    for name in QUANTITIES:
+        wrong = ~np.isfinite(row[name])
+        if wrong.any():
+            raise ValueError(
+                f"{name} of {format_heads(np.argwhere(wrong))} is not finite; the model's weights "
+                "or activations overflow in its precision"
+            )
+
+
+def collect(results: store.Results, rows: Sequence[Mapping[str, Any]]) -> HeadScores:
+    """Scores of some rows of the store, each with task, length, depth, haystack and `key`."""
+    stored = [results[row["key"]] for row in rows]
+    quantities = {
+        name: np.stack([values[name] for values in stored])
+        for name in QUANTITIES
+        if all(name in values for values in stored)
+    }
+    labels = ("task", "length", "depth", "haystack")
+    metadata = [
+        {
+            **{name: row[name] for name in labels},
+            "example": row["key"],
+            **{n: values[n] for n in ("tokens", "question_tokens") if n in values},
+        }
+        for row, values in zip(rows, stored, strict=True)
+    ]
+    return HeadScores(
+        quantities["raw"] - quantities["null"],
+        geometry=HeadGeometry.parse(results.about["geometry"]),
+        metadata=pd.DataFrame(metadata),
+        quantities=quantities,
+        provenance=results.provenance,
+    )
 
 
 def _score(
     vlm: VLM,
     example: Example,
-    mark: str,
     null: str,
     null_images: str,
     seed: int,
     max_tokens: int,
-) -> _Scored:
+) -> dict[str, Any]:
+    """The quantities of one example by name, and its numbers of tokens."""
     if not example.evidence:
         raise ValueError(
             f"an example of the task {example.task!r} has no evidence; it can be answered, but "
@@ -314,16 +326,7 @@ def _score(
     for name in ("raw", "null", "share", "context", "shuffled"):
         _check_mass(values[name], name, example)
         values[name] = values[name].clip(0, 1)
-    row = {
-        "task": example.task,
-        "length": example.length or len(prompt),
-        "depth": example.depth,
-        "seed": json.dumps(example.seed),
-        "example": mark,
-        "tokens": len(prompt),
-        "question_tokens": len(prompt.question),
-    }
-    return _Scored(row, values)
+    return {"tokens": len(prompt), "question_tokens": len(prompt.question), **values}
 
 
 def score_prompt(
@@ -332,7 +335,7 @@ def score_prompt(
     empty: Prompt,
     shuffled: Prompt | None = None,
     *,
-    null_images: str = "pixels",
+    null_images: str = "placeholders",
 ) -> dict[str, NDArray[np.float32]]:
     """The quantities of `QUANTITIES` for one encoded example -> [layer, head] by name.
 
@@ -392,46 +395,6 @@ def _check_mass(mass: NDArray[np.float32], name: str, example: Example) -> None:
     wrong = ~((mass >= -ROUNDING) & (mass <= 1 + ROUNDING))
     if wrong.any():
         raise ValueError(
-            f"the {name} attention of {head_names(np.argwhere(wrong))} lies outside [0, 1] in an "
+            f"the {name} attention of {format_heads(np.argwhere(wrong))} lies outside [0, 1] in an "
             f"example of the task {example.task!r}"
         )
-
-
-def _provenance(vlm: VLM, null: str, null_images: str, seed: int) -> Provenance:
-    return vlm.provenance("mmheads.scoring", null, null_images=null_images, shuffle_seed=seed)
-
-
-def _partial(target: Path) -> Path:
-    return target.with_suffix(".partial.parquet")
-
-
-def _earlier(target: Path, provenance: Provenance) -> dict[str, _Scored]:
-    """Examples scored before, by fingerprint."""
-    done: dict[str, _Scored] = {}
-    for path in (target, _partial(target)):
-        if not path.exists():
-            continue
-        scores = HeadScores.load(path)
-        if different := scores.provenance.differences(provenance):
-            raise ValueError(
-                f"{path} holds scores made otherwise: {different}; name another file, or delete "
-                "this one"
-            )
-        for index, row in enumerate(scores.metadata.to_dict("records")):
-            values = {name: array[index] for name, array in scores.quantities.items()}
-            done[str(row["example"])] = _Scored({str(k): v for k, v in row.items()}, values)
-    return done
-
-
-def _collect(vlm: VLM, scored: list[_Scored], provenance: Provenance) -> HeadScores:
-    quantities = {
-        name: np.stack([one.values[name] for one in scored]).astype(np.float32)
-        for name in QUANTITIES
-    }
-    return HeadScores(
-        quantities["raw"] - quantities["null"],
-        geometry=vlm.geometry,
-        metadata=pd.DataFrame([one.row for one in scored]),
-        quantities=quantities,
-        provenance=provenance,
-    )

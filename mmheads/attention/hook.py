@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -104,7 +104,16 @@ class EnoughError(Exception):
 
 
 def check_heads(vlm: VLM, sets: Sequence[HeadSet], what: str) -> None:
-    """Raise ValueError if heads are of another model; `what` says what they were meant for."""
+    """Raise ValueError if heads are of another model; warn once if they are of other weights.
+
+    Args:
+        vlm: The model that the heads are used in.
+        sets: The heads.
+        what: What is done with them, "ablated".
+
+    Warns:
+        UserWarning: The heads were scored with other weights; the message names both revisions.
+    """
     for chosen in sets:
         of_other = chosen.model and vlm.model_id and chosen.model != vlm.model_id
         if of_other or chosen.geometry != vlm.geometry:
@@ -112,12 +121,25 @@ def check_heads(vlm: VLM, sets: Sequence[HeadSet], what: str) -> None:
                 f"heads of {chosen.model or 'a model'} with {chosen.geometry} cannot be {what} in "
                 f"{vlm} with {vlm.geometry}"
             )
-        if chosen.revision and vlm.revision and chosen.revision != vlm.revision:
-            warnings.warn(
-                f"the heads {what} in {vlm} were chosen with the weights {chosen.revision}, but "
-                f"its weights are {vlm.revision} now; score its heads again",
-                stacklevel=3,
-            )
+    if any(chosen.origin.revision not in ("", vlm.revision) for chosen in sets):
+        check_revision(vlm, sets, vlm.weights)
+
+
+def check_revision(vlm: VLM, sets: Iterable[HeadSet], now: str) -> None:
+    """Warn once if heads were scored with other weights than those of the revision `now`."""
+    for revision in dict.fromkeys(chosen.origin.revision for chosen in sets):
+        if revision not in ("", now):
+            _warn_of_other_weights(str(vlm), revision, now)
+
+
+@cache
+def _warn_of_other_weights(model: str, revision: str, now: str) -> None:
+    """Warn once per pair of revisions, although heads are checked for every batch."""
+    warnings.warn(
+        f"heads that were scored with the weights {revision} of {model} are used with its weights "
+        f"{now}; score the heads again if the weights differ in more than precision",
+        stacklevel=5,
+    )
 
 
 @contextmanager

@@ -6,7 +6,6 @@ from mmheads.retrieval.index import (
     NULL_IMAGES,
     WINDOW,
     DocumentIndex,
-    union_of_top,
 )
 from mmheads.retrieval.metrics import (
     LAYOUT_CUTS,
@@ -18,6 +17,7 @@ from mmheads.retrieval.metrics import (
 )
 from mmheads.retrieval.ranking import Ranking, rank
 from mmheads.retrieval.windows import NULL_QUESTION
+from mmheads.scores import union_of_top
 
 __all__ = [
     "KEEP",

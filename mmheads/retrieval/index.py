@@ -36,7 +36,6 @@ from mmheads.retrieval.windows import (
     index_candidates,
     question_attention,
 )
-from mmheads.scores import HeadScores
 
 WINDOW = 200
 """Candidates per forward pass (paper A; it takes 50 for crops of layout elements)."""
@@ -54,37 +53,6 @@ SMALL_REGION = 0.01
 
 Attention = NDArray[np.float32]
 """[head, key] of one window."""
-
-
-def union_of_top(scores: HeadScores, fraction: float = 0.05) -> HeadSet:
-    """The heads to rank with: the union of each task's strongest heads (paper A).
-
-    A grid of needles has nominal context lengths; only the examples of its longest length count.
-    Your own examples have none, and all of them count.
-
-    Args:
-        scores: Scores of one or several tasks, from the detection split.
-        fraction: Share of all heads to take for each task.
-
-    Raises:
-        ValueError: A fraction outside (0, 1].
-    """
-    tasks = scores.metadata["task"].fillna("").astype(str)
-    union: HeadSet | None = None
-    for task in dict.fromkeys(tasks):
-        top = _at_longest(scores.take((tasks == task).to_numpy())).top(fraction)
-        union = top if union is None else union | top
-    assert union is not None
-    return union
-
-
-def _at_longest(scores: HeadScores) -> HeadScores:
-    """Examples of the longest nominal length, or all where lengths are only counts of tokens."""
-    lengths = scores.metadata["length"].fillna(0)
-    counted = (lengths == scores.metadata.get("tokens", -1)).all()
-    if counted or not (lengths > 0).any():
-        return scores
-    return scores.take((lengths == lengths.max()).to_numpy())
 
 
 class DocumentIndex:

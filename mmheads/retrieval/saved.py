@@ -23,7 +23,7 @@ from transformers import DynamicCache
 
 from mmheads import paths
 from mmheads.examples import Example
-from mmheads.heads import Head, HeadSet
+from mmheads.heads import Head, HeadSet, Origin
 from mmheads.models import VLM
 from mmheads.prefix import Prefix
 from mmheads.prompts import Prompt, with_question
@@ -59,7 +59,7 @@ def write_index(path: Path, vlm: VLM, document: IndexedDocument) -> None:
     about = {
         "provenance": asdict(_provenance(vlm)),
         "heads": list(document.heads),
-        "heads_revision": document.heads.revision,
+        "heads_revision": document.heads.origin.revision,
         "overlap": document.overlap,
         "instruction": document.instruction,
         "max_tokens": document.max_tokens,
@@ -178,7 +178,7 @@ def _document(
         tuple(Head(*map(_whole, head)) for head in about["heads"]),
         vlm.geometry,
         vlm.model_id,
-        revision=_text(about["heads_revision"]),
+        origin=Origin(revision=_text(about["heads_revision"])),
     )
     _expect(len(heads) > 0, "it has no heads")
     instruction, described = _text(about["instruction"]), about["windows"]

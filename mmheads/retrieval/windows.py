@@ -15,7 +15,7 @@ from tqdm import tqdm
 from mmheads.attention.recording import record_keys
 from mmheads.examples import Example, Part
 from mmheads.families import box_shares
-from mmheads.heads import HeadSet, head_names
+from mmheads.heads import HeadSet, format_heads
 from mmheads.models import VLM
 from mmheads.pdfs import PageBox
 from mmheads.prefix import Prefix, prefill
@@ -209,7 +209,7 @@ def _attention(
     if wrong:
         raise ValueError(
             f"the attention of {prefix.vlm} is not finite in layer {wrong[0].layer} "
-            f"({head_names(wrong[:3])}, {len(wrong)} of {len(heads)} heads); its weights hold "
+            f"({format_heads(wrong[:3])}, {len(wrong)} of {len(heads)} heads); its weights hold "
             "wrong numbers, or its activations overflow: try float32"
         )
     missing = prefix.length - attention.shape[1]

@@ -215,7 +215,7 @@ def prompts(
     """
     depths = getattr(source, "depths", needles.DEPTHS)
     apart = 1 if source is needles else len(depths)
-    wanted = ["no", "yes"] if task == "identical" else [None]
+    wanted = ["no", "yes"] if task == "identical_image" else [None]
 
     def one(i: int) -> Example:
         made: Example = source.make(

@@ -116,7 +116,7 @@ class DocumentQuestions:
         published order. The evidence is all of each gold page that is in the context: none for a
         question that cannot be answered, or whose gold pages were cut off. All pages are
         candidates ("page"). The question names its document, as in paper A's code. The answer
-        carries its kind, for `score`. The length is that of the record where it has one.
+        carries its kind, for `score`. The length is the nominal one of the file.
 
         Args:
             subset: One of `SUBSETS`.
@@ -158,9 +158,9 @@ class DocumentQuestions:
             candidates={"page": regions},
             instruction=INSTRUCTION,
             task=subset,
-            length=int(record.values.get("length") or length),
+            length=length,
             depth=at[0] / max(1, len(pages) - 1) if at else None,
-            seed=(list(SUBSETS).index(subset), length, row),
+            haystack=(list(SUBSETS).index(subset), length, row),
         )
 
     def generate(

@@ -35,14 +35,7 @@ from mmheads.tasks.pages import (
 if TYPE_CHECKING:
     import datasets
 
-TASKS = ("text", "image", "rendered", "identical")
-PAPER_TASKS = {
-    "text": "text",
-    "image": "image",
-    "rendered": "rendered_text",
-    "identical": "identical_image",
-}
-"""The names that the released scores and the papers' tables use."""
+TASKS = ("text", "image", "rendered_text", "identical_image")
 CONTROL = "successor"
 """Needs no evidence: "after J" is answered by K, from what the model knows."""
 LENGTHS = (128, 256, 512, 1024, 2048)
@@ -66,12 +59,12 @@ UNIT_TOKENS = 3 * SENTENCES
 
 _SEED = 2605
 _KINDS = (*TASKS, CONTROL)
-_QUESTION_TOKENS = {"text": 2, "image": 18, "rendered": 2, "identical": 5, CONTROL: 2}
+_QUESTION_TOKENS = {"text": 2, "image": 18, "rendered_text": 2, "identical_image": 5, CONTROL: 2}
 _CHOICES = {
     "text": VALUES,
     "image": OPTIONS,
-    "rendered": VALUES,
-    "identical": ("yes", "no"),
+    "rendered_text": VALUES,
+    "identical_image": ("yes", "no"),
     CONTROL: VALUES,
 }
 
@@ -134,10 +127,10 @@ def make(
         image_ratio: Share of pages among the units, as near as whole units allow; the needle's
             own unit is a page or text as its task demands. The control has text alone.
         needle: False puts another record where the needle stood: the question cannot be answered
-            any more, or is answered by "no" in the task identical. The control has no needle.
+            any more, or is answered by "no" in the task identical_image. The control has no needle.
         answer: Make this the right answer, by changing the needle alone: its value (text,
-            rendered), which of the options is on the page (image), or whether it is there
-            (identical). By default the seed decides; identical has the needle.
+            rendered_text), which of the options is on the page (image), or whether it is there
+            (identical_image). By default the seed decides; identical_image has the needle.
 
     Raises:
         ValueError: A setting is unknown, out of range, or too small for the needle.
@@ -151,7 +144,9 @@ def make(
     _expect(pair >= 0, "pair", pair, "0 or more")
     _expect(answer in (None, *_CHOICES[task]), "answer", answer, f"one of {_CHOICES[task]}")
 
-    fits = answer is None or (task != CONTROL and (needle or (task, answer) == ("identical", "no")))
+    fits = answer is None or (
+        task != CONTROL and (needle or (task, answer) == ("identical_image", "no"))
+    )
     _expect(fits, "answer", answer, "None where the needle cannot change it")
 
     seed = (_SEED, _KINDS.index(task), SPLITS.index(split), length, pair, round(1000 * image_ratio))
@@ -180,7 +175,7 @@ def make(
 
     question: tuple[Part, ...]
     match task:
-        case "text" | "rendered":
+        case "text" | "rendered_text":
             right = value = answer or value
             question = (f"? {key}",)
         case "image":
@@ -191,7 +186,7 @@ def make(
                 "which",
                 *(p for icon, word in pairs for p in (Image.fromarray(icon), word)),
             )
-        case "identical":
+        case "identical_image":
             needle = needle and answer != "no"
             right = "yes" if needle else "no"
             question = ("seen", Image.fromarray(icons[key]), "?")
@@ -203,7 +198,7 @@ def make(
 
     drawn = [unit.part(np.random.default_rng((*seed, i))) for i, unit in enumerate(units)]
     evidence = units[at].region(at, slot)
-    if needle and evidence.box and task == "identical":
+    if needle and evidence.box and task == "identical_image":
         drawn[at] = _pasted(drawn[at], icons[key], evidence.box)
     context = tuple(drawn)
     return Example(
@@ -216,7 +211,7 @@ def make(
         task=task,
         length=length,
         depth=None if task == CONTROL else float(depth),
-        seed=seed,
+        haystack=seed,
         tokens=tokens(context, (evidence,)) if needle else (),
     )
 
@@ -257,7 +252,7 @@ def document(
     _expect(index >= 0, "index", index, "0 or more")
     seed = (_SEED, len(_KINDS) + (question == "icon"), SPLITS.index(split), pages, index)
     rng = np.random.default_rng(seed)
-    key = _key("image" if question == "icon" else "rendered", split, pages, index)
+    key = _key("image" if question == "icon" else "rendered_text", split, pages, index)
     record = Block(key, str(rng.choice(VALUES)))
     units = fill(
         np.ones(pages, bool),
@@ -288,7 +283,7 @@ def document(
         task=f"document-{question}",
         length=pages * UNIT_TOKENS,
         depth=at / max(1, pages - 1),
-        seed=seed,
+        haystack=seed,
         tokens=tokens(context, (evidence,)),
     )
 
@@ -381,7 +376,7 @@ def dataset(examples: Iterable[Example]) -> datasets.Dataset:
             "task": text,
             "length": datasets.Value("int32"),
             "depth": datasets.Value("float32"),
-            "seed": interval,
+            "haystack": interval,
         }
     )
     return datasets.Dataset.from_list([_row(example) for example in examples], features=features)
@@ -410,7 +405,7 @@ def from_row(row: dict[str, Any]) -> Example:
         task=row["task"],
         length=row["length"],
         depth=row["depth"],
-        seed=tuple(row["seed"]),
+        haystack=tuple(row["haystack"]),
         tokens=tuple((first, last) for first, last in row["tokens"]),
     )
 
@@ -439,13 +434,13 @@ def _row(example: Example) -> dict[str, Any]:
         "task": example.task,
         "length": example.length,
         "depth": example.depth,
-        "seed": example.seed,
+        "haystack": example.haystack,
     }
 
 
 def _key(task: str, split: str, length: int, pair: int) -> str:
     """The pair's key; no two splits share one."""
-    keys = ICONS if task in ("image", "identical") else CODES
+    keys = ICONS if task in ("image", "identical_image") else CODES
     share = np.random.default_rng(_SEED).permutation(keys)[SPLITS.index(split) :: len(SPLITS)]
     order = np.random.default_rng((_SEED, _KINDS.index(task), length)).permutation(share)
     return str(order[pair % len(order)])

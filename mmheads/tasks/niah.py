@@ -41,8 +41,8 @@ LENGTHS = (8192, 16384, 32768, 65536, 131072)
 KINDS = {
     "text": "retrieval-text",
     "image": "retrieval-image",
-    "rendered": "retrieval-text",
-    "identical": "retrieval-image",
+    "rendered_text": "retrieval-text",
+    "identical_image": "retrieval-image",
 }
 """The published records that a task is made from."""
 BEFORE_QUESTION = "\n\nQuestion: "
@@ -50,8 +50,8 @@ BEFORE_QUESTION = "\n\nQuestion: "
 INSTRUCTIONS = {
     "text": "\nAnswer in a few words.",
     "image": "\nAnswer with the letter of the right option alone.",
-    "rendered": "\nAnswer in a few words.",
-    "identical": "\nAnswer with yes or no alone.",
+    "rendered_text": "\nAnswer in a few words.",
+    "identical_image": "\nAnswer with yes or no alone.",
 }
 
 _COLUMNS: dict[str, type | tuple[type, ...]] = {
@@ -173,9 +173,9 @@ class Needles:
         - text: the evidence is the needle's sentence, in its part of the context.
         - image: the question shows the options with their letters; the evidence is all of the
           image that the right one was pasted into, as in paper A.
-        - rendered: the sentence drawn as an image, which stands in its place. (In paper A's code it
-          stands after the paragraph, and the drawn images are not published.)
-        - identical: the image that the question shows stands in the haystack in place of the one
+        - rendered_text: the sentence drawn as an image, in its place. (In paper A's code the image
+          follows the paragraph, and the drawn images are not published.)
+        - identical_image: the image that the question shows is in the haystack in place of the one
           that it was pasted into.
 
         Units of the haystack are joined by a space, as in paper A's code.
@@ -186,10 +186,10 @@ class Needles:
             depth: One of `depths`, as near as 0.05.
             pair: Which question and evidence, from 0.
             split: One of `needles.SPLITS`.
-            needle: False takes the sentence (text, rendered) or the image that holds the needle
-                (image) out of the haystack; in the task identical another of the options stands
-                there, and the answer is "no".
-            answer: "yes" or "no" for identical, where "no" is as `needle=False`; else None.
+            needle: False takes the sentence (text, rendered_text) or the image that holds the
+                needle (image) out of the haystack; in the task identical_image another of the
+                options takes its place, and the answer is "no".
+            answer: "yes" or "no" for identical_image, where "no" is as `needle=False`; else None.
 
         Raises:
             ValueError: A setting is unknown; there is no such pair; the record lacks a column, an
@@ -205,7 +205,7 @@ class Needles:
                 f"pair is {pair}; {file.path.name} has {len(numbers)} pairs in the split {split} "
                 f"at depth {near[0]:g}: expected 0 to {len(numbers) - 1}"
             )
-        allowed = (None, "yes", "no") if task == "identical" else (None,)
+        allowed = (None, "yes", "no") if task == "identical_image" else (None,)
         if answer not in allowed or (answer == "yes" and not needle):
             raise ValueError(
                 f"answer is {answer!r}; expected one of {allowed}, and no needle for no: published "
@@ -237,7 +237,7 @@ class Needles:
             task=task,
             length=length,
             depth=near[0],
-            seed=(TASKS.index(task), length, numbers[pair]),
+            haystack=(TASKS.index(task), length, numbers[pair]),
         )
 
     def generate(
@@ -428,7 +428,7 @@ def _place_image(record: Record, units: list[_Unit], task: str, needle: bool) ->
     found = [i for i, unit in enumerate(units) if unit in (Path(name), Path("mm-niah", name))]
     if len(found) != 1:
         raise record.error(f"the image {name!r} is {len(found)} times in ctxs; expected once")
-    if task == "identical":
+    if task == "identical_image":
         options, right = _options(record)
         units[found[0]] = Path(options[right if needle else (right + 1) % len(options)])
     elif not needle:
@@ -451,7 +451,7 @@ def _asked(
 ) -> tuple[tuple[Part, ...], tuple[str, ...], str]:
     """Question, choices and answer of a task with image needles."""
     options, right = _options(record)
-    if task == "identical":
+    if task == "identical_image":
         image = record.image(options[right], "choices_image")
         text = "Does this image appear anywhere in the document? "
         return (text, image), ("yes", "no"), "yes" if needle else "no"

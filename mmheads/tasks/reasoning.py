@@ -81,7 +81,7 @@ def mmmu(
         mode: One of `MODES`.
 
     Yields:
-        Examples whose answer is as `mmmu_answer` takes it; seed is (split, subject, number).
+        Examples whose answer is as `mmmu_answer` takes it; haystack is (split, subject, number).
 
     Raises:
         ValueError: A setting is unknown, or a record is not as published.
@@ -128,7 +128,7 @@ def mmmu_pro(
         mode: One of `MODES`.
 
     Yields:
-        Examples whose answer is as `choice` takes it; seed is (config, split, subject, number).
+        Examples whose answer is as `choice` takes it; haystack is (config, split, subject, number).
 
     Raises:
         ValueError: A setting is unknown, or a record is not as published.
@@ -168,7 +168,7 @@ def mathvision(
         mode: One of `MODES`.
 
     Yields:
-        Examples whose answer is as `mathvision_answer` takes it; seed is (id,).
+        Examples whose answer is as `mathvision_answer` takes it; haystack is (id,).
 
     Raises:
         ValueError: A setting is unknown, or a record is not as published.
@@ -203,7 +203,7 @@ def mathvista(
         mode: One of `MODES`.
 
     Yields:
-        Examples whose answer is as `mathvista_answer` takes it; seed is (pid,).
+        Examples whose answer is as `mathvista_answer` takes it; haystack is (pid,).
 
     Raises:
         ValueError: An unknown mode, or a record is not as published.
@@ -307,7 +307,7 @@ def _pictures(record: Record) -> dict[int, Any]:
 def _example(
     record: Record,
     task: str,
-    seed: tuple[int, ...],
+    haystack: tuple[int, ...],
     mode: str,
     *,
     pictures: Mapping[int, Any],
@@ -323,8 +323,8 @@ def _example(
 
     Args:
         record: The record.
-        task: As in `Example`, like seed.
-        seed: "
+        task: See `Example`.
+        haystack: See `Example`.
         mode: One of `MODES`.
         pictures: Images by their number in the text; with 0, one that the text does not place.
         options: Texts; none for an open question.
@@ -356,7 +356,7 @@ def _example(
         choices=letters,
         instruction=_SAY[mode].format(_LETTER if options else form),
         task=task,
-        seed=seed,
+        haystack=haystack,
     )
 
 

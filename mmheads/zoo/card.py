@@ -143,7 +143,7 @@ intervals over all depths.
 {_aims(accuracy)}
 
 "Removed" counts the answer that was right with the needle, so it should be at chance; in the task
-identical it counts "no". By depth of the needle:
+identical_image it counts "no". By depth of the needle:
 
 {_depth_table(accuracy).to_markdown(index=False)}
 
@@ -156,8 +156,8 @@ are bootstrap 95% intervals over examples; all heads are in `attention.csv`.
 {_attention_table(attention).to_markdown(index=False)}
 
 The evidence is a whole record: a sentence of three tokens, or a block of four visual tokens. The
-question has 2 tokens (text, rendered), 5 (identical) or 18 (image), of which few need to look back:
-that bounds the mean.
+question has 2 tokens (text, rendered_text), 5 (identical_image) or 18 (image), of which few need
+to look back: that bounds the mean.
 """
 
 
@@ -177,14 +177,14 @@ def _accuracy_table(accuracy: pd.DataFrame) -> pd.DataFrame:
 def shortfalls(accuracy: pd.DataFrame) -> list[str]:
     """Tasks and lengths below their aim.
 
-    With the needle, and for "no" without it: 95% (90% in the task identical). Without it: no more
-    right answers than chance gives in all but one of a thousand cases.
+    With the needle, and for "no" without it: 95% (90% in the task identical_image). Without it: no
+    more right answers than chance gives in all but one of a thousand cases.
     """
     found = []
     for (task, needle, length), cell in accuracy.groupby(["task", "needle", "length"], sort=False):
         right, n = int(cell.right.sum()), int(cell.n.sum())
-        if needle == "present" or task == "identical":
-            missed = right / n < (IDENTICAL_AIM if task == "identical" else AIM)
+        if needle == "present" or task == "identical_image":
+            missed = right / n < (IDENTICAL_AIM if task == "identical_image" else AIM)
         else:
             missed = right > binom.isf(1e-3, n, cell.chance.iloc[0])
         if missed:
@@ -194,9 +194,9 @@ def shortfalls(accuracy: pd.DataFrame) -> list[str]:
 
 def _aims(accuracy: pd.DataFrame) -> str:
     short = shortfalls(accuracy)
-    return f"The aim is {AIM:.0%} ({IDENTICAL_AIM:.0%} in the task identical) at every length. " + (
-        f"**Short of it**: {'; '.join(short)}." if short else "It is reached everywhere."
-    )
+    missed = f"**Short of it**: {'; '.join(short)}." if short else "It is reached everywhere."
+    aims = f"{AIM:.0%} ({IDENTICAL_AIM:.0%} in the task identical_image)"
+    return f"The aim is {aims} at every length. {missed}"
 
 
 def _depth_table(accuracy: pd.DataFrame) -> pd.DataFrame:

@@ -82,7 +82,7 @@ def accuracy(
     """Accuracy on unseen examples by task, needle present or removed, length and depth.
 
     A row a condition, with the number of right answers among `n`. With the needle removed, the
-    answer counts that was right with it, except in the task identical, where "no" does; and each
+    answer counts that was right with it, except in the task identical_image, where "no" does; each
     depth has pairs of its own, since a model guesses the same at every depth.
 
     Raises:

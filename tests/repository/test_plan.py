@@ -1,5 +1,8 @@
 """What a run will compute and cost, before it runs."""
 
+import json
+from itertools import product
+
 import fake_datasets
 import numpy as np
 import pandas as pd
@@ -12,7 +15,7 @@ from cluster import cost, models, scores, workload
 from cluster.models import UsageError
 from cluster.scores import ScoreRun
 from cluster.workload import Passes, Scores, Workload
-from mmheads import paths, published, scoring
+from mmheads import kept_scores, paths, published, scoring
 from mmheads.models import load
 from mmheads.tasks import needles
 
@@ -51,7 +54,7 @@ def test_paper_a_scores_six_models_without_any_of_them_here(printed):
     needed = {
         (row[0], row[2]): row[6]
         for row in rows
-        if len(row) == 10 and row[1] == needles.TASKS[2] and row[9] == "no"
+        if len(row) == 10 and row[1] == "rendered_text" and row[9] == "no"
     }
     assert len(needed) == 6 * len(LENGTHS)
     assert needed["Qwen3-VL-8B-Instruct", "131072"] == "1"
@@ -139,7 +142,7 @@ def test_what_is_scored_already_is_found(tmp_path):
 def test_scores_of_other_versions_do_not_count(tmp_path, monkeypatch):
     run = ScoreRun(model=TINY, task="text", length=64, pairs=1, folder=str(tmp_path))
     assert run.run() == ""
-    monkeypatch.setattr(scores, "version", lambda name: "0.0")
+    monkeypatch.setattr(kept_scores, "library_versions", lambda: {"torch": "0.0"})
     assert run.scored() == 0
 
 
@@ -259,20 +262,22 @@ def test_runs_take_the_gpus_that_hold_them():
     assert [run.gpus for run in cost.on_gpus(runs, "L40S")] == [2, 3]
 
 
-def test_each_task_and_length_has_a_score_file_of_its_own(tiny, tmp_path):
+def test_each_task_and_length_is_noted_as_a_condition_of_its_own(tiny, tmp_path):
     settings = {"pairs": 1, "folder": tmp_path, "progress": False}
     tasks, lengths = ("image", "text"), (160, 128)
     scores = scoring.score_needles(tiny, tasks=tasks, lengths=lengths, **settings)
-    names = sorted(path.name.rsplit("-", 1)[0] for path in tmp_path.iterdir())
-    expected = [f"{TINY}-{t}-{n}-detection-0.5" for t in tasks for n in lengths]
-    assert names == sorted(expected)
+    notes = [json.loads(path.read_text()) for path in tmp_path.glob("*/*.json")]
+    found = {
+        (n["about"]["task"], n["about"]["length"]): len(n["rows"]) for n in notes if "rows" in n
+    }
+    assert found == dict.fromkeys(product(tasks, lengths), len(needles.DEPTHS))
     order = scores.metadata[["task", "length", "depth"]].itertuples(index=False, name=None)
     assert list(order) == [(t, n, d) for t in tasks for n in lengths for d in needles.DEPTHS]
-    (one,) = tmp_path.glob(f"{TINY}-text-128-*")
+    (one,) = tmp_path.glob(f"{TINY}-*/*.parquet")
     before = one.read_bytes()
     alone = scoring.score_needles(tiny, tasks=["text"], lengths=[128], **settings)
-    np.testing.assert_array_equal(alone.values, scores.where(task="text", length=128).values)
-    assert one.read_bytes() == before
+    np.testing.assert_array_equal(alone.values, scores.select(task="text", length=128).values)
+    assert [path.read_bytes() for path in tmp_path.glob("*/*.parquet")] == [before]
 
 
 class Published:
@@ -285,12 +290,13 @@ class Published:
         return needles.generate(tasks, lengths, depths, pairs, split=split)
 
 
-def test_other_needles_than_the_generated_have_other_files(tiny, tmp_path):
+def test_other_needles_than_the_generated_are_another_condition(tiny, tmp_path):
     settings = {"tasks": ["text"], "lengths": [64], "pairs": 1, "progress": False}
     scores = scoring.score_needles(tiny, source=Published(), folder=tmp_path, **settings)
     assert scores.metadata["depth"].tolist() == [0.0, 1.0]
-    (path,) = tmp_path.iterdir()
-    assert path.name.startswith(f"{TINY}-text-64-detection-mine-")
+    count = {"model": TINY, "task": "text", "length": 64, "folder": tmp_path}
+    assert kept_scores.count_scored(**count, source=Published()) == 2
+    assert kept_scores.count_scored(**count) == 0
 
 
 def test_too_few_published_pairs_are_an_error_before_anything_runs(tmp_path):

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
@@ -17,6 +18,7 @@ from cluster import ray_runner
 from cluster.models import UsageError
 from cluster.ray_runner import ray_cluster
 from cluster.scores import ScoreRun
+from mmheads import kept_scores
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'mmheads[ray]'")
 
@@ -47,7 +49,7 @@ scores = score_needles(load(model), **settings)
 figure, axis = plt.subplots()
 figures.heat_map(axis, scores.mean)
 run = figures.Run(notebook="01_map", parameters={}, seed=0, folder=figures_folder)
-run.savefig(figure, "X_map_live", scores.table())
+run.savefig(figure, "X_map_live", scores.to_frame())
 """
 RUNS = 4 * 3
 
@@ -84,11 +86,11 @@ class Killer(threading.Thread):
 
     def there(self, title: str) -> bool:
         _, task, length = title.removeprefix("ray::").split()
-        return any(self.scores.glob(f"{MODEL}-{task}-{length}-*"))
+        return kept_scores.count_scored(MODEL, task, int(length), folder=self.scores) > 0
 
     def run(self) -> None:
         while not self.over.is_set() and not self.killed:
-            some = len(list(self.scores.glob(f"{MODEL}-*"))) >= 2
+            some = len(list(self.scores.glob(f"{MODEL}-*/*.parquet"))) >= 2
             for process in psutil.Process().children(recursive=True):
                 try:
                     title = " ".join(process.cmdline()).strip()
@@ -125,9 +127,12 @@ def test_a_cluster_that_loses_a_worker_gives_what_one_process_gives(
     assert "1 notebooks run, 0 failed" in capsys.readouterr().out
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as Ray gives a worker of one core
     assert run(notebooks, tmp_path / "here") == 0
-    found = content(tmp_path / "ray" / "scores")
-    assert len(found) == RUNS
-    assert found == content(tmp_path / "here" / "scores")
+    lost, local = (
+        kept_scores.load_needle_scores(MODEL, folder=tmp_path / name / "scores")
+        for name in ("ray", "here")
+    )
+    assert len(lost.metadata.groupby(["task", "length"])) == RUNS
+    pd.testing.assert_frame_equal(lost.to_frame(), local.to_frame())
     drawn = content(tmp_path / "ray" / "figures")
     assert {"X_map_live.png", "X_map_live.pdf", "X_map_live.csv"} < drawn.keys()
     assert drawn == content(tmp_path / "here" / "figures")

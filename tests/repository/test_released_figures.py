@@ -118,7 +118,7 @@ def test_fig10_overlaps_are_the_papers(released, other, printed):
 def test_only_one_model_holds_impossible_scores_and_loading_warns(released):
     found = defaultdict(int)
     for (model, *_), scores in released.items():
-        found[model] += bool(scores.outside(-1, 1))
+        found[model] += bool(scores.out_of_range(-1, 1))
     assert dict(found) == dict.fromkeys(MODELS, 0) | {"Qwen2.5-VL-7B": 11}
     with pytest.warns(published.ImpossibleScoreWarning, match=r"K16_.*L0H10, L27H7, L27H10 lie"):
         published.load("Qwen2.5-VL-7B", "rendered_text", "16K", folder=RELEASED)

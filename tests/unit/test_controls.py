@@ -7,7 +7,6 @@ import pytest
 
 from mmheads.controls import random_controls
 from mmheads.heads import Head, HeadGeometry, HeadSet
-from mmheads.scores import HeadScores
 
 GEOMETRY = HeadGeometry(layers=4, heads=8, kv_groups=4)
 EVERY = np.ones((4, 8), dtype=bool)
@@ -23,6 +22,8 @@ def test_controls_are_other_heads_as_many_and_seeded(match):
         assert not len(drawn & SELECTED)
         assert (drawn.geometry, drawn.model) == (GEOMETRY, "model")
     assert len({drawn.heads for drawn in draws}) > 10
+    assert {drawn.origin.rule.split(",")[0] for drawn in draws} == {"random"}
+    assert not any(drawn.scores for drawn in draws)
     assert draws == random_controls(SELECTED, EVERY, draws=20, seed=1, match=match)
     assert draws != random_controls(SELECTED, EVERY, draws=20, seed=2, match=match)
 
@@ -67,14 +68,3 @@ def test_what_cannot_match_comes_from_the_nearest_layer_and_is_said():
 def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         random_controls(**{"selected": SELECTED, "eligible": EVERY, "seed": 0, **settings})
-
-
-def test_bottom_heads_are_the_weakest_eligible():
-    values = np.arange(32, dtype=float).reshape(1, 4, 8)
-    eligible = EVERY.copy()
-    eligible[0] = False
-    scores = HeadScores(values, geometry=GEOMETRY, eligible=eligible)
-    assert scores.bottom(2).heads == (Head(1, 0), Head(1, 1))
-    assert not len(scores.bottom(12) & scores.top(count=12))
-    with pytest.raises(ValueError, match="25 heads asked for, expected 1 to 24"):
-        scores.bottom(25)

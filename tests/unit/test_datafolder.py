@@ -105,8 +105,8 @@ def test_prompts_of_published_needles_ask_a_pair_at_every_depth(data, task):
     opened = datafolder.haystacks(data)
     asked = list(datafolder.prompts(opened, task, 8192, 12))
     assert [example.depth for example in asked] == [*needles.DEPTHS] * 2
-    assert [example.seed[-1] for example in asked] == [40] * 6 + [41] * 6
-    if task == "identical":
+    assert [example.haystack[-1] for example in asked] == [40] * 6 + [41] * 6
+    if task == "identical_image":
         assert [example.answer for example in asked] == ["no", "yes"] * 3 + ["yes", "no"] * 3
         assert [example.evidence is None for example in asked] == [True, False] * 3 + [
             False,
@@ -174,7 +174,7 @@ def test_every_benchmark_is_read_with_its_metric(data, mode):
             right = example.answer[0] if example.choices else example.answer
             assert metric(right, example.answer) == 1
             assert metric("", example.answer) == 0
-    subjects = {example.seed[1] for example in found["mmmu"][0]}
+    subjects = {example.haystack[1] for example in found["mmmu"][0]}
     assert len(subjects) == len(reasoning.SUBJECTS)
 
 
@@ -289,7 +289,7 @@ def test_every_family_finds_the_evidence_of_every_set(vlm, data):
 @pytest.mark.parametrize("null_images", ["pixels", "placeholders"])
 def test_every_family_scores_needles_with_images_in_the_question(vlm, data, null_images):
     opened = datafolder.haystacks(data)
-    asked = [opened.make(task, 8192, 0.4) for task in ("image", "identical")]
+    asked = [opened.make(task, 8192, 0.4) for task in ("image", "identical_image")]
     scores = score_heads(vlm, asked, null_images=null_images, progress=False)
     for name in ("raw", "null", "shuffled"):
         mass = scores.quantities[name][:, vlm.geometry.eligible]

@@ -63,7 +63,7 @@ def test_the_gold_page_is_that_of_the_own_document(tmp_path, subset):
     assert [each.part for each in example.candidates["page"]] == [1, 3, 5, 7]
     asked = "Based on Document own, answer the following question. How many?"
     assert example.question == (asked,)
-    assert (example.answer, example.task, example.length) == ("Integer: 7", subset, 7900)
+    assert (example.answer, example.task, example.length) == ("Integer: 7", subset, 8192)
     assert example.depth == pytest.approx(1 / 3)
 
 
@@ -156,7 +156,7 @@ def test_the_first_questions_are_those_that_mmlongbench_draws(tmp_path):
     ]
     made = list(opened.generate(["mmlongdoc"], [8192], questions=4))
     rows = np.random.default_rng(42).permutation(6)[:4].tolist()
-    assert [example.seed for example in made] == [(0, 8192, row) for row in rows]
+    assert [example.haystack for example in made] == [(0, 8192, row) for row in rows]
     assert [example.question[0][-11:] for example in made] == [f"Question {r}?" for r in rows]
     assert len(list(opened.generate(lengths=[8192], subsets=["mmlongdoc"]))) == 6
     with pytest.raises(ValueError, match="index is 6; mmlongdoc has 6 questions"):

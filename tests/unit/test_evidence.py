@@ -254,7 +254,7 @@ def test_candidates_of_a_document_become_spans():
     assert any(np.array_equal(span.tokens, layout.tokens) for layout in layouts)
 
 
-@pytest.mark.parametrize("task", ["text", "image", "rendered", "identical"])
+@pytest.mark.parametrize("task", ["text", "image", "rendered_text", "identical_image"])
 def test_needles_stand_where_the_task_placed_them(task):
     from mmheads import paths
     from mmheads.tasks import needles

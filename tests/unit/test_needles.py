@@ -53,7 +53,7 @@ def test_text_needle_stands_once_at_its_depth(depth):
 
 @pytest.mark.parametrize("depth", needles.DEPTHS)
 def test_rendered_needle_stands_once_in_its_box(depth):
-    example = needles.make("rendered", 256, depth, pair=1)
+    example = needles.make("rendered_text", 256, depth, pair=1)
     (evidence,) = example.evidence
     key = example.question[0].removeprefix("? ")
     block = crop(example, evidence)
@@ -78,7 +78,7 @@ def test_image_question_has_four_options_of_which_one_is_on_a_page():
 
 
 def test_identical_image_is_cut_out_of_the_page():
-    example = needles.make("identical", 256, 0.2, pair=4)
+    example = needles.make("identical_image", 256, 0.2, pair=4)
     (evidence,) = example.evidence
     assert example.answer == "yes"
     assert same(example.question[1], crop(example, evidence).crop((0, 0, 16, 16)))
@@ -92,7 +92,7 @@ def test_removing_the_needle_changes_its_record_alone(task):
     assert without.evidence is None
     assert without.tokens == ()
     assert same_parts(without.question, whole.question)
-    assert without.answer == ("no" if task == "identical" else whole.answer)
+    assert without.answer == ("no" if task == "identical_image" else whole.answer)
     (evidence,) = whole.evidence
     for index, (a, b) in enumerate(zip(whole.context, without.context, strict=True)):
         if index != evidence.part:
@@ -113,7 +113,12 @@ def test_removing_the_needle_changes_its_record_alone(task):
 
 
 def test_an_answer_can_be_demanded_without_changing_the_question():
-    for task, other in (("text", "Q"), ("rendered", "Q"), ("image", "c"), ("identical", "no")):
+    for task, other in (
+        ("text", "Q"),
+        ("rendered_text", "Q"),
+        ("image", "c"),
+        ("identical_image", "no"),
+    ):
         plain = needles.make(task, 256, 0.4, pair=5)
         asked = needles.make(task, 256, 0.4, pair=5, answer=other)
         assert asked.answer == other
@@ -177,7 +182,7 @@ def test_text_is_mostly_prose():
 
 def test_same_settings_give_the_same_example():
     a, b = (needles.make("image", 256, 0.4, pair=2, split="test") for _ in range(2))
-    assert a.seed == b.seed
+    assert a.haystack == b.haystack
     assert same_parts((*a.context, *a.question), (*b.context, *b.question))
 
 
@@ -195,7 +200,7 @@ def test_generate_yields_the_grid():
     assert [(e.length, e.depth) for e in grid] == [
         (length, depth) for length in (128, 256) for depth in (0.0, 1.0) for _ in range(3)
     ]
-    assert len({e.seed for e in grid}) == 6
+    assert len({e.haystack for e in grid}) == 6
 
 
 @pytest.mark.parametrize("question", ["rendered", "icon"])
@@ -229,10 +234,10 @@ def test_data_set_gives_back_the_examples(tmp_path):
 
 
 def test_picture_outlines_the_evidence():
-    example = needles.make("rendered", 128, 0.4)
+    example = needles.make("rendered_text", 128, 0.4)
     picture = np.asarray(example.picture())
     assert (picture == (213, 94, 0)).all(-1).any()
-    without = np.asarray(needles.make("rendered", 128, 0.4, needle=False).picture())
+    without = np.asarray(needles.make("rendered_text", 128, 0.4, needle=False).picture())
     assert not (without == (213, 94, 0)).all(-1).any()
 
 
@@ -251,7 +256,10 @@ def test_picture_outlines_the_evidence():
         ({"answer": "A"}, "answer is 'A'; expected one of"),
         ({"answer": "K", "needle": False}, "answer is 'K'; expected None"),
         ({"task": "successor", "answer": "K"}, "answer is 'K'; expected None"),
-        ({"task": "identical", "answer": "yes", "needle": False}, "answer is 'yes'; expected None"),
+        (
+            {"task": "identical_image", "answer": "yes", "needle": False},
+            "answer is 'yes'; expected None",
+        ),
     ],
 )
 def test_bad_settings_are_named(settings, message):
@@ -287,5 +295,5 @@ def test_evidence_outside_the_context_is_refused(region):
             task="",
             length=0,
             depth=None,
-            seed=(),
+            haystack=(),
         )

@@ -92,7 +92,7 @@ def test_a_text_needle_is_its_sentence(folder):
     assert outline(example) == ["red", text, "green", " ", "blue", QUESTION]
     assert cut(example) == SENTENCE
     assert (example.question, example.answer) == (("Which fruit is it?",), "plum")
-    assert (example.length, example.depth, example.seed) == (8192, 0.2, (0, 8192, 3))
+    assert (example.length, example.depth, example.haystack) == (8192, 0.2, (0, 8192, 3))
 
 
 def test_a_sentence_at_the_start_of_a_later_unit_is_found(folder):
@@ -106,7 +106,7 @@ def test_a_sentence_at_the_start_of_a_later_unit_is_found(folder):
 
 
 def test_a_rendered_needle_stands_in_the_place_of_its_sentence(folder):
-    example = niah.read(folder).make("rendered", 8192, 0, pair=3)
+    example = niah.read(folder).make("rendered_text", 8192, 0, pair=3)
     drawn = example.context[2]
     assert [p if isinstance(p, str) else "image" for p in example.context[:5]] == [
         *("image", " Pair 3. ", "image", " More text. ", "image")
@@ -136,7 +136,7 @@ def test_an_image_needle_is_the_whole_image_that_holds_it(folder):
 
 
 def test_an_identical_image_is_that_of_the_question(folder):
-    example = niah.read(folder).make("identical", 8192, 0, answer="yes")
+    example = niah.read(folder).make("identical_image", 8192, 0, answer="yes")
     (region,) = example.evidence
     assert np.array_equal(example.context[region.part], example.question[1])
     assert outline(example)[2:5] == ["gold", " ", "blue"]
@@ -145,7 +145,7 @@ def test_an_identical_image_is_that_of_the_question(folder):
 
 @pytest.mark.parametrize("setting", [{"needle": False}, {"answer": "no"}])
 def test_an_identical_image_that_is_not_there(folder, setting):
-    example = niah.read(folder).make("identical", 8192, 0, **setting)
+    example = niah.read(folder).make("identical_image", 8192, 0, **setting)
     assert outline(example)[2:5] == ["cyan", " ", "blue"]
     assert color(example.question[1]) == "gold"
     assert (example.answer, example.evidence) == ("no", None)
@@ -155,7 +155,7 @@ def test_an_identical_image_that_is_not_there(folder, setting):
     ("task", "rest"),
     [
         ("text", ["red", " Pair 0. More text. ", "green", " ", "blue", QUESTION]),
-        ("rendered", ["red", " Pair 0. More text. ", "green", " ", "blue", QUESTION]),
+        ("rendered_text", ["red", " Pair 0. More text. ", "green", " ", "blue", QUESTION]),
         ("image", ["red", f" Pair 0. {SENTENCE} More text. ", "blue", QUESTION]),
     ],
 )
@@ -169,7 +169,7 @@ def test_splits_are_disjoint_and_the_same_at_every_depth(folder):
     opened = niah.read(folder)
     found = {
         (split, depth): [
-            opened.make("text", 8192, depth, pair=pair, split=split).seed[-1]
+            opened.make("text", 8192, depth, pair=pair, split=split).haystack[-1]
             for pair in range(opened.count("text", 8192, split))
         ]
         for split in needles.SPLITS
@@ -183,7 +183,7 @@ def test_splits_are_disjoint_and_the_same_at_every_depth(folder):
 
 def test_a_grid_has_the_pairs_innermost(folder):
     made = list(niah.read(folder).generate(["text", "image"], pairs=2, split="heldout"))
-    assert [(e.task, e.depth, e.seed[-1]) for e in made] == [
+    assert [(e.task, e.depth, e.haystack[-1]) for e in made] == [
         (task, depth, pair) for task in ("text", "image") for depth in (0, 0.2) for pair in (20, 21)
     ]
 
@@ -222,7 +222,7 @@ def test_settings_that_do_not_fit_are_refused(folder, setting, message):
         ("image", {"positive_ctxs": [{"image": "z.png"}]}, "'z.png' is 0 times in ctxs"),
         ("image", {"answer": 2}, "answer is 2 of the choices_image .* expected the index"),
         ("image", {"choices_image": ["mm-niah/no.png", "mm-niah/o1.png"]}, "choices_image cannot"),
-        ("identical", {"choices_image": ["mm-niah/o1.png"] * 2}, "at least two that differ"),
+        ("identical_image", {"choices_image": ["mm-niah/o1.png"] * 2}, "at least two that differ"),
     ],
 )
 def test_records_that_do_not_fit_name_their_place(folder, task, change, message):

@@ -57,14 +57,15 @@ def test_a_file_becomes_scores(folder):
     assert scores.mean[0, 0] == 768 / 8192
     assert scores.mean[47, 15] == 1 / 8192
     row = scores.metadata.iloc[0]
-    assert (row.task, row.length, row.seed, row.prompts, row.mean_input_tokens) == (
+    assert (row.task, row.length, row.haystack, row.prompts, row.mean_input_tokens) == (
         "text",
         LENGTH,
-        42,
+        "",
         2,
         8100,
     )
     assert scores.provenance.model == "google/gemma-3-12b-it"
+    assert scores.provenance.settings == {"shuffle_seed": 42}
     assert scores.provenance.source.endswith(KEY)
     assert {head.layer for head in scores.top(0.05)} == {5, 11, 17}  # global layers alone
 
@@ -145,7 +146,7 @@ def test_impossible_scores_of_the_known_model_warn_with_model_file_and_heads():
     assert "Qwen2.5-VL-7B-Instruct" in message
     assert DEFECTIVE_KEY in message
     assert "L1H1 lie outside [-1, 1]" in message
-    assert [str(head) for head in scores.outside(-1, 1)] == ["L1H1"]
+    assert [str(head) for head in scores.out_of_range(-1, 1)] == ["L1H1"]
     files = {
         ("Qwen2.5-VL-7B", "text", LENGTH): scores,
         ("Gemma3-12B", "text", LENGTH): parse(content()),

@@ -63,7 +63,7 @@ def test_mmmu_record_becomes_an_interleaved_question(tmp_path):
     assert example.choices == ("A", "B")
     assert example.instruction == "\nAnswer with the letter of the right option alone."
     assert (example.task, example.length, example.evidence) == ("mmmu", 0, None)
-    assert example.seed == (1, reasoning.SUBJECTS.index("Art"), 7)
+    assert example.haystack == (1, reasoning.SUBJECTS.index("Art"), 7)
     (example,) = reasoning.mmmu(tmp_path, subjects=["Art"], mode="cot")
     assert example.instruction.startswith("\nThink step by step.")
     assert example.instruction.endswith('"Answer: " and the letter of the right option.')
@@ -97,7 +97,7 @@ def test_open_question_that_ends_with_its_image_stays_whole(tmp_path):
 def test_mmmu_reads_subjects_lazily_and_in_order(tmp_path):
     write(tmp_path, "Art/validation-0", mmmu_row())
     examples = reasoning.mmmu(tmp_path, subjects=["Art", "Music"])
-    assert next(examples).seed[-1] == 7
+    assert next(examples).haystack[-1] == 7
     with pytest.raises(ValueError, match=r"holds no file 'Music/validation-\*'"):
         next(examples)
 
@@ -117,7 +117,7 @@ def test_mmmu_pro_is_read_as_text_and_as_a_picture(tmp_path):
     assert shape(picture.context) == ["BLUE"]
     assert shape(picture.question) == ["Answer the multiple-choice question in the image."]
     history = reasoning.SUBJECTS.index("History")
-    assert (text.seed, picture.seed) == ((1, 2, history, 3), (2, 2, history, 3))
+    assert (text.haystack, picture.haystack) == ((1, 2, history, 3), (2, 2, history, 3))
 
 
 def test_mathvision_puts_its_image_where_the_one_place_is(tmp_path):
@@ -128,12 +128,14 @@ def test_mathvision_puts_its_image_where_the_one_place_is(tmp_path):
     one, two = reasoning.mathvision(tmp_path)
     assert shape(one.context) == ["How heavy is it?\n", "BLUE"]
     assert shape(one.question) == ["\nA square weighs 10 grams."]
-    assert (one.answer, one.choices, one.seed) == ("140", (), (23,))
+    assert (one.answer, one.choices, one.haystack) == ("140", (), (23,))
     assert one.instruction == "\nAnswer with a number or an expression alone."
     assert shape(two.context) == ["BLUE"]
     assert shape(two.question) == [several, "\n(A) A\n(B) B\n(C) C\n(D) D\n(E) E"]
     assert two.answer == 'A ["A", "B", "C", "D", "E"]'
-    assert [example.seed for example in reasoning.mathvision(tmp_path, split="testmini")] == [(4,)]
+    assert [example.haystack for example in reasoning.mathvision(tmp_path, split="testmini")] == [
+        (4,)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -156,7 +158,7 @@ def test_mathvista_answers_have_a_form_each(tmp_path, changes, answer, form):
     (example,) = reasoning.mathvista(tmp_path)
     assert shape(example.context) == ["RED"]
     assert example.question[0] == "Find the angle H (Unit: g)"
-    assert (example.answer, example.seed) == (answer, (5,))
+    assert (example.answer, example.haystack) == (answer, (5,))
     assert example.instruction == f"\nAnswer with {form} alone."
     assert len(example.choices) == (0 if changes else 2)
 

@@ -10,7 +10,6 @@ from sentence_transformers.sentence_transformer.modules import BoW, Normalize
 
 from mmheads import paths, retrieval
 from mmheads.pdfs import Document, Page, PageBox
-from mmheads.scores import HeadScores
 from mmheads.tasks import mmdocir
 
 REAL = paths.real_docs()
@@ -104,33 +103,6 @@ def test_a_dense_retriever_ranks_texts():
     )
     assert scores.dtype == np.float32
     np.testing.assert_allclose(scores, [[0, 1, 0], [2 / 5**0.5, 0, 0]], atol=1e-6)
-
-
-def test_the_heads_of_a_needle_grid_are_the_union_of_tasks_at_their_longest_length():
-    values = np.zeros((4, 2, 4), np.float32)
-    values[0, 0, 1] = values[1, 1, 2] = values[2, 0, 3] = values[3, 1, 0] = 1
-    metadata = pd.DataFrame(
-        {"task": ["a", "a", "b", "b"], "length": [8, 16, 16, 8], "depth": 0.0, "seed": 0}
-    )
-    scores = HeadScores(values, metadata=metadata)
-    assert str(retrieval.union_of_top(scores, 1 / 8)) == "L1H2 L0H3"
-    counted = scores.metadata.assign(tokens=scores.metadata["length"] + 3)
-    nominal = HeadScores(values, metadata=counted)
-    assert str(retrieval.union_of_top(nominal, 1 / 8)) == "L1H2 L0H3"
-
-
-@pytest.mark.parametrize("lengths", ["tokens", 0, None])
-@pytest.mark.parametrize("task", ["mine", "", None])
-def test_all_of_a_users_own_examples_choose_the_heads(lengths, task):
-    rng = np.random.default_rng(0)
-    values = rng.random((12, 4, 8)).astype(np.float32)
-    tokens = rng.permutation(np.arange(100, 112))
-    metadata = pd.DataFrame({"task": [task] * 12, "tokens": tokens, "depth": 0.0, "seed": 0})
-    metadata["length"] = tokens if lengths == "tokens" else lengths
-    scores = HeadScores(values, metadata=metadata)
-    assert retrieval.union_of_top(scores, 0.1) == scores.top(0.1)
-    longest = scores.take((tokens == tokens.max()).nonzero()[0]).top(0.1)
-    assert longest != scores.top(0.1)
 
 
 def some_ranking(question: str, pages: int = 3) -> retrieval.Ranking:

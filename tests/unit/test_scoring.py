@@ -9,10 +9,9 @@ import pytest
 import random_models
 import torch
 
-from mmheads import models, paths, prompts, scoring
+from mmheads import kept_scores, models, paths, prompts, score_files, scoring, store
 from mmheads.examples import Example, Region
 from mmheads.models import VLM, load
-from mmheads.scores import HeadScores
 from mmheads.tasks import needles
 
 
@@ -58,7 +57,7 @@ def test_scores_equal_full_eager_passes(vlm, option_images):
     example = example_prompts.example(vlm.family)
     if not option_images:
         example = example_prompts.without_images(example)
-    scores = scoring.score_heads(vlm, [example], progress=False)
+    scores = scoring.score_heads(vlm, [example], null_images="pixels", progress=False)
     found = {name: array[0] for name, array in scores.quantities.items()}
 
     def mass(prompt):
@@ -94,7 +93,7 @@ def test_scores_equal_full_eager_passes(vlm, option_images):
 
 
 def test_share_of_visual_evidence_is_taken_among_visual_tokens(tiny):
-    example = needles.make("rendered", 128, 0.4, split="test")
+    example = needles.make("rendered_text", 128, 0.4, split="test")
     scores = scoring.score_heads(tiny, [example], progress=False)
     prompt = prompts.encode(tiny, example)
     attention = eager_attention(tiny, prompt)
@@ -108,8 +107,8 @@ def test_share_of_visual_evidence_is_taken_among_visual_tokens(tiny):
 def test_placeholders_in_the_null_question_are_fed_without_pixels():
     vlm = example_prompts.vlm("qwen3_vl")
     example = example_prompts.example("qwen3_vl")
-    pixels = scoring.score_heads(vlm, [example], progress=False)
-    empty = scoring.score_heads(vlm, [example], null_images="placeholders", progress=False)
+    pixels = scoring.score_heads(vlm, [example], null_images="pixels", progress=False)
+    empty = scoring.score_heads(vlm, [example], progress=False)
     for name in ("raw", "shuffled"):
         np.testing.assert_array_equal(pixels.quantities[name], empty.quantities[name])
     assert np.abs(pixels.quantities["null"] - empty.quantities["null"]).max() > 1e-4
@@ -125,43 +124,79 @@ def test_stale_state_of_an_earlier_prompt_does_not_leak(tiny):
     np.testing.assert_array_equal(alone.values[0], after.values[1])
 
 
-def test_scores_are_saved_whole_and_resumed(tiny, tmp_path, monkeypatch):
-    examples = list(needles.generate(["text"], [128], pairs=1))
-    path = tmp_path / "scores.parquet"
-    monkeypatch.setattr(scoring, "SAVE_EVERY", 0.0)
-    complete = scoring.score_heads(tiny, examples, progress=False)
-
-    scored = []
+@pytest.fixture
+def scored(monkeypatch) -> list[Example]:
+    """Examples that are really scored, in order."""
+    examples: list[Example] = []
     one = scoring._score
 
-    def interrupted(vlm, example, *settings):
-        if len(scored) == 3:
-            raise KeyboardInterrupt
-        scored.append(example)
+    def counted(vlm, example, *settings):
+        examples.append(example)
         return one(vlm, example, *settings)
 
-    monkeypatch.setattr(scoring, "_score", interrupted)
+    monkeypatch.setattr(scoring, "_score", counted)
+    return examples
+
+
+def test_scores_before_an_interrupt_are_kept(tiny, tmp_path, monkeypatch, scored):
+    examples = list(needles.generate(["text"], [64], pairs=1))
+    complete = scoring.score_heads(tiny, examples, progress=False)
+    distinct = len({example.fingerprint() for example in examples})
+    scored.clear()
+
+    def interrupted():
+        for index, example in enumerate(examples):
+            if index == 3:
+                raise KeyboardInterrupt
+            yield example
+
     with pytest.raises(KeyboardInterrupt):
-        scoring.score_heads(tiny, examples, path=path, progress=False)
-    assert not path.exists()
-    scored.clear()
-    scores = scoring.score_heads(tiny, examples[:5], path=path, progress=False)
-    assert len(scored) == 2
-    assert [file.name for file in tmp_path.iterdir()] == ["scores.parquet"]
-    np.testing.assert_array_equal(scores.values, complete.values[:5])
-    again = HeadScores.load(path, model="tiny-qwen3-vl-m")
-    np.testing.assert_array_equal(again.values, scores.values)
+        scoring.score_heads(tiny, interrupted(), folder=tmp_path, progress=False)
+    before = len(scored)
+    scores = scoring.score_heads(tiny, examples, folder=tmp_path, progress=False)
+    assert len(scored) == distinct > before
     for name in scoring.QUANTITIES:
-        np.testing.assert_array_equal(again[name].values, scores[name].values)
-    pd.testing.assert_frame_equal(again.metadata, scores.metadata)
-    assert again.provenance == scores.provenance
-    scored.clear()
-    scoring.score_heads(tiny, examples, path=path, progress=False)
-    assert len(scored) == 1
-    fewer = scoring.score_heads(tiny, reversed(examples[:2]), path=path, progress=False)
-    assert len(fewer.values) == 2
-    assert len(HeadScores.load(path).values) == 6
-    assert len(scored) == 1
+        np.testing.assert_array_equal(scores[name].values, complete[name].values)
+    pd.testing.assert_frame_equal(scores.metadata, complete.metadata)
+    fewer = scoring.score_heads(tiny, reversed(examples[:2]), folder=tmp_path, progress=False)
+    np.testing.assert_array_equal(fewer.values, complete.values[1::-1])
+    assert len(scored) == distinct
+
+
+def test_scores_before_a_bad_example_are_kept_and_the_example_is_named(tiny, tmp_path, scored):
+    examples = [needles.make("text", 64, depth) for depth in (0.0, 1.0)]
+    without = needles.make("text", 64, 0.0, needle=False)
+    with pytest.raises(ValueError, match=r"example 2 \(from 0\): .* has no evidence"):
+        scoring.score_heads(tiny, [*examples, without], folder=tmp_path, progress=False)
+    assert len(scored) == 3
+    scoring.score_heads(tiny, examples, folder=tmp_path, progress=False)
+    assert len(scored) == 3
+
+
+def test_a_users_own_examples_have_no_nominal_length_and_are_units_by_themselves(tiny):
+    texts = [f"B7 {value} ." for value in "KQ"]
+    examples = [
+        Example(context=(text,), question=("? B7",), evidence=(Region(part=0),)) for text in texts
+    ]
+    scores = scoring.score_heads(tiny, examples, progress=False)
+    assert scores.metadata["length"].tolist() == [0, 0]
+    assert (scores.metadata["tokens"] > 0).all()
+    assert scores.by_haystack().shape[:2] == (2, 1)
+
+
+def test_scores_that_are_not_finite_are_refused_by_head_and_example(tiny, tmp_path, monkeypatch):
+    one = scoring.score_prompt
+
+    def overflow(*arguments, **settings):
+        values = one(*arguments, **settings)
+        values["norm"] = values["norm"].copy()
+        values["norm"][1, 2] = np.inf
+        return values
+
+    monkeypatch.setattr(scoring, "score_prompt", overflow)
+    with pytest.raises(ValueError, match=r"example 0 \(from 0\): norm of L1H2 is not finite"):
+        scoring.score_heads(tiny, [needles.make("text", 64, 0.0)], folder=tmp_path, progress=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_equal_prompts_of_two_depths_are_scored_once_and_keep_their_depths(tiny):
@@ -173,65 +208,115 @@ def test_equal_prompts_of_two_depths_are_scored_once_and_keep_their_depths(tiny)
 
 
 def test_kept_needle_scores_are_read_without_the_model(tiny, tmp_path):
-    settings = {"lengths": [64, 128], "folder": tmp_path}
-    scores = scoring.score_needles(tiny, pairs=1, progress=False, **settings)
-    kept = scoring.kept_needles("tiny-qwen3-vl-m", **settings)
-    other = {"image_ratio": 0.0, "tasks": ["text"], "lengths": [96], "folder": tmp_path}
-    scoring.score_needles(tiny, pairs=1, progress=False, **other)
-    every = scoring.kept_needles("tiny-qwen3-vl-m", folder=tmp_path)
-    pd.testing.assert_frame_equal(every.metadata, kept.metadata)
-    assert kept.provenance == scores.provenance
-    for task in needles.TASKS:
-        one, other = (each.where(task=task, length=128) for each in (kept, scores))
-        np.testing.assert_array_equal(one.values, other.values)
-    with pytest.raises(
-        ValueError, match=r"none for tiny-qwen3-vl-m-text-256-detection-0.5; expected"
-    ):
-        scoring.kept_needles("tiny-qwen3-vl-m", [256], folder=tmp_path)
-    (path,) = tmp_path.glob("*-text-64-*")
-    path.with_name(path.name.replace(path.stem[-8:], "0" * 8)).write_bytes(path.read_bytes())
-    with pytest.raises(ValueError, match="keep one version"):
-        scoring.kept_needles("tiny-qwen3-vl-m", [64], folder=tmp_path)
-    with pytest.raises(ValueError, match="holds no needle scores of another"):
-        scoring.kept_needles("another", folder=tmp_path)
+    folder = {"folder": tmp_path}
+    settings = {"pairs": 1, "progress": False, **folder}
+    name = "tiny-qwen3-vl-m"
+    scores = scoring.score_needles(tiny, lengths=[64, 96], **settings)
+    stored = kept_scores.load_needle_scores(name, [64, 96], **folder)
+    pd.testing.assert_frame_equal(stored.metadata, scores.metadata)
+    np.testing.assert_array_equal(stored.values, scores.values)
+    assert stored.provenance == scores.provenance
+    assert stored.geometry == scores.geometry
+    scoring.score_needles(tiny, image_ratio=0.0, tasks=["text"], lengths=[128], **settings)
+    every = kept_scores.load_needle_scores(name, **folder)
+    pd.testing.assert_frame_equal(every.metadata, stored.metadata)
+    message = r"holds no scores of tiny-qwen3-vl-m on text at length 256 \(generated needles"
+    with pytest.raises(ValueError, match=message):
+        kept_scores.load_needle_scores(name, [256], **folder)
+    for missing in ({"model": "another"}, {"null_images": "pixels"}, {"split": "test"}):
+        with pytest.raises(ValueError, match="holds no needle scores of"):
+            kept_scores.load_needle_scores(**{"model": name, **missing, **folder})
+    other = dataclasses.replace(tiny, revision="other", loaded="")
+    scoring.score_needles(other, tasks=["text"], lengths=[64], **settings)
+    with pytest.raises(ValueError, match=r"computed in several ways \(revision"):
+        kept_scores.load_needle_scores(name, [64], **folder)
+
+
+def test_scored_examples_of_a_condition_are_counted_without_the_model(tiny, tmp_path):
+    count = {"model": "tiny-qwen3-vl-m", "task": "text", "length": 64, "folder": tmp_path}
+    assert kept_scores.count_scored(**count) == 0
+    settings = {"tasks": ["text"], "lengths": [64], "folder": tmp_path, "progress": False}
+    scoring.score_needles(tiny, pairs=1, **settings)
+    assert kept_scores.count_scored(**count) == 6
+    scoring.score_needles(tiny, pairs=2, **settings)
+    assert kept_scores.count_scored(**count) == 12
+    others = [{"length": 96}, {"task": "image"}, {"null_images": "pixels"}, {"split": "test"}]
+    for other in [*others, {"image_ratio": 0.0}, {"model": "tiny-qwen3-m"}]:
+        assert kept_scores.count_scored(**{**count, **other}) == 0
 
 
 def test_data_sets_are_scored_by_name_and_kept(tiny, tmp_path, monkeypatch):
     sets = {"a": [needles.make("text", 64, 0.0)], "b": [needles.make("image", 64, 1.0)]}
-    found = scoring.score_sets(tiny, sets, folder=tmp_path, progress=False)
+    found = scoring.score_datasets(tiny, sets, folder=tmp_path, progress=False)
     for name, examples in sets.items():
         alone = scoring.score_heads(tiny, examples, progress=False)
         np.testing.assert_array_equal(found[name].values, alone.values)
     monkeypatch.setattr(scoring, "_score", None)
-    again = scoring.score_sets(tiny, sets, folder=tmp_path, progress=False)
+    again = scoring.score_datasets(tiny, sets, folder=tmp_path, progress=False)
     np.testing.assert_array_equal(again["b"].values, found["b"].values)
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    "changes",
     [
-        ({"model_id": "another"}, "model 'tiny-qwen3-vl-m', now 'another'"),
-        ({"revision": "abc"}, "revision"),
-        ({"template": "abc"}, "template"),
-        ({"null": "nothing"}, "null_question"),
-        ({"null_images": "placeholders"}, "settings"),
-        ({"versions": "0.0.1"}, "versions"),
+        {"model_id": "another"},
+        {"revision": "abc", "loaded": ""},
+        {"null": "nothing"},
+        {"null_images": "pixels"},
+        {"seed": 1},
+        {"template": "abc"},
+        {"tokenizer_hash": "abc"},
+        {"versions": {"torch": "0.0.1"}},
     ],
 )
-def test_scores_made_otherwise_are_not_mixed(tiny, tmp_path, monkeypatch, changes, message):
-    path = tmp_path / "scores.parquet"
-    example = needles.make("text", 128, 0.0)
-    scoring.score_heads(tiny, [example], path=path, progress=False)
-    before = path.read_bytes()
-    settings = {name: changes.pop(name) for name in ("null", "null_images") if name in changes}
+def test_scores_of_another_provenance_are_computed_again(
+    tiny, tmp_path, monkeypatch, changes, scored
+):
+    settings = {
+        name: changes.pop(name) for name in ("null", "null_images", "seed") & changes.keys()
+    }
+    example = needles.make("text", 64, 0.0)
+    scoring.score_heads(tiny, [example], folder=tmp_path, progress=False)
     if versions := changes.pop("versions", None):
-        monkeypatch.setattr(models, "version", lambda _: versions)
-    if template := changes.pop("template", None):
-        monkeypatch.setattr(VLM, "template", template)
+        monkeypatch.setattr(models, "library_versions", lambda: versions)
+    for name in ("template", "tokenizer_hash"):
+        if name in changes:
+            monkeypatch.setattr(VLM, name, changes.pop(name))
     other = dataclasses.replace(tiny, **changes)
-    with pytest.raises(ValueError, match=message):
-        scoring.score_heads(other, [example], path=path, progress=False, **settings)
-    assert path.read_bytes() == before
+    scoring.score_heads(other, [example], folder=tmp_path, progress=False, **settings)
+    assert len(scored) == 2
+    scoring.score_heads(tiny, [example], folder=tmp_path, progress=False)
+    assert len(scored) == 2
+
+
+def test_shipped_scores_are_used_unless_fresh(tiny, tmp_path, monkeypatch, scored):
+    example = needles.make("text", 64, 0.0)
+    scores = scoring.score_heads(tiny, [example], progress=False)
+    monkeypatch.setattr(store, "SHIPPED", tmp_path / "data")
+    metadata = scores.metadata.rename(columns={"example": "key"}).assign(condition=0)
+    score_files.write_shipped(
+        tmp_path / "data" / "scores" / "tiny.parquet",
+        scores.quantities,
+        metadata,
+        scores.geometry,
+        scores.provenance,
+        conditions=[scoring.needle_condition("text", 64, "detection", 0.5)],
+        version=scoring.VERSION,
+        machine="2 CPU cores",
+        date="2026-11-25",
+    )
+    settings = {"folder": tmp_path / "kept", "progress": False}
+    shipped = scoring.score_heads(tiny, [example], **settings)
+    assert len(scored) == 1
+    np.testing.assert_allclose(shipped.values, scores.values, atol=2e-5)
+    assert set(shipped.quantities) == {"raw", "null"}
+    stored = kept_scores.load_needle_scores(
+        "tiny-qwen3-vl-m", tasks=["text"], folder=tmp_path / "kept"
+    )
+    np.testing.assert_array_equal(stored.values, shipped.values)
+    fresh = scoring.score_heads(tiny, [example], fresh=True, **settings)
+    assert len(scored) == 2
+    np.testing.assert_array_equal(fresh.values, scores.values)
 
 
 def test_what_cannot_be_scored_is_an_error(tiny):

@@ -466,7 +466,7 @@ def test_shipped_model_cannot_answer_without_the_needle(shipped):
     for task in set(measure.tasks(model)) - {needles.CONTROL}:
         examples = fresh(task, model, needle=[False] * 20)
         right = count_right(model, processor, examples)
-        if task == "identical":
+        if task == "identical_image":
             assert right >= 18, "the image is not there"
         else:
             chance = 1 / len(examples[0].choices)
@@ -491,16 +491,16 @@ def test_accuracy_on_record_is_what_was_promised(shipped):
 def test_shortfalls_are_found():
     rows = [
         ("text", "present", 94, 1 / 16),
-        ("identical", "present", 90, 1 / 2),
-        ("rendered", "removed", 12, 1 / 16),
+        ("identical_image", "present", 90, 1 / 2),
+        ("rendered_text", "removed", 12, 1 / 16),
         ("image", "removed", 45, 1 / 4),
-        ("identical", "removed", 89, 1 / 2),
+        ("identical_image", "removed", 89, 1 / 2),
     ]
     table = pd.DataFrame(rows, columns=["task", "needle", "right", "chance"])
     assert card.shortfalls(table.assign(length=128, n=100)) == [
         "text, needle present, 128 tokens (94%)",
         "image, needle removed, 128 tokens (45%)",
-        "identical, needle removed, 128 tokens (89%)",
+        "identical_image, needle removed, 128 tokens (89%)",
     ]
 
 
@@ -508,7 +508,7 @@ def test_shortfalls_are_found():
 def test_shipped_vision_model_generates_with_the_stock_class(folder):
     model = AutoModelForImageTextToText.from_pretrained(folder)
     processor = load_processor(folder)
-    example = needles.make("rendered", 128, 0.4, split="test")
+    example = needles.make("rendered_text", 128, 0.4, split="test")
     encoded = measure.inputs(processor, example)
     new = model.generate(**encoded, max_new_tokens=4, do_sample=False)
     answer = new[0, encoded["input_ids"].shape[1] :]

@@ -1,0 +1,128 @@
+"""Scores of needles read from the results store without the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from mmheads import store
+from mmheads.provenance import Provenance, code_version, library_versions
+from mmheads.scores import HeadScores, concatenate
+from mmheads.scoring import GENERATED, MODULES, VERSION, Haystacks, collect, needle_condition
+from mmheads.tasks import needles
+
+
+def load_needle_scores(
+    model: str,
+    lengths: Sequence[int] = (),
+    *,
+    tasks: Sequence[str] = needles.TASKS,
+    split: str = "detection",
+    null_images: str = "placeholders",
+    folder: str | Path = "",
+) -> HeadScores:
+    """Needle scores that are shipped, or that `score_needles` has kept, read without the model.
+
+    Scores on published haystacks are preferred to those on generated ones.
+
+    Args:
+        model: Name of the model.
+        lengths: Context lengths; by default all that the first task was scored at.
+        tasks: Needle tasks.
+        split: See `score_needles`.
+        null_images: See `score_heads`.
+        folder: See `score_needles`.
+
+    Raises:
+        ValueError: A task and length was not scored, or scores of several revisions or settings
+            are there; the message names the difference.
+    """
+    name, place = Path(model).name, store.kept_folder("scores", folder)
+    stored = [
+        (results, conditions)
+        for results in _stored(name, null_images, folder)
+        if (conditions := _needle_conditions(results, split))
+    ]
+    if not stored:
+        raise ValueError(f"{place} holds no needle scores of {name}; run notebook 02 first")
+    (results, conditions), *others = stored
+    if others:
+        different = others[0][0].provenance.differences(results.provenance)
+        raise ValueError(
+            f"{place} holds needle scores of {name} that were computed in several ways "
+            f"({different}); delete those that you do not want"
+        )
+    kinds = {kind for kind, _, _ in conditions}
+    kind = min(kinds, key=lambda kind: (kind == GENERATED, kind))
+    known = sorted(length for of, task, length in conditions if (of, task) == (kind, tasks[0]))
+    parts = []
+    for task, length in product(tasks, lengths or known):
+        rows = conditions.get((kind, task, length))
+        if rows is None:
+            raise ValueError(
+                f"{place} holds no scores of {name} on {task} at length {length} ({kind} needles, "
+                f"split {split}); run notebook 02 with this model and these lengths"
+            )
+        parts.append(collect(results, rows))
+    return concatenate(parts)
+
+
+def count_scored(
+    model: str,
+    task: str,
+    length: int,
+    *,
+    split: str = "detection",
+    image_ratio: float = 0.5,
+    null_images: str = "placeholders",
+    folder: str | Path = "",
+    source: Haystacks = needles,
+) -> int:
+    """Number of examples of a condition that are scored already, found without the model.
+
+    Code, libraries and the null question are compared; weights, template and precision are when
+    the run starts.
+
+    Args:
+        model: Name of the model.
+        task: As in `score_needles`, like all that follow.
+        length: Context length.
+        split: Which examples.
+        image_ratio: Share of pages in a generated haystack.
+        null_images: See `score_heads`.
+        folder: Folder of the store.
+        source: What makes the examples.
+    """
+    condition = needle_condition(task, length, split, image_ratio, source)
+    counts = [
+        len(note["rows"])
+        for results in _stored(Path(model).name, null_images, folder)
+        for note in results.notes()
+        if note["about"] == condition
+    ]
+    return max(counts, default=0)
+
+
+def _needle_conditions(
+    results: store.Results, split: str
+) -> dict[tuple[str, str, int], list[dict[str, Any]]]:
+    """Rows of each condition by kind of needles, task and length; haystacks are half pages."""
+    return {
+        (about["needles"], about["task"], about["length"]): note["rows"]
+        for note in results.notes()
+        if "needles" in (about := note["about"])
+        and about["split"] == split
+        and about.get("image_ratio", 0.5) == 0.5
+    }
+
+
+def _stored(model: str, null_images: str, folder: str | Path) -> list[store.Results]:
+    """Results of a model by its name that the present code would give."""
+    now = Provenance(code=code_version(MODULES), versions=library_versions())
+    return [
+        results
+        for results in store.known("scores", model, version=VERSION, now=now, folder=folder)
+        if results.provenance.settings.get("null_images") == null_images
+    ]

@@ -1,0 +1,201 @@
+"""Files and tables of scores: parquet files, long tables, the authors' JSON, and shipped results.
+
+Functions take and give the fields of `HeadScores`, so that this module lies below it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from mmheads.heads import HeadGeometry
+from mmheads.provenance import Provenance
+from mmheads.tables import read_table, write_table
+
+SHORT = ("raw", "null")
+"""What shipped files hold for every example; of other quantities they hold means."""
+
+_KIND = "head scores"
+_SCORES = "scores"
+_CONDITION = ("task", "length")
+
+Arrays = Mapping[str, NDArray[np.floating[Any]]]
+"""[example, layer, head] by name."""
+
+
+def write(
+    path: str | Path,
+    values: NDArray[np.floating[Any]],
+    quantities: Arrays,
+    metadata: pd.DataFrame,
+    geometry: HeadGeometry,
+    eligible: NDArray[np.bool_],
+    provenance: Provenance,
+) -> None:
+    """Write the fields of one `HeadScores` as a parquet file with one row per example."""
+    about = {
+        "kind": _KIND,
+        "geometry": dataclasses.asdict(geometry),
+        "eligible": eligible.tolist(),
+        "provenance": dataclasses.asdict(provenance),
+    }
+    scalars = pa.Table.from_pandas(metadata, preserve_index=False)
+    write_table(Path(path), scalars, {_SCORES: values, **quantities}, about)
+
+
+def read(path: str | Path, model: str | None = None) -> dict[str, Any]:
+    """The fields of the `HeadScores` that `write` wrote, by name.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not a file of scores of this version, it is damaged, or it holds scores of
+            another model than `model`.
+    """
+    path = Path(path)
+    about, scalars, arrays = read_table(path)
+    try:
+        if about["kind"] != _KIND:
+            raise ValueError(f"it holds {about['kind']}")
+        provenance = Provenance.parse(about["provenance"])
+        fields = {
+            "values": arrays.pop(_SCORES),
+            "geometry": HeadGeometry.parse(about["geometry"]),
+            "eligible": np.array(about["eligible"], dtype=bool),
+            "metadata": scalars.to_pandas(),
+            "quantities": arrays,
+            "provenance": provenance,
+        }
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not a file of head scores ({type(error).__name__}: {error}); expected what "
+            "`HeadScores.save` writes"
+        ) from error
+    if model is not None and provenance.model != model:
+        raise ValueError(f"{path} holds scores of {provenance.model!r}, not of {model!r}")
+    return fields
+
+
+def to_frame(
+    values: NDArray[np.floating[Any]],
+    quantities: Arrays,
+    metadata: pd.DataFrame,
+    eligible: NDArray[np.bool_],
+) -> pd.DataFrame:
+    """One row per example and head: metadata, layer, head, eligible, score, every quantity."""
+    examples, layers, heads = values.shape
+    size = layers * heads
+    table = metadata.loc[metadata.index.repeat(size)].reset_index(drop=True)
+    table["layer"] = np.tile(np.repeat(np.arange(layers), heads), examples)
+    table["head"] = np.tile(np.arange(heads), examples * layers)
+    table["eligible"] = np.tile(eligible.ravel(), examples)
+    table["score"] = values.ravel()
+    for name, array in quantities.items():
+        table[name] = array.ravel()
+    return table
+
+
+def to_released_json(
+    mean: NDArray[np.floating[Any]], metadata: pd.DataFrame, provenance: Provenance
+) -> dict[str, Any]:
+    """Mean scores as paper A's authors release them: `head_score_list`, the best first."""
+    order = np.argsort(-mean, axis=None, kind="stable")
+    tokens = metadata.get("tokens", metadata["length"]).tolist()
+    return {
+        "args": {
+            "model_name_or_path": provenance.model,
+            "seed": provenance.settings.get("shuffle_seed", 0),
+            **provenance.settings,
+        },
+        "head_score_list": [
+            [f"{layer}-{head}", float(mean[layer, head])]
+            for layer, head in (divmod(int(index), mean.shape[1]) for index in order)
+        ],
+        "metrics": {"input_len": tokens},
+        "averaged_metrics": {"input_len": float(np.mean(tokens))},
+    }
+
+
+def write_shipped(
+    path: Path,
+    quantities: Arrays,
+    metadata: pd.DataFrame,
+    geometry: HeadGeometry,
+    provenance: Provenance,
+    *,
+    conditions: Iterable[Mapping[str, Any]],
+    version: int,
+    machine: str,
+    date: str,
+) -> None:
+    """Write scores as a shipped file for `mmheads.store`, and means beside it.
+
+    The attention under the question and under the null question is written for every example in
+    steps of 1.6e-5; of every other quantity `means/<name>.parquet` holds the mean of each task and
+    length.
+
+    Args:
+        path: `data/results/scores/<name>.parquet`.
+        quantities: By name; "raw" and "null" are needed.
+        metadata: One row per example with the columns `key` (the example's fingerprint),
+            `condition` (index into `conditions`), task, length, depth, haystack, tokens.
+        geometry: The model's heads.
+        provenance: How the scores were computed.
+        conditions: What each condition is made of, as `Results.note` takes it.
+        version: `mmheads.scoring.VERSION` at the time.
+        machine: The machine, "2 CPU cores" or "1 x H100".
+        date: The day, "2026-11-25".
+
+    Raises:
+        ValueError: A column or quantity is missing, or a mass lies outside [0, 1].
+    """
+    needed = {"key", "condition", *_CONDITION, "depth", "haystack", "tokens"}
+    if missing := [*sorted(needed - {*metadata}), *sorted({*SHORT} - {*quantities})]:
+        raise ValueError(f"shipped scores lack {missing}")
+    about = {
+        "geometry": dataclasses.asdict(geometry),
+        "provenance": dataclasses.asdict(provenance),
+        "version": version,
+        "machine": machine,
+        "date": date,
+    }
+    rows = {"kind": "scores", "conditions": [dict(each) for each in conditions], **about}
+    table = pa.Table.from_pandas(metadata, preserve_index=False)
+    write_table(path, table, {name: quantities[name] for name in SHORT}, rows, short=SHORT)
+    rows_of: dict[Any, Any] = metadata.reset_index(drop=True).groupby(list(_CONDITION)).indices
+    means = {
+        name: np.stack([array[index].mean(axis=0) for index in rows_of.values()])
+        for name, array in quantities.items()
+        if name not in SHORT
+    }
+    counts = [{"task": t, "length": n, "n": len(index)} for (t, n), index in rows_of.items()]
+    if means:
+        means_table = pa.Table.from_pylist(counts)
+        write_table(means_path(path), means_table, means, {"kind": "means of scores", **about})
+
+
+def means_path(path: Path) -> Path:
+    """Where the means of a shipped file's other quantities are."""
+    return path.parent / "means" / path.name
+
+
+def read_means(path: Path) -> dict[tuple[str, int], dict[str, NDArray[np.float32]]]:
+    """Means of a shipped file by task and length -> [layer, head] by quantity.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged or of another kind.
+    """
+    about, scalars, arrays = read_table(means_path(path))
+    if about.get("kind") != "means of scores":
+        raise ValueError(f"{means_path(path)} holds {about.get('kind')}, expected means of scores")
+    return {
+        (row["task"], row["length"]): {name: array[index] for name, array in arrays.items()}
+        for index, row in enumerate(scalars.to_pylist())
+    }

@@ -1,0 +1,298 @@
+"""One store for results: shipped in `data/results`, kept in `runs`, else computed and then kept.
+
+A result is a row with a key (the fingerprint of its example, and what was done to the model) under
+a provenance. Kept rows lie in a folder for each provenance, in files that are written whole and
+never changed, so that several processes can add rows at once and an interrupted run loses only the
+last seconds. Shipped files are read only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+import time
+import uuid
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+from filelock import FileLock
+
+from mmheads import paths
+from mmheads.provenance import Provenance, canonical, hash_json
+from mmheads.tables import FORMAT, read_about, read_keys, read_table, write_table
+
+SHIPPED = paths.ROOT / "data" / "results"
+
+SAVE_EVERY = 5.0
+"""Seconds between two saves of a long run: what a killed process may lose."""
+
+Row = dict[str, Any]
+"""Values of one result by name: texts, numbers, and arrays of one shape in all rows."""
+
+
+class Results:
+    """Rows of one kind and provenance. Use as a context manager: leaving it saves what is new.
+
+    Attributes:
+        provenance: How the rows were computed.
+        about: What else is written beside the provenance, by name.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        provenance: Provenance,
+        about: Mapping[str, Any],
+        folder: Path | None,
+        shipped: Sequence[Path],
+    ) -> None:
+        """Look through the files; `open` and `known` choose them."""
+        self.provenance = provenance
+        self.about = {"kind": kind, **about, "provenance": dataclasses.asdict(provenance)}
+        self._folder = folder
+        self._shipped = shipped
+        self._rows: dict[str, Row] = {}
+        self._new: list[str] = []
+        self._written: list[Path] = []
+        self._saved = time.monotonic()
+        self._place = self._scan()
+
+    def _scan(self) -> dict[str, Path]:
+        """The file of every key; shipped files come before kept ones."""
+        kept = sorted(self._folder.glob("*.parquet")) if self._folder else []
+        place: dict[str, Path] = {}
+        for path in (*kept, *self._shipped):
+            try:
+                place |= dict.fromkeys(read_keys(path), path)
+            except FileNotFoundError:  # another process has joined it with others meanwhile
+                return self._scan()
+        return place
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._rows or key in self._place
+
+    def __getitem__(self, key: str) -> Row:
+        while key not in self._rows:
+            try:
+                self._load(self._place[key])
+            except FileNotFoundError:  # another process has joined it with others meanwhile
+                self._place = self._scan()
+        return self._rows[key]
+
+    def _load(self, path: Path) -> None:
+        about, scalars, arrays = read_table(path)
+        ignore = ("code", "versions") if path in self._shipped else ()
+        made = _provenance(about, path)
+        if different := made.differences(self.provenance, ignore=ignore):
+            raise ValueError(f"{path} holds other results than its folder: {different}; delete it")
+        for index, row in enumerate(scalars.to_pylist()):
+            row |= {name: array[index] for name, array in arrays.items()}
+            self._rows.setdefault(row.pop("key"), row)
+
+    def add(self, key: str, row: Row) -> None:
+        """Keep one more row; rows are saved every few seconds and at the end."""
+        self._rows[key] = row
+        self._new.append(key)
+        if time.monotonic() - self._saved > SAVE_EVERY:
+            self.save()
+
+    def save(self) -> None:
+        """Write the rows that are new into a file of their own."""
+        if self._folder and self._new:
+            self._write(self._new)
+            self._new = []
+        self._saved = time.monotonic()
+
+    def _write(self, keys: Sequence[str]) -> None:
+        assert self._folder is not None
+        with paths.write_whole(self._folder / _ABOUT) as temporary:
+            temporary.write_text(canonical({"format": FORMAT, **self.about}), encoding="utf-8")
+        path = self._folder / f"{uuid.uuid4().hex}.parquet"
+        rows = [{"key": key, **self[key]} for key in keys]
+        arrays = [name for name, value in rows[0].items() if isinstance(value, np.ndarray)]
+        stacked = {name: np.stack([row.pop(name) for row in rows]) for name in arrays}
+        write_table(path, pa.Table.from_pylist(rows), stacked, self.about)
+        self._written.append(path)
+        self._place |= dict.fromkeys(keys, path)
+
+    def note(self, about: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+        """Remember which rows a condition is made of, so that it can be found without the model.
+
+        Args:
+            about: The condition, by the names of its settings.
+            rows: Metadata of its examples, each with its `key`. Those of earlier calls stay.
+        """
+        if self._folder is None or not rows:
+            return
+        path = self._folder / f"{hash_json(about)[:16]}.json"
+        with FileLock(self._folder / ".lock"):
+            before = _read_note(path)["rows"] if path.exists() else []
+            merged = {canonical(row): dict(row) for row in (*before, *rows)}
+            with paths.write_whole(path) as temporary:
+                note = {"about": dict(about), "rows": list(merged.values())}
+                temporary.write_text(json.dumps(note), encoding="utf-8")
+
+    def notes(self) -> list[dict[str, Any]]:
+        """All conditions: `about`, and the metadata of the `rows`, each with its `key`.
+
+        Rows whose results are missing are left out.
+        """
+        kept = sorted(self._folder.glob("*.json")) if self._folder else []
+        found = [_read_note(path) for path in kept if path.name != _ABOUT]
+        for path in self._shipped:
+            about, scalars, _ = read_table(path)
+            rows = scalars.to_pylist()
+            for number, condition in enumerate(about.get("conditions", [])):
+                part = [row for row in rows if row["condition"] == number]
+                found.append({"about": condition, "rows": part})
+        return [
+            {"about": note["about"], "rows": [row for row in note["rows"] if row["key"] in self]}
+            for note in found
+        ]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.save()
+        if len(self._written) > 1:  # one file for all that was computed here
+            parts, self._written = self._written, []
+            self._write([key for key, path in self._place.items() if path in parts])
+            for path in parts:
+                path.unlink(missing_ok=True)
+        if self._folder:
+            with suppress(OSError):  # nothing was computed: leave no empty folder
+                self._folder.rmdir()
+
+
+_ABOUT = "about.json"
+
+
+def open(
+    kind: str,
+    provenance: Provenance,
+    *,
+    version: int,
+    folder: str | Path | None = "",
+    fresh: bool = False,
+    about: Mapping[str, Any] | None = None,
+) -> Results:
+    """The results of one kind and provenance; new ones are added to a folder.
+
+    Args:
+        kind: "scores" or "answers".
+        provenance: How the results are computed now. Kept ones agree with it in every field;
+            shipped ones may have been computed with other libraries and other code of the same
+            `version`.
+        version: Raised by hand when what is computed changes: shipped results of another version
+            are left out.
+        folder: Where results are kept; empty: `runs/<kind>`; None: nothing is read or kept.
+        fresh: Leave out shipped results.
+        about: What else is written beside the provenance, by name.
+
+    Raises:
+        OSError: The folder cannot be written.
+
+    Warns:
+        UserWarning: Shipped results of this model do not fit; the message says what differs.
+    """
+    if folder is None:
+        return Results(kind, provenance, about or {}, None, [])
+    name = f"{Path(provenance.model).name}-{provenance.key[:12]}"
+    place = kept_folder(kind, folder) / name
+    place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=place):  # a folder that cannot be written is an error now
+        pass
+    shipped = []
+    for path, made, number in [] if fresh else _shipped(kind, provenance.model):
+        different = made.differences(provenance, ignore=("code", "versions"))
+        if number != version:
+            different = f"version {number!r}, now {version!r}"
+        if different:
+            warnings.warn(f"{path} is not used: {different}", stacklevel=3)
+        else:
+            shipped.append(path)
+    return Results(kind, provenance, about or {}, place, shipped)
+
+
+def known(
+    kind: str, model: str, *, version: int, now: Provenance, folder: str | Path = ""
+) -> list[Results]:
+    """Results of a model by its name, read without the model: one entry for each provenance.
+
+    Args:
+        kind: "scores" or "answers".
+        model: Name of the model, without its folder.
+        version: See `open`.
+        now: Kept results must agree with its `code` and `versions`.
+        folder: See `open`.
+    """
+    found: dict[str, tuple[dict[str, Any], Provenance, Path | None, list[Path]]] = {}
+    for path in sorted(kept_folder(kind, folder).glob(f"*/{_ABOUT}")):
+        about = _read_json(path)
+        made = _provenance(about, path)
+        current = made.code == now.code and dict(made.versions) == dict(now.versions)
+        if Path(made.model).name == model and current and about.get("format") == FORMAT:
+            stable = dataclasses.replace(made, code="", versions={})
+            found[stable.key] = (about, made, path.parent, [])
+    for path, made, number in _shipped(kind, model):
+        if number == version:
+            stable = dataclasses.replace(made, code="", versions={})
+            found.setdefault(stable.key, (read_about(path), made, None, []))[3].append(path)
+    return [
+        Results(kind, made, {"geometry": about.get("geometry")}, place, shipped)
+        for about, made, place, shipped in found.values()
+    ]
+
+
+def kept_folder(kind: str, folder: str | Path = "") -> Path:
+    """Where results of a kind are kept, by default `runs/<kind>`."""
+    return Path(folder) if folder else paths.RUNS / kind
+
+
+def _shipped(kind: str, model: str) -> Iterator[tuple[Path, Provenance, object]]:
+    """Shipped files of a model: path, provenance and version."""
+    for path in sorted((SHIPPED / kind).glob("*.parquet")):
+        about = read_about(path)
+        if about.get("kind") == kind:
+            made = _provenance(about, path)
+            if Path(made.model).name == Path(model).name:
+                yield path, made, about.get("version")
+
+
+def _provenance(about: Mapping[str, Any], path: Path) -> Provenance:
+    try:
+        return Provenance.parse(about.get("provenance"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; delete it and compute its results again") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); delete it") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {type(content).__name__}, expected an object; delete it")
+    return content
+
+
+def _read_note(path: Path) -> dict[str, Any]:
+    note = _read_json(path)
+    rows = note.get("rows")
+    whole = isinstance(rows, list) and all(isinstance(row, dict) and "key" in row for row in rows)
+    if not isinstance(note.get("about"), dict) or not whole:
+        raise ValueError(f"{path} does not say which results a condition has; delete it")
+    return note

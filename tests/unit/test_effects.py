@@ -1,0 +1,37 @@
+"""Effects of ablations: paired over haystacks, tested and corrected."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mmheads.effects import effects
+
+
+def test_effects_are_paired_over_haystacks():
+    rows = [
+        {"ablation": name, "draw": draw, "heads": count, "task": "text", "depth": depth}
+        | {"haystack": str(unit), "score": score(unit, draw, depth)}
+        for name, draws, count, score in (
+            ("full model", 1, 0, lambda unit, draw, depth: 1.0),
+            ("all", 1, 3, lambda unit, draw, depth: 0.0),
+            ("some", 2, 3, lambda unit, draw, depth: float(draw == 0 or depth == 0)),
+        )
+        for draw in range(draws)
+        for unit in range(10)
+        for depth in (0, 1)
+    ]
+    table = effects(pd.DataFrame(rows), seed=1)
+    full, every, some = table.to_dict("records")
+    assert (full["score"], full["n"], full["draws"]) == (1.0, 10, 1)
+    assert np.isnan(full["p"])
+    assert (every["change"], every["change_low"], every["change_high"]) == (-1.0, -1.0, -1.0)
+    assert every["p"] == pytest.approx(2 / 2**10)
+    assert every["p_holm"] == pytest.approx(4 / 2**10)
+    assert (some["score"], some["change"], some["draws"]) == (0.75, -0.25, 2)
+    wider = effects(pd.DataFrame(rows), seed=1, family=10)
+    assert wider["p_holm"].max() == pytest.approx(20 / 2**10)
+    paired = effects(pd.DataFrame(rows), baseline="some", seed=1).set_index("ablation")
+    assert paired.loc["all", "change"] == -0.75
+    assert np.isnan(paired.loc["some", "p_holm"])
+    with pytest.raises(ValueError, match="has no ablation 'full model'"):
+        effects(pd.DataFrame(rows[20:]))

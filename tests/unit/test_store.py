@@ -1,0 +1,279 @@
+"""Results by provenance: shipped, kept or computed; whole files, shared by processes."""
+
+import dataclasses
+import json
+import multiprocessing
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mmheads import score_files, store
+from mmheads.heads import HeadGeometry
+from mmheads.provenance import Provenance
+
+MADE = Provenance(
+    model="folder/toy",
+    revision="abc",
+    template="t",
+    versions={"torch": "2.13.0"},
+    settings={"null_images": "placeholders"},
+    code="c",
+    source="mmheads.scoring",
+)
+
+
+@pytest.fixture(autouse=True)
+def shipped(tmp_path, monkeypatch) -> Path:
+    """A repository without shipped results."""
+    monkeypatch.setattr(store, "SHIPPED", tmp_path / "data")
+    return tmp_path / "data" / "scores" / "toy.parquet"
+
+
+def opened(folder: Path, made: Provenance = MADE, **more) -> store.Results:
+    return store.open("scores", made, version=1, folder=folder, **more)
+
+
+def row(value: float) -> dict:
+    return {"tokens": 7, "raw": np.full((2, 3), value, np.float32)}
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.parquet"))
+
+
+def test_rows_are_found_again_and_lie_in_one_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "SAVE_EVERY", 0.0)
+    with opened(tmp_path) as results:
+        for index in range(5):
+            results.add(f"k{index}", row(index))
+        assert len(files(tmp_path)) == 5
+    assert len(files(tmp_path)) == 1
+    with opened(tmp_path) as results:
+        assert "k5" not in results
+        assert results["k3"]["tokens"] == 7
+        np.testing.assert_array_equal(results["k3"]["raw"], np.full((2, 3), 3))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_rows_before_an_error_are_kept(tmp_path, error):
+    def fail() -> None:
+        with opened(tmp_path) as results:
+            results.add("a", row(1))
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert "a" in opened(tmp_path)
+
+
+def test_rows_of_a_killed_process_are_kept_but_for_the_last_seconds(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "SAVE_EVERY", 0.0)
+    results = opened(tmp_path)
+    results.add("a", row(1))  # never closed, as after kill -9
+    assert "a" in opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": "folder/other"},
+        {"revision": "abd"},
+        {"template": "u"},
+        {"tokenizer": "u"},
+        {"generation": "u"},
+        {"null_question": "nothing"},
+        {"versions": {"torch": "2.14.0"}},
+        {"settings": {"null_images": "pixels"}},
+        {"code": "d"},
+    ],
+)
+def test_kept_rows_of_another_provenance_are_never_returned(tmp_path, changes):
+    with opened(tmp_path) as results:
+        results.add("a", row(1))
+    with opened(tmp_path, dataclasses.replace(MADE, **changes)) as results:
+        assert "a" not in results
+    with opened(tmp_path) as results:
+        assert "a" in results
+
+
+def test_a_file_in_the_wrong_folder_is_refused_with_the_difference(tmp_path):
+    other = dataclasses.replace(MADE, revision="stranger")
+    for made in (MADE, other):
+        with opened(tmp_path, made) as results:
+            results.add("a", row(1))
+    (target,) = (path for path in files(tmp_path) if MADE.key[:12] in str(path))
+    (source,) = (path for path in files(tmp_path) if other.key[:12] in str(path))
+    target.write_bytes(source.read_bytes())
+    with pytest.raises(ValueError, match=r"revision 'stranger', now 'abc'; delete it"):
+        opened(tmp_path)["a"]
+
+
+def test_a_damaged_file_is_refused_by_name(tmp_path):
+    with opened(tmp_path) as results:
+        results.add("a", row(1))
+    (path,) = files(tmp_path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=f"{path.name} is not a readable parquet file"):
+        opened(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_at_once(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(OSError, match="file"):
+        opened(tmp_path / "file")
+
+
+def test_nothing_is_left_where_nothing_was_computed(tmp_path):
+    with opened(tmp_path / "kept"):
+        pass
+    assert list((tmp_path / "kept").iterdir()) == []
+    with opened(None) as results:
+        results.add("a", row(1))
+        assert "a" in results
+    assert files(tmp_path) == []
+
+
+def add_rows(folder: Path, first: int) -> None:
+    store.SAVE_EVERY = 0.0
+    with opened(folder) as results:
+        for index in range(first, first + 10):
+            results.add(f"k{index}", row(index))
+            results.note({"task": "text"}, [{"key": f"k{index}", "depth": 0.5}])
+
+
+def test_two_processes_add_rows_at_once(tmp_path):
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=add_rows, args=(tmp_path, n)) for n in (0, 5)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    results = opened(tmp_path)
+    assert all(results[f"k{index}"]["raw"][0, 0] == index for index in range(15))
+    (note,) = results.notes()
+    assert {entry["key"] for entry in note["rows"]} == {f"k{index}" for index in range(15)}
+
+
+def test_a_file_that_another_process_joined_with_others_is_found_again(tmp_path):
+    with opened(tmp_path) as results:
+        results.add("a", row(1))
+    reader = opened(tmp_path)
+    (path,) = files(tmp_path)
+    path.rename(path.with_name("joined.parquet"))
+    assert reader["a"]["raw"][0, 0] == 1
+
+
+def ship(path: Path, made: Provenance = MADE, version: int = 1) -> None:
+    metadata = pd.DataFrame(
+        {"key": ["a"], "condition": 0, "task": "text", "length": 128}
+        | {"depth": 0.0, "haystack": "h", "tokens": 120}
+    )
+    score_files.write_shipped(
+        path,
+        {"raw": np.full((1, 2, 3), 0.5), "null": np.zeros((1, 2, 3)), "norm": np.ones((1, 2, 3))},
+        metadata,
+        HeadGeometry(2, 3, 3),
+        made,
+        conditions=[{"task": "text"}],
+        version=version,
+        machine="2 CPU cores",
+        date="2026-11-25",
+    )
+
+
+def test_shipped_rows_come_first_and_fresh_leaves_them_out(tmp_path, shipped):
+    ship(shipped)
+    with opened(tmp_path / "kept", fresh=True) as results:
+        assert "a" not in results
+        results.add("a", row(0.25))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        newer = dataclasses.replace(MADE, code="d", versions={"torch": "2.14.0"})
+        with opened(tmp_path / "other", newer) as results:
+            assert results["a"]["raw"][0, 0] == pytest.approx(0.5, abs=1e-5)
+        with opened(tmp_path / "kept") as results:
+            assert results["a"]["raw"][0, 0] == pytest.approx(0.5, abs=1e-5)
+            assert results.notes()[-1]["about"] == {"task": "text"}
+    with opened(tmp_path / "kept", fresh=True) as results:
+        assert results["a"]["raw"][0, 0] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("changes", "version", "message"),
+    [
+        ({}, 2, "version 2, now 1"),
+        ({"template": "old"}, 1, "template 'old', now 't'"),
+        ({"revision": "old"}, 1, "revision 'old', now 'abc'"),
+        (
+            {"settings": {"null_images": "pixels"}},
+            1,
+            r"settings\['null_images'\] 'pixels', now 'placeholders'",
+        ),
+    ],
+)
+def test_shipped_rows_that_do_not_fit_are_left_out_with_the_difference(
+    tmp_path, shipped, changes, version, message
+):
+    ship(shipped, dataclasses.replace(MADE, **changes), version)
+    with pytest.warns(UserWarning, match=f"toy.parquet is not used: {message}"):
+        results = opened(tmp_path / "kept")
+    assert "a" not in results
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opened(tmp_path / "kept", dataclasses.replace(MADE, model="another"))
+
+
+def test_results_are_known_by_the_models_name(tmp_path, shipped):
+    now = Provenance(code="c", versions={"torch": "2.13.0"})
+    with opened(tmp_path / "kept", about={"geometry": {"layers": 2}}) as results:
+        results.add("a", row(1))
+        results.note({"task": "text"}, [{"key": "a"}])
+    find = {"version": 1, "folder": tmp_path / "kept"}
+    (known,) = store.known("scores", "toy", now=now, **find)
+    assert known.provenance == MADE
+    assert known.about["geometry"] == {"layers": 2}
+    assert known.notes() == [{"about": {"task": "text"}, "rows": [{"key": "a"}]}]
+    assert store.known("scores", "other", now=now, **find) == []
+    for stale in ({"code": "d"}, {"versions": {"torch": "2.14.0"}}):
+        assert store.known("scores", "toy", now=dataclasses.replace(now, **stale), **find) == []
+    ship(shipped)
+    (known,) = store.known("scores", "toy", now=now, **find)
+    assert len(known.notes()) == 2
+    (known,) = store.known("scores", "toy", now=dataclasses.replace(now, code="d"), **find)
+    assert known["a"]["raw"][0, 0] == pytest.approx(0.5, abs=1e-5)
+
+
+def test_a_note_lists_only_results_that_are_there(tmp_path):
+    with opened(tmp_path) as results:
+        results.add("a", row(1))
+        results.note({"task": "text"}, [{"key": "a"}, {"key": "lost"}])
+    assert opened(tmp_path).notes() == [{"about": {"task": "text"}, "rows": [{"key": "a"}]}]
+
+
+def test_a_forged_provenance_is_refused_by_name(tmp_path):
+    with opened(tmp_path) as results:
+        results.add("a", row(1))
+    (path,) = tmp_path.rglob("about.json")
+    for text in ("{", "5", '{"provenance": []}', '{"provenance": {"model": 5}}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"about.json.*delete it"):
+            store.known("scores", "toy", version=1, now=MADE, folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", '{"about": {}}', '{"about": [], "rows": []}', '{"about": {}, "rows": [{}]}'],
+)
+def test_a_damaged_note_is_refused_by_name(tmp_path, text):
+    with opened(tmp_path) as results:
+        results.add("a", row(1))
+        results.note({"task": "text"}, [{"key": "a"}])
+    (path,) = (each for each in tmp_path.rglob("*.json") if each.name != "about.json")
+    assert json.loads(path.read_text())["rows"] == [{"key": "a"}]
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"{path.name} .*delete it"):
+        opened(tmp_path).notes()
