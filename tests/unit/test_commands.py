@@ -21,7 +21,7 @@ from mmheads.tasks import needles
 def own_images(tmp_path):
     """What a user brings: pages as files, questions in a JSON Lines file."""
     rows = []
-    for index, task in enumerate(("rendered", "text")):
+    for index, task in enumerate(("rendered_text", "text")):
         example = needles.make(task, 128, 0.4, pair=index, split="test")
         parts = []
         for number, part in enumerate(example.context):
@@ -53,12 +53,12 @@ def test_command_scores_a_users_own_examples(own_images, tmp_path, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 6
     scores = HeadScores.load(next(out.glob("*.parquet")))
-    assert scores.metadata["task"].tolist() == ["rendered", "text"]
+    assert scores.metadata["task"].tolist() == ["rendered_text", "text"]
     expected = scoring.score_heads(
         load(model, device="cpu"),
         [
             needles.make(task, 128, 0.4, pair=i, split="test")
-            for i, task in enumerate(("rendered", "text"))
+            for i, task in enumerate(("rendered_text", "text"))
         ],
         progress=False,
     )
@@ -77,7 +77,7 @@ def test_command_scores_a_users_own_examples(own_images, tmp_path, capsys):
 def score_file(tmp_path_factory):
     """Scores of the shipped model that choose heads for `rank`."""
     path = tmp_path_factory.mktemp("scores") / "scores.parquet"
-    examples = [needles.make("rendered", 128, depth) for depth in (0.0, 1.0)]
+    examples = [needles.make("rendered_text", 128, depth) for depth in (0.0, 1.0)]
     scoring.score_heads(load("tiny-qwen3-vl-m"), examples, path=path, progress=False)
     return path
 
