@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from tqdm import tqdm
 
 from mmheads import paths
-from mmheads.tasks import datafolder, docqa, needles, reasoning
+from mmheads.tasks import data_root, mmlongbench_docs, needles, reasoning
 
 if TYPE_CHECKING:
     from mmheads.models import VLM
@@ -305,7 +305,7 @@ class ScoreRun:
                 null_images=self.null_images,
                 folder=self.folder,
                 progress=False,
-                source=datafolder.haystacks(self.data),
+                source=data_root.haystacks(self.data),
             )
         except Exception as error:
             return first_line(error)
@@ -362,7 +362,7 @@ def score_runs(parameters: Mapping[str, Any]) -> list[ScoreRun]:
 @cache
 def _opened(data: str) -> Any:
     """Published needles, whose files are opened, and gone through to count them, once."""
-    return datafolder.haystacks(data)
+    return data_root.haystacks(data)
 
 
 def check_pairs(parameters: Mapping[str, Any]) -> None:
@@ -423,7 +423,7 @@ def answers(parameters: Mapping[str, Any]) -> Counter[int]:
         found[length] += 2 * (prompts // 2) * (1 + len(lengths))
     of_union = 2 + 2 * draws
     if published:  # its Figs. 8 and 9
-        asked = len(docqa.SUBSETS) * parameters["long_questions"]
+        asked = len(mmlongbench_docs.SUBSETS) * parameters["long_questions"]
         found[parameters["long_length"]] += asked * of_union
         sets = len(reasoning.BENCHMARKS) * len(reasoning.MODES) + 1
         found[BENCHMARK_TOKENS] += sets * parameters["benchmark_questions"] * of_union

@@ -145,7 +145,7 @@ def score_needles(
         null_images: See `score_heads`.
         folder: Where scores are kept.
         progress: Show a progress bar.
-        source: What makes the examples: the module `needles`, or `niah.read(folder)`.
+        source: What makes the examples: the module `needles`, or `mm_niah.read_mm_niah(folder)`.
 
     Raises:
         ValueError: As `source.generate` and `score_heads` do.

@@ -1,6 +1,7 @@
-"""The published data sets in one folder, as the notebooks' parameter `data` names it.
+"""The published data sets in one folder, which the parameter `data` of the notebooks names.
 
-Each lies under its own name, with the files that the hub or its authors have; any may be missing:
+Each data set is in a folder of its own name, with the files as the hub or its authors publish them.
+Any of them may be missing:
 
     MMLongBench/              mmlb_data/, mmlb_image/: needles, document questions
     MMDocIR/                  MMDocIR_annotations.jsonl and tables, or pdfs/
@@ -21,7 +22,8 @@ from typing import Any
 
 from mmheads.examples import Example
 from mmheads.metrics import Metric, same
-from mmheads.tasks import docqa, documents, grounding, needles, niah, reasoning, videos
+from mmheads.tasks import documents, mm_niah, mmlongbench_docs, needles, reasoning, videos
+from mmheads.tasks.probes import refcocog, vidstg
 
 FOLDERS = {
     "needles": "MMLongBench",
@@ -39,12 +41,12 @@ FOLDERS = {
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Examples of a set, made anew whenever they are gone through.
+    """Examples of a data set, made again in each iteration.
 
     The pages of a hundred long documents do not fit in memory together.
 
     Attributes:
-        make: Makes them one by one.
+        make: Returns a new iterator over the examples, which makes them one by one.
     """
 
     make: Callable[[], Iterator[Example]]
@@ -54,36 +56,40 @@ class Examples:
 
 
 def folder(data: str | Path, name: str) -> Path | None:
-    """The folder of a data set, one of `FOLDERS`; None if it is not there.
+    """Return the folder of a data set, one of `FOLDERS`; None if it does not exist.
 
     Raises:
-        ValueError: `data` is no folder.
+        ValueError: `data` is not a folder.
     """
     if not Path(data).is_dir():
-        raise ValueError(f"data is {str(data)!r}: no such folder; expected one as {__name__} says")
-    found = Path(data) / FOLDERS[name]
-    return found if found.is_dir() else None
+        raise ValueError(
+            f"data is {str(data)!r}, which is not a folder; expected one as described in {__name__}"
+        )
+    place = Path(data) / FOLDERS[name]
+    return place if place.is_dir() else None
 
 
 def haystacks(data: str | Path = "") -> Any:
-    """What makes the needle examples: the module `needles`, or the published MM-NIAH in `data`.
+    """Return what makes needle examples: the module `needles`, or the published MM-NIAH in `data`.
 
-    Both have `make` and `generate`; published ones also their `lengths` and `depths`.
+    Both have `make` and `generate`; the published haystacks also have `lengths` and `depths`.
 
     Raises:
-        ValueError: There is no MMLongBench in `data`, or as `niah.read` does.
+        ValueError: There is no MMLongBench in `data`, or as `mm_niah.read_mm_niah` does.
     """
     if not data:
         return needles
-    found = folder(data, "needles")
-    if found is None:
-        raise ValueError(f"{data} holds no folder {FOLDERS['needles']}: no needles to look for")
-    return niah.read(found)
+    place = folder(data, "needles")
+    if place is None:
+        raise ValueError(
+            f"{data} holds no folder {FOLDERS['needles']}; expected the published needles there"
+        )
+    return mm_niah.read_mm_niah(place)
 
 
 def needle_metric(data: str | Path = "") -> Metric:
-    """What an answer to a needle example of `haystacks` is worth."""
-    return niah.score if data else same
+    """Return the function that scores answers to the needle examples of `haystacks`."""
+    return mm_niah.needle_answer if data else same
 
 
 def probes(
@@ -94,34 +100,35 @@ def probes(
     frames: int = videos.FRAMES,
     video: bool = True,
 ) -> dict[str, Examples]:
-    """Examples with evidence of each of paper B's probing sets that is there, by name.
+    """Return examples with evidence from each of paper B's probing sets that exists, by name.
 
     Args:
-        data: The folder.
-        limit: Examples a set, the first that have evidence.
+        data: The folder of all data sets.
+        limit: Largest number of examples per set; the first ones that have evidence are taken.
         pages: Pages of a document around the evidence.
-        frames: Frames of a video.
-        video: False gives them as images, for models that read no videos (`VLM.reads_video`).
+        frames: Frames per video.
+        video: False gives videos as images, for models that do not read videos
+            (`VLM.reads_video`).
 
     Raises:
         ValueError: As the loaders do.
     """
-    found: dict[str, Callable[[], Iterator[Example]]] = {}
-    if refcocog := folder(data, "refcocog"):
-        found["refcocog"] = partial(grounding.refcocog, refcocog)
-    if vidstg := folder(data, "vidstg"):
-        parts = (vidstg / part for part in ("annotations", "vidor", "frames"))
-        found["vidstg"] = partial(grounding.vidstg, *parts, count=frames)
-    if mmdocir := folder(data, "mmdocir"):
-        found["mmdocir"] = partial(_of_documents, mmdocir, pages)
-    if (mmlb := folder(data, "docqa")) and (mmlb / niah.DATA / "documentQA").is_dir():
-        questions = docqa.read(mmlb)
+    makers: dict[str, Callable[[], Iterator[Example]]] = {}
+    if place := folder(data, "refcocog"):
+        makers["refcocog"] = partial(refcocog, place)
+    if place := folder(data, "vidstg"):
+        parts = (place / part for part in ("annotations", "vidor", "frames"))
+        makers["vidstg"] = partial(vidstg, *parts, count=frames)
+    if place := folder(data, "mmdocir"):
+        makers["mmdocir"] = partial(_of_documents, place, pages)
+    if (place := folder(data, "docqa")) and (place / mm_niah.DATA / "documentQA").is_dir():
+        questions = mmlongbench_docs.read_document_questions(place)
         for subset in questions.subsets:
             shortest = min(length for name, length in questions.opened if name == subset)
             every = questions.count(subset, shortest)
-            found[subset] = partial(questions.generate, [subset], [shortest], every)
+            makers[subset] = partial(questions.generate, [subset], [shortest], every)
     return {
-        name: Examples(partial(_with_evidence, make, limit, video)) for name, make in found.items()
+        name: Examples(partial(_with_evidence, make, limit, video)) for name, make in makers.items()
     }
 
 
@@ -133,76 +140,88 @@ def _with_evidence(
 
 
 def _of_documents(mmdocir: Path, pages: int) -> Iterator[Example]:
-    found = documents.read(mmdocir)
-    if not found.documents:
-        problem = found.problems[0] if found.problems else "it has no line of annotations"
+    collection = documents.read(mmdocir)
+    if not collection.documents:
+        problem = (collection.problems or ("it has no line of annotations",))[0]
         raise ValueError(f"{mmdocir} holds no document that can be read: {problem}")
-    for document in found.documents:
+    for document in collection.documents:
         for question in document.questions:
             yield documents.example(document, question, pages=pages)
 
 
 def document_questions(
-    data: str | Path, length: int, *, limit: int = docqa.QUESTIONS
+    data: str | Path, length: int, *, limit: int = mmlongbench_docs.QUESTIONS
 ) -> dict[str, Examples]:
-    """Questions on long documents (paper A, Fig. 8) by subset; `docqa.score` scores them.
+    """Return questions about long documents (paper A, Fig. 8) by subset.
+
+    `mmlongbench_docs.question_answer` scores their answers.
+
+    Args:
+        data: The folder of all data sets.
+        length: Nominal length of the documents in tokens.
+        limit: Largest number of questions per subset.
 
     Raises:
-        ValueError: As `docqa.read` and its `make` do.
+        ValueError: As for `mmlongbench_docs.read_document_questions` and its `make`.
     """
-    found = folder(data, "docqa")
-    if found is None or not (found / niah.DATA / "documentQA").is_dir():
+    place = folder(data, "docqa")
+    if place is None or not (place / mm_niah.DATA / "documentQA").is_dir():
         return {}
-    questions = docqa.read(found)
-    there = [subset for subset, of in questions.opened if of == length]
+    questions = mmlongbench_docs.read_document_questions(place)
     return {
-        subset: Examples(partial(questions.generate, [subset], [length], limit)) for subset in there
+        subset: Examples(partial(questions.generate, [subset], [length], limit))
+        for subset, nominal in questions.opened
+        if nominal == length
     }
 
 
 def benchmarks(
     data: str | Path, *, mode: str = "direct", limit: int | None = None, video: bool = True
 ) -> dict[str, tuple[list[Example], Metric]]:
-    """Questions of the reasoning sets (paper A, Fig. 9) and of MLVU that are there, by name.
+    """Return the questions, by name, of the reasoning sets (paper A, Fig. 9) and MLVU that exist.
 
     Args:
-        data: The folder.
-        mode: "direct" or "cot"; MLVU is asked directly alone.
-        limit: Questions a set.
+        data: The folder of all data sets.
+        mode: "direct" or "cot" (chain of thought); MLVU is only asked directly.
+        limit: Largest number of questions per set; None for all.
         video: As in `probes`.
 
+    Returns:
+        For each set its examples and the function that scores an answer.
+
     Raises:
-        ValueError: As the loaders do.
+        ValueError: As for the loaders.
     """
     if mode not in reasoning.MODES:
         raise ValueError(f"mode is {mode!r}; expected one of {reasoning.MODES}")
-    found: dict[str, tuple[list[Example], Metric]] = {}
+    sets: dict[str, tuple[list[Example], Metric]] = {}
     for name, benchmark in reasoning.BENCHMARKS.items():
-        if there := folder(data, name):
-            asked = reasoning.read(name, there, mode=mode, limit=limit)
-            found[name] = asked, benchmark.metric
-    if mode == "direct" and (mlvu := folder(data, "mlvu")):
-        clips = videos.mlvu(mlvu / "json", mlvu / "frames", limit=limit)
-        asked = [each if video else each.without_video() for each in clips]
-        found["mlvu"] = asked, videos.choice_answer
-    return found
+        if place := folder(data, name):
+            examples = reasoning.read_benchmark(name, place, mode=mode, limit=limit)
+            sets[name] = examples, benchmark.metric
+    if mode == "direct" and (place := folder(data, "mlvu")):
+        clips = videos.mlvu(place / "json", place / "frames", limit=limit)
+        examples = [each if video else each.without_video() for each in clips]
+        sets["mlvu"] = examples, videos.choice_answer
+    return sets
 
 
 def prompts(
     source: Any, task: str, length: int, count: int, *, split: str = "test", **settings: Any
 ) -> Examples:
-    """Needle prompts of `haystacks` at all depths in turn.
+    """Return needle prompts of `haystacks`, with the needle at all depths in turn.
 
-    Generated ones have a haystack each; of published ones, a pair comes at every depth before the
-    next. Every other identical image is not there: of generated ones always at the same depths.
+    Each generated prompt has its own haystack. A published haystack comes at every depth before
+    the next one. In the task "identical", every second prompt has no needle (answer "no"); in
+    generated prompts these are always the same depths.
 
     Args:
-        source: What `haystacks` gives.
-        task: See `needles.make`.
-        length: "
+        source: What `haystacks` returns.
+        task: One of `needles.TASKS`.
+        length: Length of the prompts in tokens; nominal for published haystacks.
         count: Number of prompts.
-        split: "
-        settings: Further ones of the source's `make`.
+        split: One of `needles.SPLITS`.
+        settings: Further arguments of the source's `make`.
     """
     depths = getattr(source, "depths", needles.DEPTHS)
     apart = 1 if source is needles else len(depths)

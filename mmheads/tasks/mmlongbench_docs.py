@@ -31,9 +31,9 @@ import numpy as np
 
 from mmheads import metrics
 from mmheads.examples import Example, Part, Region
-from mmheads.tasks.niah import BEFORE_QUESTION, DATA, LENGTHS, image_folder
-from mmheads.tasks.sources import Record
-from mmheads.tasks.sources import read as read_records
+from mmheads.tasks.mm_niah import DATA, LENGTHS, image_folder
+from mmheads.tasks.mm_niah_records import BEFORE_QUESTION
+from mmheads.tasks.records import Kind, Record, read_records
 
 SUBSETS = {"mmlongdoc": "MMLongBench-Doc", "slidevqa": "SlideVQA"}
 """The names of the data sets that the subsets are from."""
@@ -52,13 +52,13 @@ _PAGE = {
     "slidevqa": (re.compile(r"-(\d+)-\d+\.\w+$"), 1),
 }
 """The number in a page's file name, and the number of the first page."""
-_COLUMNS: dict[str, type | tuple[type, ...]] = {
+_COLUMNS: dict[str, Kind] = {
     "doc_name": str,
     "question": str,
     "answer": (str, int, float, list),
     "answer_format": str,
-    "page_list": list,
-    "ans_page_list": (list, type(None)),
+    "page_list": list[str],
+    "ans_page_list": (list[int], type(None)),
 }
 
 
@@ -116,7 +116,7 @@ class DocumentQuestions:
         published order. The evidence is all of each gold page that is in the context: none for a
         question that cannot be answered, or whose gold pages were cut off. All pages are
         candidates ("page"). The question names its document, as in paper A's code. The answer
-        carries its kind, for `score`. The length is that of the record where it has one.
+        carries its kind, for `question_answer`. The length is that of the record where it has one.
 
         Args:
             subset: One of `SUBSETS`.
@@ -137,6 +137,8 @@ class DocumentQuestions:
             )
         row = int(np.random.default_rng(_SEED).permutation(len(records))[index])
         record = records[row]
+        if record.values.get("length") is not None:
+            record.expect({"length": int})
         kind, gold = _answer(record)
         pages = [_page(record, path, subset) for path in record.values["page_list"]]
         at = [] if kind == "None" else _gold_pages(record, pages, _PAGE[subset][1])
@@ -158,7 +160,7 @@ class DocumentQuestions:
             candidates={"page": regions},
             instruction=INSTRUCTION,
             task=subset,
-            length=int(record.values.get("length") or length),
+            length=record.values.get("length") or length,
             depth=at[0] / max(1, len(pages) - 1) if at else None,
             seed=(list(SUBSETS).index(subset), length, row),
         )
@@ -185,7 +187,7 @@ class DocumentQuestions:
         return self.opened[subset, length].records
 
 
-def read(folder: str | Path) -> DocumentQuestions:
+def read_document_questions(folder: str | Path) -> DocumentQuestions:
     """Open a folder with `mmlb_data` and `mmlb_image`; any of the lengths may be missing.
 
     Records are read when they are first asked for, images opened when an example is made.
@@ -208,11 +210,11 @@ def read(folder: str | Path) -> DocumentQuestions:
     return DocumentQuestions(folder, opened)
 
 
-def score(answer: str, gold: str) -> float:
-    """MMLongBench's score of an answer: what follows "Answer:", by `metrics.document_answer`.
+def question_answer(answer: str, gold: str) -> float:
+    """Return MMLongBench's score of what follows "Answer:", by `metrics.document_answer`.
 
     Args:
-        answer: What the model gave.
+        answer: What the model answered.
         gold: The answer of an example: its kind, a colon, the right answer.
 
     Raises:
@@ -235,22 +237,22 @@ def _answer(record: Record) -> tuple[str, str]:
     return kind, gold
 
 
-def _page(record: Record, path: object, subset: str) -> tuple[str, int]:
+def _page(record: Record, path: str, subset: str) -> tuple[str, int]:
     """Folder of the document and number of the page, from the path of its image."""
     pattern, first = _PAGE[subset]
-    number = pattern.search(path) if isinstance(path, str) else None
+    number = pattern.search(path)
     if not number or int(number.group(1)) < first:
         raise record.error(
             f"a page of page_list is {path!r}; expected a path that ends like "
             f"{'_page0.jpg' if subset == 'mmlongdoc' else '-1-1024.jpg'}, numbered from {first}"
         )
-    return PurePosixPath(str(path)).parent.name, int(number.group(1))
+    return PurePosixPath(path).parent.name, int(number.group(1))
 
 
 def _gold_pages(record: Record, pages: list[tuple[str, int]], first: int) -> list[int]:
     """Places of the gold pages among the pages of the context."""
     gold, name = record.values["ans_page_list"] or [], record.text("doc_name")
-    if any(not isinstance(page, int) or page < 0 for page in gold):
+    if any(page < 0 for page in gold):
         raise record.error(f"ans_page_list is {gold!r}; expected pages, numbered from 0")
     folders = {folder for folder, _ in pages}
     own = folders & {name} or {each for each in folders if each[:_NAME] == name[:_NAME]}

@@ -14,16 +14,16 @@ RefCOCOg and the boxes of VidOR were not seen here.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator, Mapping
+from glob import escape
 from itertools import islice
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from mmheads.examples import Example, Region, Video
-from mmheads.tasks import sources, videos
+from mmheads.tasks import videos
+from mmheads.tasks.records import Box, Kind, Record, read_records
 
 COORDINATES = {
     "thousandths": "from 0 to 1000 across the image and down it",
@@ -36,18 +36,22 @@ SENTENCES = {"questions": "{}", "captions": "Where in the video is this: {}"}
 ASPECT_SLACK = 0.02
 """Share by which the aspect ratio of stored frames may differ from the video's: rounding."""
 
-_NUMBER = r"(-?\d+(?:\.\d+)?)"
-_BOX = re.compile(r"(?<![\w.-])" + r"[\s,()\[\]]+".join([_NUMBER] * 4))
-_REFCOCOG: Mapping[str, type | tuple[type, ...]] = {"image": object, "answer": list, "bbox": list}
-_VIDSTG: Mapping[str, type | tuple[type, ...]] = {
+_REFCOCOG: Mapping[str, Kind] = {"image": object, "answer": list[str], "bbox": list}
+_VIDSTG: Mapping[str, Kind] = {
     "vid": str,
     "fps": (int, float),
     "frame_count": int,
     "width": int,
     "height": int,
-    "subject/objects": list,
+    "subject/objects": list[dict[str, Any]],
     "used_segment": dict,
     "temporal_gt": dict,
+}
+_VIDOR: Mapping[str, Kind] = {
+    "width": int,
+    "height": int,
+    "trajectories": list[list[dict[str, Any]]],
+    "video_path": str,
 }
 
 
@@ -74,29 +78,9 @@ def refcocog(
     """
     if coordinates not in COORDINATES:
         raise ValueError(f"coordinates is {coordinates!r}; expected one of {tuple(COORDINATES)}")
-    records = sources.read(source, _REFCOCOG, files=f"**/{split}*", split=split)
+    records = read_records(source, _REFCOCOG, files=f"**/{split}*", split=split)
     examples = (example for record in records for example in _expressions(record, coordinates))
     return islice(examples, limit)
-
-
-def box_answer(answer: str, gold: str) -> float:
-    """1 where the boxes overlap by half or more of what they cover together (IoU >= 0.5).
-
-    The box of a text is the first four numbers in a row: left, top, right, bottom, with nothing
-    but commas, brackets and white space between them. Both must be in the same coordinates; a
-    scale, even one for each direction, does not change the result.
-
-    Raises:
-        ValueError: The gold answer is no box.
-    """
-    if (wanted := _box(gold)) is None:
-        raise ValueError(f"the gold answer {gold!r} is no box; expected [left, top, right, bottom]")
-    found = _box(answer)
-    if found is None:
-        return 0.0
-    (left, top), (right, bottom) = map(max, found[:2], wanted[:2]), map(min, found[2:], wanted[2:])
-    common = _area((left, top, right, bottom))
-    return float(common >= 0.5 * (_area(found) + _area(wanted) - common))
 
 
 def vidstg(
@@ -135,8 +119,8 @@ def vidstg(
     if sentences not in SENTENCES:
         raise ValueError(f"sentences is {sentences!r}; expected one of {tuple(SENTENCES)}")
     videos.check_count(count)
-    records = sources.read(
-        annotations, {**_VIDSTG, sentences: list}, files=f"{split}_annotations.json"
+    records = read_records(
+        annotations, {**_VIDSTG, sentences: list[dict[str, Any]]}, files=f"{split}_annotations.json"
     )
     examples = (
         example
@@ -146,7 +130,7 @@ def vidstg(
     return islice(examples, limit)
 
 
-def _expressions(record: sources.Record, coordinates: str) -> Iterator[Example]:
+def _expressions(record: Record, coordinates: str) -> Iterator[Example]:
     image = record.image(record.values["image"])
     box = record.box(record.values["bbox"], image.size, corners=False)
     width, height = image.size if coordinates == "pixels" else (1000, 1000)
@@ -163,57 +147,40 @@ def _expressions(record: sources.Record, coordinates: str) -> Iterator[Example]:
         )
 
 
-def _text(record: sources.Record, value: Any) -> str:
+def _text(record: Record, value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise record.error(f"a sentence is {value!r}; expected a text")
     return value.strip()
 
 
-def _box(text: str) -> sources.Box | None:
-    numbers = _BOX.search(text)
-    if numbers is None:
-        return None
-    left, top, right, bottom = map(float, numbers.groups())
-    return left, top, right, bottom
-
-
-def _area(box: sources.Box) -> float:
-    return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
-
-
 def _with_tracks(
-    records: Iterator[sources.Record], vidor: Path
-) -> Iterator[tuple[sources.Record, dict[str, Any]]]:
-    """Records with VidOR's annotations of their videos, kept while the video stays the same."""
+    records: Iterator[Record], vidor: Path
+) -> Iterator[tuple[Record, Mapping[str, Any]]]:
+    """Yield records with VidOR's annotations of their videos, each read once per run of records."""
     paths = {path.stem: path for path in vidor.rglob("*.json")}
-    held, tracks = "", {}
+    current: str = ""
+    tracks: Mapping[str, Any] = {}
     for record in records:
         name = record.text("vid")
         if name not in paths:
             raise record.error(f"{vidor} holds no annotation {name}.json; expected VidOR's folders")
-        if name != held:
-            held, tracks = name, _tracks(paths[name])
+        if name != current:
+            annotation = paths[name]
+            about = next(read_records(annotation.parent, _VIDOR, files=escape(annotation.name)))
+            current, tracks = name, about.values
         size, other = [(of["width"], of["height"]) for of in (record.values, tracks)]
         if size != other:
             raise record.error(f"the video has {size} pixels, in {paths[name]} it has {other}")
+        if min(*size, record.values["fps"]) <= 0:
+            raise record.error(
+                f"width, height and fps are {(*size, record.values['fps'])}; expected all above 0"
+            )
         yield record, tracks
 
 
-def _tracks(path: Path) -> dict[str, Any]:
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    wanted = {"width", "height", "trajectories", "video_path"}
-    if not isinstance(about, dict) or (missing := wanted - set(about)):
-        lacks = sorted(missing) if isinstance(about, dict) else "everything"
-        raise ValueError(f"{path} is no annotation of VidOR: it lacks {lacks}")
-    return about
-
-
 def _sentences(
-    record: sources.Record,
-    tracks: dict[str, Any],
+    record: Record,
+    tracks: Mapping[str, Any],
     frames: Path,
     kind: str,
     count: int,
@@ -265,7 +232,7 @@ def _sentences(
         ) from error
 
 
-def _interval(record: sources.Record, name: str) -> tuple[int, int]:
+def _interval(record: Record, name: str) -> tuple[int, int]:
     """First and last + 1 frame."""
     about, count = record.values[name], record.values["frame_count"]
     first, last = about.get("begin_fid"), about.get("end_fid")
@@ -276,9 +243,7 @@ def _interval(record: sources.Record, name: str) -> tuple[int, int]:
     return first, last
 
 
-def _cut(
-    edges: Mapping[str, float], whole: tuple[int, int], size: tuple[int, int]
-) -> sources.Box | None:
+def _cut(edges: Mapping[str, float], whole: tuple[int, int], size: tuple[int, int]) -> Box | None:
     """A box of the video, in pixels of its stored frames; None where it lies outside them."""
     x, y = size[0] / whole[0], size[1] / whole[1]
     left, right = max(0.0, edges["xmin"] * x), min(size[0], (edges["xmax"] + 1) * x)

@@ -11,6 +11,7 @@ The records do not say when a needle is shown, so no example has evidence: paper
 from __future__ import annotations
 
 import importlib
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,10 +19,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from mmheads.examples import Example, Video
-from mmheads.tasks import sources
+from mmheads.images import open_image
+from mmheads.tasks.records import Kind, Record, read_records
 
 FRAMES = 16
 """Frames of a video, as in MLVU's own evaluation."""
@@ -43,7 +45,7 @@ FOLDERS = {
     "topic_reasoning": "7_topic_reasoning",
 }
 """Where the videos of a question type lie."""
-_COLUMNS: Mapping[str, type | tuple[type, ...]] = {
+_COLUMNS: Mapping[str, Kind] = {
     "video": str,
     "duration": (int, float),
     "question": str,
@@ -80,7 +82,7 @@ def mlvu(
             its candidates, or a video cannot be read.
     """
     check_count(count)
-    records = sources.read(source, _COLUMNS, files=files)
+    records = read_records(source, _COLUMNS, files=files)
     return islice((_question(record, Path(frames), count) for record in records), limit)
 
 
@@ -138,7 +140,7 @@ class Clip:
                 "set first=1"
             )
         pictures = (
-            tuple(map(_image, (self.files[number] for number in numbers)))
+            tuple(open_image(self.files[number]) for number in numbers)
             if self.files
             else _decoded(self.path, numbers)
         )
@@ -184,7 +186,7 @@ def check_count(count: int) -> None:
         raise ValueError(f"count is {count}; expected 1 frame or more")
 
 
-def _question(record: sources.Record, frames: Path, count: int) -> Example:
+def _question(record: Record, frames: Path, count: int) -> Example:
     values = record.values
     name, kind, duration = record.text("video"), record.text("question_type"), values["duration"]
     options = [str(option) for option in values["candidates"]]
@@ -192,7 +194,7 @@ def _question(record: sources.Record, frames: Path, count: int) -> Example:
         raise record.error(f"{len(options)} candidates; expected 2 to {len(LETTERS)}")
     if options.count(str(values["answer"])) != 1:
         raise record.error(f"the answer {values['answer']!r} is not one of {options}")
-    if duration <= 0:
+    if not 0 < duration < math.inf:
         raise record.error(f"duration is {duration}; expected seconds")
     try:
         video = clip(frames, *(f"{folder}/{name}" for folder in (FOLDERS.get(kind, "."), ".")))
@@ -209,13 +211,6 @@ def _question(record: sources.Record, frames: Path, count: int) -> Example:
         instruction=INSTRUCTION,
         task=f"mlvu-{kind}",
     )
-
-
-def _image(path: Path) -> Image.Image:
-    try:
-        return Image.open(path).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def _frame_count(path: Path) -> int:
