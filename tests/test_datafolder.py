@@ -197,7 +197,7 @@ def test_data_set_that_is_not_there_is_left_out(data, tmp_path, missing):
 
 
 def test_no_published_needles_are_an_error(some):
-    with pytest.raises(ValueError, match="holds no folder MMLongBench: no needles to look for"):
+    with pytest.raises(ValueError, match="holds no folder MMLongBench; expected the published"):
         data_root.haystacks(some("MMDocIR"))
 
 

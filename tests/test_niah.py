@@ -79,11 +79,10 @@ def test_the_folder_says_what_is_in_it(folder):
     opened = mm_niah.read_mm_niah(folder)
     assert opened.lengths == (8192,)
     assert opened.depths == (0.0, 0.2)
-    assert list(opened.files) == [
+    assert [file.path.relative_to(folder).as_posix() for file in opened.opened.values()] == [
         "mmlb_data/NIAH/retrieval-text_test_K8_dep6.jsonl",
         "mmlb_data/NIAH/retrieval-image_test_K8_dep6.jsonl",
     ]
-    assert min(opened.files.values()) > 10_000
 
 
 def test_a_text_needle_is_its_sentence(folder):

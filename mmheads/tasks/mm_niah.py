@@ -147,12 +147,6 @@ class Needles:
         """Depths of the needle, from a file of the shortest length."""
         return tuple(min(self.opened.values(), key=lambda file: file.length).places)
 
-    @property
-    def files(self) -> dict[str, int]:
-        """The files of records, by their path in the folder, with their sizes in bytes."""
-        paths = [file.path for file in self.opened.values()]
-        return {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in paths}
-
     def count(self, task: str, length: int, split: str = "detection") -> int:
         """Number of pairs.
 

@@ -95,12 +95,6 @@ class DocumentQuestions:
         """Nominal lengths in tokens of which there are records."""
         return tuple(sorted({length for _, length in self.opened}))
 
-    @property
-    def files(self) -> dict[str, int]:
-        """The files of records, by their path in the folder, with their sizes in bytes."""
-        paths = [file.path for file in self.opened.values()]
-        return {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in paths}
-
     def count(self, subset: str, length: int) -> int:
         """Number of questions.
 

@@ -6,10 +6,10 @@ card and the evaluation in lmms-eval have them; splits `val` and `test`. A .json
 same columns and a path as `image` is read as well.
 
 VidSTG (arXiv 2001.06891) as in Guaranteer/VidSTG-Dataset: `<split>_annotations.json`. Its boxes are
-those of VidOR, in `<training or validation>/<group>/<video>.json`: a list a frame. There,
-frame numbers count from 0 and an interval's end is no part of it, but a box's right and bottom
-pixels are (xdshang/VidVRD-helper). Columns of both as in these repositories; the records of
-RefCOCOg and the boxes of VidOR were not seen here.
+those of VidOR, in `<training or validation>/<group>/<video>.json`, one list per frame. There, frame
+numbers count from 0, an interval excludes its end, and a box includes its right and bottom pixels
+(xdshang/VidVRD-helper). The columns of both are as in these repositories; the records of RefCOCOg
+and the boxes of VidOR were not checked against the published files.
 """
 
 from __future__ import annotations
@@ -23,14 +23,12 @@ from typing import Any
 
 from mmheads.examples import Example, Region, Video
 from mmheads.tasks import videos
-from mmheads.tasks.records import Box, Kind, Record, read_records
+from mmheads.tasks.records import Kind, Record, read_records
 
-COORDINATES = {
-    "thousandths": "from 0 to 1000 across the image and down it",
-    "pixels": "in pixels of the image",
-}
-"""How a box is asked for and scored. Qwen3-VL and InternVL print thousandths. Qwen2.5-VL prints
-pixels, but of the image as its processor has resized it."""
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom, in pixels."""
+SLACK = 1.0
+"""Pixels by which a published box may reach over its image because of rounding; it is then cut."""
 SENTENCES = {"questions": "{}", "captions": "Where in the video is this: {}"}
 """Kinds of sentences of VidSTG, and how they are asked."""
 ASPECT_SLACK = 0.02
@@ -56,31 +54,24 @@ _VIDOR: Mapping[str, Kind] = {
 
 
 def refcocog(
-    source: str | Path = "lmms-lab/RefCOCOg",
-    *,
-    split: str = "val",
-    coordinates: str = "thousandths",
-    limit: int | None = None,
+    source: str | Path = "lmms-lab/RefCOCOg", *, split: str = "val", limit: int | None = None
 ) -> Iterator[Example]:
-    """Referring expressions of RefCOCOg, an example each, made as they are asked for.
+    """Yield one example per referring expression of RefCOCOg, each made when it is asked for.
 
-    The context is the image, the evidence the box of the object, the answer this box as text.
+    The context is the image and the evidence is the box of the object. The answer is this box as
+    text, in thousandths of the image's width and height, as Qwen3-VL and InternVL print boxes.
 
     Args:
         source: Name on the hub, or a folder with its files.
-        split: `val` or `test`; in a folder, what the names of the files begin with.
-        coordinates: Of the box in the answer, one of `COORDINATES`.
-        limit: Number of examples; None for all.
+        split: "val" or "test"; in a folder, what the names of the files begin with.
+        limit: Largest number of examples; None for all.
 
     Raises:
-        ValueError: Unknown coordinates, a record without the columns, an unreadable image, an
-            empty expression, or a box that does not lie in its image.
+        ValueError: A record lacks a column, its image cannot be read, an expression is empty, or a
+            box does not lie in its image.
     """
-    if coordinates not in COORDINATES:
-        raise ValueError(f"coordinates is {coordinates!r}; expected one of {tuple(COORDINATES)}")
     records = read_records(source, _REFCOCOG, files=f"**/{split}*", split=split)
-    examples = (example for record in records for example in _expressions(record, coordinates))
-    return islice(examples, limit)
+    return islice((example for record in records for example in _expressions(record)), limit)
 
 
 def vidstg(
@@ -94,12 +85,12 @@ def vidstg(
     first: int = 0,
     limit: int | None = None,
 ) -> Iterator[Example]:
-    """Sentences of VidSTG, an example each, made as they are asked for.
+    """Yield one example per sentence of VidSTG, each made when it is asked for.
 
-    The context is one video of frames sampled from the segment that the sentence was written for.
-    The evidence is the target's box in each of them that lies in the annotated interval and shows
-    it, cut to the frame; None where no sampled frame does. The answer to a question is the
-    target's category.
+    The context is one video, whose frames are sampled from the segment that the sentence was
+    written for. The evidence is the target's box, cut to the frame, in each sampled frame that
+    lies in the annotated interval and shows the target; None if there is no such frame. The answer
+    to a question is the target's category.
 
     Args:
         annotations: Folder of `<split>_annotations.json`.
@@ -108,9 +99,9 @@ def vidstg(
             groups. The frames may be of another size than the video.
         split: `train`, `val` or `test`.
         sentences: `questions`, or `captions`.
-        count: Frames a segment, evenly over it; all of them if it has fewer.
+        count: Frames per segment, spread evenly over it; all frames if it has fewer.
         first: Number of a video's first frame in the names of the images.
-        limit: Number of examples; None for all.
+        limit: Largest number of examples; None for all.
 
     Raises:
         ValueError: A setting is unknown, a record is not as described, VidOR lacks its video or
@@ -130,21 +121,38 @@ def vidstg(
     return islice(examples, limit)
 
 
-def _expressions(record: Record, coordinates: str) -> Iterator[Example]:
+def _expressions(record: Record) -> Iterator[Example]:
     image = record.image(record.values["image"])
-    box = record.box(record.values["bbox"], image.size, corners=False)
-    width, height = image.size if coordinates == "pixels" else (1000, 1000)
-    scales = (width / image.width, height / image.height) * 2
-    gold = [round(edge * scale, 2) for edge, scale in zip(box, scales, strict=True)]
+    box = _box(record, image.size)
+    answer = [round(1000 * e / s, 2) for e, s in zip(box, image.size * 2, strict=True)]
     for expression in record.values["answer"]:
         yield Example(
             context=(image,),
             question=(f"Where in the image is this: {_text(record, expression)}",),
-            answer=str(gold),
+            answer=str(answer),
             evidence=(Region(part=0, box=box),),
-            instruction=f"Give its box as [left, top, right, bottom], {COORDINATES[coordinates]}.",
+            instruction="Give its box as [left, top, right, bottom], from 0 to 1000 across the "
+            "image and down it.",
             task="refcocog",
         )
+
+
+def _box(record: Record, size: tuple[int, int]) -> Box:
+    """The box of a record, cut to the image where rounding has put it over the edge."""
+    edges, (width, height) = record.values["bbox"], size
+    try:
+        left, top, wide, high = map(float, edges)
+    except (TypeError, ValueError) as error:
+        raise record.error(f"bbox is {edges!r:.200}; expected four numbers") from error
+    right, bottom = left + wide, top + high
+    inside = -SLACK <= left < right <= width + SLACK and -SLACK <= top < bottom <= height + SLACK
+    box = (max(0.0, left), max(0.0, top), min(right, width), min(bottom, height))
+    if not inside or box[0] >= box[2] or box[1] >= box[3]:
+        raise record.error(
+            f"bbox is {edges!r} (left, top, width, height), which does not lie in its image of "
+            f"{size} pixels"
+        )
+    return box
 
 
 def _text(record: Record, value: Any) -> str:

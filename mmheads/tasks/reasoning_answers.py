@@ -26,19 +26,20 @@ _SHORT, _MANY = 10, 10
 
 
 def choice(answer: str, gold: str) -> float:
-    """1 where the answer picks the gold option (MMMU, MMMU-Pro, and all multiple choice here).
+    """Return 1 if the answer picks the gold option, else 0 (MMMU, MMMU-Pro, all multiple choice).
 
-    A letter at its start ("B", "(B) nine", "**B.**") picks an option; else the one letter that is
-    marked so somewhere; else, in a short answer, the one capital that stands alone; else the one
-    option whose text it holds. Letters given together ("A or B") pick none.
+    The first of these that the answer has picks the option: a letter at its start ("B", "(B) nine",
+    "**B.**"); the only letter that is marked like this anywhere; in a short answer, the only
+    capital letter that is a word of its own; the only option whose text is in the answer. Letters
+    that are given together ("A or B") pick no option.
 
     Args:
-        answer: What the model gave.
-        gold: The letter, and the options as a JSON list: `B ["four", "nine"]`; or a letter alone,
-            of at most ten options.
+        answer: What the model answered.
+        gold: The letter and the options as a JSON list, such as `B ["four", "nine"]`; or only the
+            letter, for at most ten options.
 
     Raises:
-        ValueError: The gold answer is no letter.
+        ValueError: The gold answer is not a letter of an option.
     """
     letter, options = _letter(gold)
     if not letter:
@@ -49,18 +50,19 @@ def choice(answer: str, gold: str) -> float:
 
 
 def mmmu_answer(answer: str, gold: str) -> float:
-    """MMMU's rule: an option as in `choice`, or an open answer (its `eval/eval_utils.py`).
+    """Return MMMU's score of an answer: an option as in `choice`, or an open answer.
 
-    Of each line of an open answer counts what follows the last "is", "so", "thus", "therefore",
-    "final", "answer", "result", "could be", in the last line also "=": the shortest such tail, or
-    the whole where no line has one. Right is a tail that holds the gold text, or a number in it
-    that equals the gold number, both rounded to two decimals. Case does not count, nor thousands
-    separators. A gold text of one character must stand alone; a number with separators is read
-    whole, decimals included (the published code reads them apart).
+    In each line of an open answer, the shortest text after one of the words "is", "so", "thus",
+    "therefore", "final", "answer", "result" or "could be" (in the last line also after "=")
+    counts; without any such word, the whole answer counts. The answer is right if such a text
+    contains the gold text, or a number that equals the gold number after both are rounded to two
+    decimals. Upper and lower case and thousands separators do not matter. A gold text of one
+    character must be a word of its own. Unlike in the published code (`eval/eval_utils.py`), a
+    number with thousands separators is read together with its decimals.
 
     Args:
-        answer: What the model gave.
-        gold: As in `choice`, with options; or a text, or several as a JSON list.
+        answer: What the model answered.
+        gold: As in `choice`, with options; or a text; or several texts as a JSON list.
     """
     if _letter(gold)[1]:
         return choice(answer, gold)
@@ -70,20 +72,21 @@ def mmmu_answer(answer: str, gold: str) -> float:
 
 
 def mathvista_answer(answer: str, gold: str) -> float:
-    """MathVista's rule (its `evaluation/calculate_score.py`), without GPT-4.
+    """Return MathVista's score of an answer (`evaluation/calculate_score.py`), without GPT-4.
 
-    An option as in `choice`. An integer: equal, decimals of the answer cut off. A float: equal
-    after rounding to the decimals of the gold answer. A list: equal in number, order and value.
-    Where the answer holds several numbers, the first after "Answer:" counts, or the last of all if
-    there is no such mark; fractions and LaTeX are computed, numbers in words are not read.
+    An option counts as in `choice`. An integer must equal the answer without its decimals, a float
+    the answer rounded to the decimals of the gold answer, and a list the answer in number, order
+    and value of the items. If the answer holds several numbers, the first one after "Answer:"
+    counts, or the last of all if "Answer:" is missing. Fractions and LaTeX are computed; numbers
+    written as words are not read.
 
     Args:
-        answer: What the model gave.
+        answer: What the model answered.
         gold: As in `choice`, with options; an integer; a number with as many decimals as count; or
             a JSON list.
 
     Raises:
-        ValueError: The gold answer is none of them.
+        ValueError: The gold answer has none of these forms.
     """
     if _letter(gold)[0]:
         return choice(answer, gold)
@@ -105,16 +108,16 @@ def mathvista_answer(answer: str, gold: str) -> float:
 
 
 def mathvision_answer(answer: str, gold: str) -> float:
-    """MathVision's rule (its `evaluation/utils.py`): the same option, value or text.
+    """Return MathVision's score of an answer (`evaluation/utils.py`): same option, value or text.
 
-    An option as in `choice`, or an answer equal to what the gold option says. Values are equal
-    after rounding to two decimals, of tuples one by one; texts after removing LaTeX's spacing,
-    degrees, units and white space. Beyond the published rule, a number in a sentence is found, as
-    in `mathvista_answer`.
+    An option counts as in `choice`; an answer that equals the text of the gold option counts as
+    well. Values must be equal after rounding to two decimals, and texts after LaTeX's spacing,
+    degrees, units and white space are removed. Unlike in the published rule, a number in a
+    sentence is found as in `mathvista_answer`, and expressions with variables are compared.
 
     Args:
-        answer: What the model gave.
-        gold: As in `choice`; or an expression or text.
+        answer: What the model answered.
+        gold: As in `choice`; or an expression or a text.
     """
     letter, options = _letter(gold)
     if letter:
@@ -128,7 +131,7 @@ def mathvision_answer(answer: str, gold: str) -> float:
 
 
 def _letter(gold: str) -> tuple[str, list[str]]:
-    """Letter and options of a gold answer, as far as it has them."""
+    """Letter and options of a gold answer; empty where it lacks them."""
     found = re.fullmatch(r"([A-Z])(?: (\[.*\]))?", gold.strip(), re.DOTALL)
     if not found:
         return "", []
@@ -141,7 +144,7 @@ def _letter(gold: str) -> tuple[str, list[str]]:
 
 
 def _conclusion(answer: str) -> str | None:
-    """What stands after the mark of a final answer; None without a mark."""
+    """The text after the mark of a final answer, such as "Answer:"; None without a mark."""
     text: str | None = None
     if marks := list(_CONCLUDES.finditer(answer)):
         lines = answer[marks[-1].end() :].splitlines()
@@ -155,7 +158,7 @@ def _conclusion(answer: str) -> str | None:
 
 
 def _braced(text: str) -> str:
-    """Up to the brace that closes."""
+    """The text up to the brace that closes it."""
     depth = 1
     for index, character in enumerate(text):
         depth += {"{": 1, "}": -1}.get(character, 0)
@@ -193,7 +196,7 @@ def _picked(answer: str, options: Sequence[str]) -> str:
 
 
 def _told(text: str, options: Sequence[str]) -> str:
-    """The letter of the one option whose text stands in a text, or ""; the longer text wins."""
+    """The letter of the only option whose text is in a text, or ""; a longer option wins."""
     text = _spaced(text)
     told = {
         _spaced(option): letter

@@ -20,12 +20,8 @@ from PIL import Image
 
 from mmheads.images import open_image
 
-Box = tuple[float, float, float, float]
-"""Left, top, right, bottom, in pixels."""
 Kind = type | GenericAlias | tuple[type | GenericAlias, ...]
 """A type, a list of a type such as `list[str]`, or several of both."""
-SLACK = 1.0
-"""Pixels by which a published box may reach over its image because of rounding; it is then cut."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,33 +98,6 @@ class Record:
             return open_image(value, name)
         except ValueError as error:
             raise self.error(str(error)) from error
-
-    def box(self, edges: Any, size: tuple[int, int], *, corners: bool) -> Box:
-        """Return a box in an image, cut to the image where rounding has put it over the edge.
-
-        Args:
-            edges: Four numbers in pixels from the top left.
-            size: Width and height of the image.
-            corners: Whether the last two numbers are right and bottom, not width and height.
-
-        Raises:
-            ValueError: There are not four numbers, or the box is empty or reaches out of the image.
-        """
-        try:
-            left, top, right, bottom = map(float, edges)
-        except (TypeError, ValueError) as error:
-            raise self.error(f"box {edges!r:.200}; expected four numbers") from error
-        if not corners:
-            right, bottom = left + right, top + bottom
-        width, height = size
-        inside = (
-            -SLACK <= left < right <= width + SLACK and -SLACK <= top < bottom <= height + SLACK
-        )
-        box = (max(0.0, left), max(0.0, top), min(right, width), min(bottom, height))
-        if not inside or box[0] >= box[2] or box[1] >= box[3]:
-            kind = "left, top, right, bottom" if corners else "left, top, width, height"
-            raise self.error(f"box {edges!r} ({kind}) does not lie in its image of {size} pixels")
-        return box
 
 
 def read_records(
