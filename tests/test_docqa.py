@@ -120,7 +120,7 @@ def test_no_evidence_without_answer_or_gold_page(tmp_path, changes, answer):
         ),
         ({"answer_format": "Number"}, "answer_format or answer: kind is 'Number'"),
         ({"question": " "}, "question is ' '; expected a text"),
-        ({"length": "8K"}, "length is '8K', a str; expected int"),
+        ({"length": "8K"}, "length is '8K', a str; expected int or float"),
         ({"page_list": []}, r"page_list has pages of \[\]"),
     ],
 )

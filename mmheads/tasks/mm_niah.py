@@ -1,8 +1,9 @@
 """MM-NIAH as MMLongBench publishes it (arXiv 2505.10610): the detection data of paper A.
 
-Paper A (arXiv 2605.27243): five lengths, six depths, 20 pairs of question and evidence a condition,
-four tasks. MMLongBench has two of them, retrieval-text and retrieval-image; the other two are built
-from their records, as paper A's code builds them unless said otherwise at `Needles.make`.
+Paper A (arXiv 2605.27243) uses four tasks at five lengths and six depths, with 20 pairs of question
+and evidence per condition. MMLongBench has two of the tasks, retrieval-text and retrieval-image.
+The other two are built from their records as paper A's code builds them, except as `Needles.make`
+says.
 
 The folder is that of the hub's unpacked archives (`ZhaoweiWang/MMLongBench`: `0_mmlb_data.tar.gz`,
 `2_mm-niah_image.tar.gz`): records in `mmlb_data/NIAH/retrieval-text_test_K128_dep6.jsonl` and the
@@ -99,9 +100,9 @@ class _File:
 
     @cached_property
     def places(self) -> dict[float, dict[int, int]]:
-        """By depth and number of the pair, in ascending order: the byte at which a record begins.
+        """Byte at which each record begins, by depth and number of the pair in ascending order.
 
-        A file has up to 1.5 GB: it is read once to find them, and never kept.
+        A file has up to 1.5 GB, so it is read once to find the records, and never kept.
         """
         found: dict[float, dict[int, int]] = {}
         with self.path.open("rb") as lines:
@@ -130,8 +131,8 @@ class Needles:
     20, test all others.
 
     Attributes:
-        folder: What was opened.
-        opened: By kind ("retrieval-text") and length.
+        folder: The folder that was opened.
+        opened: The file of each kind of records ("retrieval-text") and length.
     """
 
     folder: Path
@@ -139,7 +140,7 @@ class Needles:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Nominal lengths in tokens of which there are records."""
+        """Nominal lengths in tokens that have records."""
         return tuple(sorted({length for _, length in self.opened}))
 
     @cached_property
@@ -171,9 +172,9 @@ class Needles:
         - text: the evidence is the needle's sentence, in its part of the context.
         - image: the question shows the options with their letters; the evidence is all of the
           image that the right one was pasted into, as in paper A.
-        - rendered: the sentence drawn as an image, which stands in its place. (In paper A's code it
-          stands after the paragraph, and the drawn images are not published.)
-        - identical: the image that the question shows stands in the haystack in place of the one
+        - rendered: the sentence is drawn as an image in its place. (In paper A's code, the image
+          follows the paragraph, and the drawn images are not published.)
+        - identical: the image that the question shows is in the haystack in place of the one
           that it was pasted into.
 
         Units of the haystack are joined by a space, as in paper A's code.
@@ -185,7 +186,7 @@ class Needles:
             pair: Which question and evidence, from 0.
             split: One of `needles.SPLITS`.
             needle: False takes the sentence (text, rendered) or the image that holds the needle
-                (image) out of the haystack; in the task identical another of the options stands
+                (image) out of the haystack; in the task identical another of the options is
                 there, and the answer is "no".
             answer: "yes" or "no" for identical, where "no" is as `needle=False`; else None.
 
@@ -315,10 +316,11 @@ def image_folder(folder: Path) -> Path:
 
 
 def needle_answer(answer: str, gold: str) -> float:
-    """1 for a right answer, as MMLongBench counts them.
+    """Return 1 for a right answer and else 0, by MMLongBench's rules.
 
-    The option given as the answer, or else the last letter that could be one; the last yes or no;
-    else the gold answer anywhere in the answer, both normalised.
+    If the gold answer is a letter, the option after "answer is" or "Answer:" counts, or else the
+    last letter that could be an option; if it is yes or no, the last yes or no counts; any other
+    gold answer must be somewhere in the answer, both normalised.
     """
     if re.fullmatch("[A-J]", gold):
         said = re.findall(r"(?i:answer is|answer:)\s*\(?([A-J])\b", answer)[:1]

@@ -38,7 +38,7 @@ from mmheads.tasks.records import Kind, Record, read_records
 SUBSETS = {"mmlongdoc": "MMLongBench-Doc", "slidevqa": "SlideVQA"}
 """The names of the data sets that the subsets are from."""
 QUESTIONS = 100
-"""That MMLongBench's evaluation asks of a subset and length."""
+"""Number of questions per subset and length that MMLongBench's evaluation asks."""
 INSTRUCTION = (
     "\nAnswer as concisely as you can, with a phrase or a sentence. If the document does not "
     "answer the question, say 'Not answerable'."
@@ -75,11 +75,11 @@ class _File:
 
 @dataclass(frozen=True, eq=False)
 class DocumentQuestions:
-    """Questions by subset and length.
+    """Questions about long documents.
 
     Attributes:
-        folder: What was opened.
-        opened: By subset and length.
+        folder: The folder that was opened.
+        opened: The file of each subset and length.
     """
 
     folder: Path
@@ -87,16 +87,16 @@ class DocumentQuestions:
 
     @property
     def subsets(self) -> tuple[str, ...]:
-        """Those of `SUBSETS` that there are."""
+        """Those of `SUBSETS` that have records."""
         return tuple(dict.fromkeys(subset for subset, _ in self.opened))
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Nominal lengths in tokens of which there are records."""
+        """Nominal lengths in tokens that have records."""
         return tuple(sorted({length for _, length in self.opened}))
 
     def count(self, subset: str, length: int) -> int:
-        """Number of questions.
+        """Return the number of questions.
 
         Raises:
             ValueError: There are no such records, or they lack a column.
@@ -107,10 +107,10 @@ class DocumentQuestions:
         """Make one example.
 
         The context has every page after its document's name and its number as published, in the
-        published order. The evidence is all of each gold page that is in the context: none for a
-        question that cannot be answered, or whose gold pages were cut off. All pages are
-        candidates ("page"). The question names its document, as in paper A's code. The answer
-        carries its kind, for `question_answer`. The length is that of the record where it has one.
+        published order. The evidence is every gold page that is in the context, whole; there is
+        none for a question that cannot be answered, or whose gold pages were cut off. All pages
+        are candidates ("page"). The question names its document, as in paper A's code. The answer
+        names its kind, for `question_answer`. The length is that of the record if it has one.
 
         Args:
             subset: One of `SUBSETS`.
@@ -132,7 +132,7 @@ class DocumentQuestions:
         row = int(np.random.default_rng(_SEED).permutation(len(records))[index])
         record = records[row]
         if record.values.get("length") is not None:
-            record.expect({"length": int})
+            record.expect({"length": (int, float)})
         kind, gold = _answer(record)
         pages = [_page(record, path, subset) for path in record.values["page_list"]]
         at = [] if kind == "None" else _gold_pages(record, pages, _PAGE[subset][1])
@@ -154,7 +154,7 @@ class DocumentQuestions:
             candidates={"page": regions},
             instruction=INSTRUCTION,
             task=subset,
-            length=record.values.get("length") or length,
+            length=int(record.values.get("length") or length),
             depth=at[0] / max(1, len(pages) - 1) if at else None,
             seed=(list(SUBSETS).index(subset), length, row),
         )
@@ -212,7 +212,7 @@ def question_answer(answer: str, gold: str) -> float:
         gold: The answer of an example: its kind, a colon, the right answer.
 
     Raises:
-        ValueError: The gold answer has no kind, or is not of it.
+        ValueError: The gold answer names no kind of `metrics.KINDS`, or is not of its kind.
     """
     kind, _, right = gold.partition(": ")
     return metrics.document_answer(re.sub(r"(?is)^.*?answer:\s*", "", answer).strip(), right, kind)

@@ -1,23 +1,24 @@
-r"""The reasoning benchmarks of paper A (arXiv 2605.27243, Fig. 9) and the worth of their answers.
+r"""The reasoning benchmarks of paper A (arXiv 2605.27243, Fig. 9).
 
 MMMU (arXiv 2311.16502), MMMU-Pro (arXiv 2409.02813), MathVision (arXiv 2402.14804) and MathVista
-(arXiv 2310.02255), asked for an answer alone or for a chain of thought. Their examples have no
-evidence: they are answered, not scored.
+(arXiv 2310.02255) are asked either only for an answer or for a chain of thought. Their examples
+have no evidence, so that they can be answered but not scored.
 
-Columns and files are as published on the hub under the names of `BENCHMARKS`, learned from the data
-cards and the benchmarks' own evaluation code, not checked against the hub here. That code and
-those papers give the rules of answers too, with these differences:
+Columns and files are those of the data sets on the hub that `BENCHMARKS` names. They are taken from
+the data cards and from the benchmarks' evaluation code, and were not checked against the hub.
+`mmheads.tasks.reasoning_answers` scores the answers by the rules of that code, except that:
 
-- No language model reads an answer: it stands after the last "Answer:" (to the end of that line),
-  else in the last \boxed{}, else after the last "answer is", else it is the whole text. MathVista
-  has GPT-4 extract it.
-- An answer that names no option, or several, is wrong. MMMU draws one of the options instead, and
-  MathVista takes the one with the nearest text: their floor is chance, ours is 0.
-- LaTeX is computed by a small evaluator of arithmetic, roots and pi, not by `latex2sympy`.
+- No language model extracts the answer (MathVista uses GPT-4). The answer is what follows the last
+  "Answer:" in its line, else the content of the last \boxed{}, else what follows the last
+  "answer is", else the whole text.
+- An answer that names no option, or several, is wrong. MMMU draws one of the options at random
+  instead, and MathVista takes the option with the most similar text: a model that never answers
+  scores at chance there, and 0 here.
+- LaTeX is compared by `math-verify`, not by `latex2sympy`.
 
-The wording of questions is the benchmarks' own; options are listed as "(A) text" in all of them.
-How to answer is said in our words. Paper A does not say which configuration of MMMU-Pro, which
-split and which prompts it used.
+Questions are worded as in the benchmarks, with options listed as "(A) text" in all of them; the
+instructions on how to answer are our own. Paper A does not say which configuration of MMMU-Pro,
+which split and which prompts it used.
 """
 
 from __future__ import annotations
@@ -54,9 +55,9 @@ SUBJECTS = (
 )
 """Configurations of MMMU."""
 SPLITS = ("dev", "validation", "test")
-"""Of MMMU; the answers of its test split are not published."""
+"""Splits of MMMU; the answers of the test split are not published."""
 PRO = ("standard (4 options)", "standard (10 options)", "vision")
-"""Configurations of MMMU-Pro; in the last, question and options stand in the image."""
+"""Configurations of MMMU-Pro; in the last, question and options are in the image."""
 
 _SAY = {
     "direct": "\nAnswer with {} alone.",
@@ -77,7 +78,7 @@ def mmmu(
     split: str = "validation",
     mode: str = "direct",
 ) -> Iterator[Example]:
-    """Examples of MMMU: college exams in 30 subjects, with up to seven images a question.
+    """Yield examples of MMMU: college exams in 30 subjects, with up to seven images per question.
 
     Args:
         source: Folder with the hub's files (`Accounting/validation-*`), or name on the hub.
@@ -125,7 +126,7 @@ def mmmu_pro(
     config: str = "standard (10 options)",
     mode: str = "direct",
 ) -> Iterator[Example]:
-    """Examples of MMMU-Pro, all of multiple choice.
+    """Yield examples of MMMU-Pro, all of them multiple-choice questions.
 
     Args:
         source: Folder with the hub's files (`vision/test-*`), or name on the hub.
@@ -162,7 +163,7 @@ def mmmu_pro(
 def mathvision(
     source: str | Path = "MathLLMs/MathVision", *, split: str = "test", mode: str = "direct"
 ) -> Iterator[Example]:
-    """Examples of MathVision: problems of mathematics competitions, one image each.
+    """Yield examples of MathVision: problems of mathematics competitions, with one image each.
 
     A question that names several images (`<image1>`, `<image2>`) has them all in its one image,
     which then comes first, and the names stay in the text.
@@ -201,7 +202,7 @@ def mathvision(
 def mathvista(
     source: str | Path = "AI4Math/MathVista", *, mode: str = "direct"
 ) -> Iterator[Example]:
-    """Examples of MathVista's split testmini; the answers of its other split are not published.
+    """Yield examples of MathVista's split testmini; answers of the other split are not published.
 
     Args:
         source: Folder with the hub's files (`data/testmini-*`), or name on the hub.
@@ -332,8 +333,8 @@ def _example(
 
     Args:
         record: The record.
-        task: As in `Example`, like seed.
-        seed: "
+        task: Name of the benchmark.
+        seed: Numbers that identify the question.
         mode: One of `MODES`.
         pictures: Images by their number in the text; with 0, one that the text does not place.
         options: Texts; none for an open question.
@@ -383,10 +384,10 @@ def _interleaved(record: Record, text: str, pictures: Mapping[int, Any]) -> list
 
 
 def chance(examples: Iterable[Example]) -> float:
-    """Mean score of random options: 0 where a question offers none.
+    """Return the mean score of randomly chosen options; 0 for a question without options.
 
     Raises:
-        ValueError: No example.
+        ValueError: There is no example.
     """
     rates = [1 / len(example.choices) if example.choices else 0.0 for example in examples]
     if not rates:
@@ -396,12 +397,12 @@ def chance(examples: Iterable[Example]) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """A data set to ask.
+    """A benchmark.
 
     Attributes:
-        load: Reads it: (source, mode=..., further settings).
-        metric: What its answers are worth.
-        hub: Its name on the hub.
+        load: Function of (source, mode=..., further settings) that yields its examples.
+        metric: Function of (answer, gold answer) that returns a score in [0, 1].
+        hub: Name of the data set on the hub.
     """
 
     load: Callable[..., Iterator[Example]]
@@ -426,14 +427,14 @@ def read_benchmark(
     limit: int | None = None,
     **settings: Any,
 ) -> list[Example]:
-    """First examples of a benchmark.
+    """Return the first examples of a benchmark.
 
     Args:
         name: One of `BENCHMARKS`.
         source: Folder with the hub's files; by default the hub.
         mode: One of `MODES`.
-        limit: How many; by default all.
-        settings: Of the benchmark's own function (subjects, split, config).
+        limit: Largest number of examples; None for all.
+        settings: Arguments of the benchmark's own function (subjects, split, config).
 
     Raises:
         ValueError: An unknown name, a limit below 1, or as that function does.
