@@ -30,16 +30,7 @@ from typing import Any
 
 from mmheads.examples import Example, Part, Region
 from mmheads.metrics import normalised
-from mmheads.tasks.mm_niah_records import (
-    depth_of,
-    join_units,
-    number_of,
-    one_answer,
-    place_image,
-    place_sentence,
-    question_of,
-    units_of,
-)
+from mmheads.tasks import mm_niah_records
 from mmheads.tasks.needles import PAIRS, SPLITS, TASKS
 from mmheads.tasks.records import Kind, Record, parse_line
 
@@ -110,8 +101,8 @@ class _File:
             for row, line in enumerate(lines):
                 if line.strip():
                     record = self.parse(line, f"row {row}")
-                    pairs = found.setdefault(depth_of(record), {})
-                    if pairs.setdefault(number_of(record), at) != at:
+                    pairs = found.setdefault(mm_niah_records.depth_of(record), {})
+                    if pairs.setdefault(mm_niah_records.number_of(record), at) != at:
                         raise record.error(f"{record.values['id']} has two records of one depth")
                 at += len(line)
         return {depth: dict(sorted(pairs.items())) for depth, pairs in sorted(found.items())}
@@ -211,17 +202,17 @@ class Needles:
                 "needles cannot be changed"
             )
         record = file.read(near[0], numbers[pair])
-        units = units_of(record)
+        units = mm_niah_records.units_of(record)
         needle = needle and answer != "no"
         if file.kind == "retrieval-text":
-            at, chars = place_sentence(record, units, task, needle)
+            at, chars = mm_niah_records.place_sentence(record, units, task, needle)
             question: tuple[Part, ...] = (record.text("question"),)
             choices: tuple[str, ...] = ()
-            right = one_answer(record)
+            right = mm_niah_records.one_answer(record)
         else:
-            at, chars = place_image(record, units, task, needle), None
-            question, choices, right = question_of(record, task, needle)
-        context, starts = join_units(record, units)
+            at, chars = mm_niah_records.place_image(record, units, task, needle), None
+            question, choices, right = mm_niah_records.question_of(record, task, needle)
+        context, starts = mm_niah_records.join_units(record, units)
         region = None
         if needle:
             part, first = starts[at]

@@ -36,12 +36,7 @@ from typing import Any
 
 from mmheads.examples import Example, Part
 from mmheads.metrics import Metric
-from mmheads.tasks.reasoning_answers import (
-    choice,
-    mathvision_answer,
-    mathvista_answer,
-    mmmu_answer,
-)
+from mmheads.tasks import reasoning_answers as answers
 from mmheads.tasks.records import Kind, Record, read_records
 
 MODES = ("direct", "cot")
@@ -87,7 +82,7 @@ def mmmu(
         mode: One of `MODES`.
 
     Yields:
-        Examples whose answer is as `mmmu_answer` takes it; seed is (split, subject, number).
+        Examples with answers for `reasoning_answers.mmmu_answer`; seed is (split, subject, number).
 
     Raises:
         ValueError: A setting is unknown, or a record is not as published.
@@ -134,7 +129,7 @@ def mmmu_pro(
         mode: One of `MODES`.
 
     Yields:
-        Examples whose answer is as `choice` takes it; seed is (config, split, subject, number).
+        Examples with answers for `reasoning_answers.choice`; seed is (config, split, subject, number).
 
     Raises:
         ValueError: A setting is unknown, or a record is not as published.
@@ -174,7 +169,7 @@ def mathvision(
         mode: One of `MODES`.
 
     Yields:
-        Examples whose answer is as `mathvision_answer` takes it; seed is (id,).
+        Examples with answers for `reasoning_answers.mathvision_answer`; seed is (id,).
 
     Raises:
         ValueError: A setting is unknown, or a record is not as published.
@@ -209,7 +204,7 @@ def mathvista(
         mode: One of `MODES`.
 
     Yields:
-        Examples whose answer is as `mathvista_answer` takes it; seed is (pid,).
+        Examples with answers for `reasoning_answers.mathvista_answer`; seed is (pid,).
 
     Raises:
         ValueError: An unknown mode, or a record is not as published.
@@ -281,7 +276,7 @@ def _open_gold(answer: str) -> str:
 
 
 def _vista_gold(record: Record) -> tuple[str, str]:
-    """The answer as `mathvista_answer` takes it, and its form."""
+    """The answer as `reasoning_answers.mathvista_answer` takes it, and its form."""
     answer, kind = record.text("answer"), record.values["answer_type"]
     if record.values["question_type"] == "multi_choice":
         choices = record.values["choices"] or []
@@ -411,10 +406,14 @@ class Benchmark:
 
 
 BENCHMARKS: Mapping[str, Benchmark] = {
-    "mmmu": Benchmark(load=mmmu, metric=mmmu_answer, hub="MMMU/MMMU"),
-    "mmmu_pro": Benchmark(load=mmmu_pro, metric=choice, hub="MMMU/MMMU_Pro"),
-    "mathvision": Benchmark(load=mathvision, metric=mathvision_answer, hub="MathLLMs/MathVision"),
-    "mathvista": Benchmark(load=mathvista, metric=mathvista_answer, hub="AI4Math/MathVista"),
+    "mmmu": Benchmark(load=mmmu, metric=answers.mmmu_answer, hub="MMMU/MMMU"),
+    "mmmu_pro": Benchmark(load=mmmu_pro, metric=answers.choice, hub="MMMU/MMMU_Pro"),
+    "mathvision": Benchmark(
+        load=mathvision, metric=answers.mathvision_answer, hub="MathLLMs/MathVision"
+    ),
+    "mathvista": Benchmark(
+        load=mathvista, metric=answers.mathvista_answer, hub="AI4Math/MathVista"
+    ),
 }
 """Their chance level depends on the examples: see `chance`."""
 

@@ -147,7 +147,7 @@ def _conclusion(answer: str) -> str | None:
     """The text after the mark of a final answer, such as "Answer:"; None without a mark."""
     text: str | None = None
     if marks := list(_CONCLUDES.finditer(answer)):
-        lines = answer[marks[-1].end() :].splitlines()
+        lines = answer[marks[-1].end() :].split("\n")
         text = next((line for line in lines if re.search(r"\w", line)), "")
     if (box := (answer if text is None else text).rfind("oxed{")) >= 0:
         return _braced((answer if text is None else text)[box + len("oxed{") :])
@@ -214,7 +214,7 @@ def _spaced(text: str) -> str:
 
 
 def _tails(text: str) -> list[str]:
-    lines = [line for line in text.lower().splitlines() if line.strip()]
+    lines = [line for line in text.lower().split("\n") if line.strip()]
     tails = []
     for number, line in enumerate(lines, 1):
         cues = (*_CUES, "=") if number == len(lines) else _CUES
