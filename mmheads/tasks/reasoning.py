@@ -129,7 +129,8 @@ def mmmu_pro(
         mode: One of `MODES`.
 
     Yields:
-        Examples with answers for `reasoning_answers.choice`; seed is (config, split, subject, number).
+        Examples with answers for `reasoning_answers.choice`; seed is (config, split, subject,
+        number).
 
     Raises:
         ValueError: A setting is unknown, or a record is not as published.
