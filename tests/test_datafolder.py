@@ -204,7 +204,7 @@ def test_no_published_needles_are_an_error(some):
 @pytest.mark.parametrize("reader", READERS)
 def test_data_that_is_no_folder_is_one_error(data, reader):
     for wrong in (data / "nothing", data / "MLVU" / "json" / "4_count.json"):
-        with pytest.raises(ValueError, match=rf"data is '{wrong}'.*no such folder; expected one"):
+        with pytest.raises(ValueError, match=rf"data is '{wrong}'.*not a folder; expected one"):
             READERS[reader](wrong)
 
 
