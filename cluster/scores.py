@@ -82,7 +82,7 @@ class ScoreRun:
     def run(self) -> str:
         """Score; prompts that are scored already are not scored again."""
         from mmheads.scoring import score_needles
-        from mmheads.tasks import datafolder
+        from mmheads.tasks import data_root
 
         try:
             score_needles(
@@ -95,7 +95,7 @@ class ScoreRun:
                 null_images=self.null_images,
                 folder=self.folder,
                 progress=False,
-                source=datafolder.haystacks(self.data),
+                source=data_root.haystacks(self.data),
             )
         except Exception as error:
             return first_line(error)
@@ -122,9 +122,9 @@ def _loaded(model: str, device: str) -> VLM:
 @cache
 def open_haystacks(data: str) -> Any:
     """Returns the haystacks of a folder; its files are opened, and searched for pairs, once."""
-    from mmheads.tasks import datafolder
+    from mmheads.tasks import data_root
 
-    return datafolder.haystacks(data)
+    return data_root.haystacks(data)
 
 
 def score_runs(workload: Workload, parameters: Mapping[str, Any]) -> list[ScoreRun]:

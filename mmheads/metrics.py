@@ -1,8 +1,4 @@
-"""What an answer is worth, in [0, 1]: the papers' rules for document questions.
-
-MMLongBench (arXiv 2505.10610) scores document questions by rules, SlideVQA (arXiv 2301.04883) by
-normalised exact match and token F1, DocVQA (arXiv 2007.00398) by ANLS.
-"""
+"""The score of an answer in [0, 1]: the rules of MMLongBench (arXiv 2505.10610) for documents."""
 
 from __future__ import annotations
 
@@ -11,9 +7,7 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
-
-from rapidfuzz.distance import Levenshtein
+from collections.abc import Callable
 
 Metric = Callable[[str, str], float]
 """(answer, gold) -> a number in [0, 1]."""
@@ -41,51 +35,41 @@ _EXACT = re.compile(
 
 
 def same(answer: str, gold: str) -> float:
-    """1 where the answer is the gold answer, white space at the ends aside."""
+    """Return 1 if the answer is the gold answer, apart from white space at the ends, else 0."""
     return float(answer.strip() == gold.strip())
 
 
 def normalised(text: str) -> str:
-    """Lower case, without punctuation, articles and extra white space (as in SQuAD)."""
+    """Return a text in lower case without punctuation, articles and extra spaces (as SQuAD)."""
     kept = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
 
 
-def exact_match(answer: str, gold: str) -> float:
-    """1 where the normalised answers are equal (SlideVQA)."""
-    return float(normalised(answer) == normalised(gold))
-
-
 def token_f1(answer: str, gold: str) -> float:
-    """F1 of the words of the normalised answers; 0 where they share none (SlideVQA)."""
+    """Return the F1 score of the words of the normalised answers (SlideVQA)."""
     given, wanted = normalised(answer).split(), normalised(gold).split()
     shared = (Counter(given) & Counter(wanted)).total()
     return 2 * shared / (len(given) + len(wanted)) if shared else 0.0
 
 
-def anls(answer: str, golds: str | Sequence[str]) -> float:
-    """Average normalised Levenshtein similarity of one answer: the best of the gold answers.
-
-    Case and white space at the ends do not count; a similarity of 0.5 and less counts as 0.
-    """
-    best = max(
-        Levenshtein.normalized_similarity(answer.lower().strip(), gold.lower().strip())
-        for gold in ([golds] if isinstance(golds, str) else golds)
-    )
-    return best if best > 0.5 else 0.0
-
-
 def document_answer(answer: str, gold: str, kind: str = "String") -> float:
-    """MMLongBench's rule-based score of a document question.
+    """Return MMLongBench's rule-based score of the answer to a document question.
 
-    An integer: any number of the answer equals it. A float: any is within 1% of it, of a hundredth
-    or of a hundred times it. A string: token F1; addresses, files, pages, telephone numbers, times,
-    dates and mail addresses must stand in the answer. A list, as JSON: the mean over its items,
-    strings scored by F1 taken together as one. As in MMLongBench, commas are dropped before
-    numbers are read, and a hyphen before a digit is a minus sign.
+    The rule depends on the kind of the gold answer:
+
+    - Integer: 1 if any number in the answer equals it.
+    - Float: 1 if any number in the answer is within 1% of it, of a hundredth of it, or of a
+      hundred times it.
+    - String and None: token F1; but web addresses, files, pages, telephone numbers, times, dates
+      and mail addresses must be in the answer as they are.
+    - List, as JSON: the mean score of the items; the strings that are scored by F1 count together
+      as one item.
+
+    As in MMLongBench, commas are dropped before numbers are read, and a hyphen before a digit is a
+    minus sign.
 
     Args:
-        answer: What the model gave.
+        answer: What the model answered.
         gold: The right answer.
         kind: One of `KINDS`.
 
@@ -101,7 +85,7 @@ def document_answer(answer: str, gold: str, kind: str = "String") -> float:
         return float(gold in answer) if _EXACT.search(gold) else token_f1(answer, gold)
     wanted = _number(gold)
     if wanted is None or (kind == "Integer" and wanted != int(wanted)):
-        raise ValueError(f"the gold answer {gold!r} is no {kind.lower()}")
+        raise ValueError(f"the gold answer {gold!r} is not of the kind {kind}")
     numbers = [float(number) for number in _NUMBER.findall(_bare(answer))]
     if kind == "Integer":
         return float(wanted in numbers)
@@ -113,10 +97,12 @@ def _items(gold: str) -> list[tuple[str, str]]:
     """The items of a list with their kinds, strings scored by F1 joined."""
     try:
         values = json.loads(gold)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         values = None
     if not isinstance(values, list) or not values:
-        raise ValueError(f'the gold answer {gold!r} is no list; expected JSON such as [1, "two"]')
+        raise ValueError(
+            f'the gold answer {gold!r} is not a list; expected JSON such as [1, "two"]'
+        )
     words, rest = [], []
     for value in values:
         kind = _kind(value)

@@ -131,7 +131,7 @@ def score_needles(
         folder: Folder of the store; empty: `runs/scores`.
         fresh: Leave out shipped results.
         progress: Show a progress bar.
-        source: What makes the examples: the module `needles`, or `niah.read(folder)`.
+        source: What makes the examples: the module `needles`, or `mm_niah.read_mm_niah(folder)`.
 
     Raises:
         ValueError: As `source.generate` and `score_heads` do.

@@ -1,16 +1,17 @@
 """Questions about long videos: MLVU (arXiv 2406.04264). And the frames of videos, for any task.
 
-MLVU comes as a JSON file a task (`json/1_plotQA.json` to `7_topic_reasoning.json`; 8 and 9 are not
+MLVU has one JSON file per task (`json/1_plotQA.json` to `7_topic_reasoning.json`; 8 and 9 are not
 multiple choice) and videos (`video/1_plotQA/...`). A record has the columns `video`, `duration` (in
 seconds), `question`, `candidates`, `answer` (one of the candidates) and `question_type`: as in the
 authors' repository (JUNJIE99/MLVU) and its files, not checked against the hub (MLVU/MVLU) here.
 The records do not say when a needle is shown, so no example has evidence: paper B (arXiv
-2606.05843) uses MLVU for answers alone.
+2606.05843) uses MLVU only for answers.
 """
 
 from __future__ import annotations
 
 import importlib
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,13 +19,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from mmheads.examples import Example, Video
-from mmheads.tasks import sources
+from mmheads.images import open_image
+from mmheads.tasks.records import Kind, Record, read_records
 
 FRAMES = 16
-"""Frames of a video, as in MLVU's own evaluation."""
+"""Frames per video, as in MLVU's own evaluation."""
 LETTERS = "ABCDEF"
 """Names of the answers. MLVU's questions have four of them, those of its test set six."""
 INSTRUCTION = (
@@ -42,8 +44,8 @@ FOLDERS = {
     "anomaly_reco": "6_anomaly_reco",
     "topic_reasoning": "7_topic_reasoning",
 }
-"""Where the videos of a question type lie."""
-_COLUMNS: Mapping[str, type | tuple[type, ...]] = {
+"""Folder of the videos of each question type."""
+_COLUMNS: Mapping[str, Kind] = {
     "video": str,
     "duration": (int, float),
     "question": str,
@@ -72,26 +74,27 @@ def mlvu(
         frames: Folder of the videos, or of folders of their frames, directly or in `FOLDERS`. The
             frames may be thinned out; they must be spread evenly over the video.
         files: Which files of `source`.
-        count: Frames a video, evenly over all of it; all of them if it has fewer.
-        limit: Number of examples; None for all.
+        count: Frames per video, spread evenly over it; all frames if it has fewer.
+        limit: Largest number of examples; None for all.
 
     Raises:
         ValueError: The count is not positive, a record is not as described, its answer is none of
             its candidates, or a video cannot be read.
     """
     check_count(count)
-    records = sources.read(source, _COLUMNS, files=files)
+    records = read_records(source, _COLUMNS, files=files)
     return islice((_question(record, Path(frames), count) for record in records), limit)
 
 
 def choice_answer(answer: str, gold: str) -> float:
-    """1 where the first letter found in the answer is the gold one.
+    """Return 1 if the first letter in the answer is the gold letter, else 0.
 
-    A letter is a capital of `LETTERS` that is no part of a word; one before ")" comes first, so
-    that "A dog: (B)" means B. A lower-case letter counts only if it is the whole answer.
+    A letter is a capital of `LETTERS` that is not part of a word; a letter before ")" takes
+    precedence, so that "A dog: (B)" means B. A lower-case letter counts only if it is the whole
+    answer.
 
     Raises:
-        ValueError: The gold answer is no letter.
+        ValueError: The gold answer is not a letter.
     """
     if gold not in tuple(LETTERS):
         raise ValueError(f"the gold answer is {gold!r}; expected one letter of {LETTERS}")
@@ -103,7 +106,7 @@ def choice_answer(answer: str, gold: str) -> float:
 
 
 def spread(first: int, last: int, count: int) -> list[int]:
-    """The middles of `count` equal stretches of [first, last); every number if there are fewer."""
+    """Return the middles of `count` equal parts of [first, last); every number if it has fewer."""
     check_count(count)
     size = last - first
     count = min(count, size)
@@ -115,7 +118,7 @@ class Clip:
     """Frames of a video, read when asked for.
 
     Attributes:
-        path: A folder with an image a frame, or a video file.
+        path: A folder with one image per frame, or a video file.
         numbers: Numbers of the frames that can be read, from 0, in order.
         files: Image of each number; empty for a video file.
     """
@@ -125,7 +128,7 @@ class Clip:
     files: Mapping[int, Path]
 
     def read(self, numbers: Sequence[int]) -> tuple[Image.Image, ...]:
-        """Frames of one size.
+        """Return the frames with these numbers, all of one size.
 
         Raises:
             ValueError: One is missing, cannot be read, or has another size.
@@ -138,7 +141,7 @@ class Clip:
                 "set first=1"
             )
         pictures = (
-            tuple(map(_image, (self.files[number] for number in numbers)))
+            tuple(open_image(self.files[number]) for number in numbers)
             if self.files
             else _decoded(self.path, numbers)
         )
@@ -148,16 +151,16 @@ class Clip:
 
 
 def clip(frames: Path, *names: str, first: int = 0) -> Clip:
-    """The frames of a video.
+    """Find the frames of a video.
 
     Args:
         frames: Folder of videos.
         names: Its possible paths there, such as `1025/5159741010.mp4`: the file, or a folder of
-            this name without the ending, with an image a frame whose name ends with its number.
+            this name without the ending, with one image per frame whose name ends with its number.
         first: Number of the video's first frame in the names of the images.
 
     Raises:
-        ValueError: Nothing is there, a folder holds no frame, or a file cannot be opened.
+        ValueError: None of the paths exists, a folder holds no frame, or a file cannot be opened.
     """
     tried = [path for name in names for path in ((frames / name).with_suffix(""), frames / name)]
     path = next((path for path in tried if path.exists()), None)
@@ -184,7 +187,7 @@ def check_count(count: int) -> None:
         raise ValueError(f"count is {count}; expected 1 frame or more")
 
 
-def _question(record: sources.Record, frames: Path, count: int) -> Example:
+def _question(record: Record, frames: Path, count: int) -> Example:
     values = record.values
     name, kind, duration = record.text("video"), record.text("question_type"), values["duration"]
     options = [str(option) for option in values["candidates"]]
@@ -192,7 +195,7 @@ def _question(record: sources.Record, frames: Path, count: int) -> Example:
         raise record.error(f"{len(options)} candidates; expected 2 to {len(LETTERS)}")
     if options.count(str(values["answer"])) != 1:
         raise record.error(f"the answer {values['answer']!r} is not one of {options}")
-    if duration <= 0:
+    if not 0 < duration < math.inf:
         raise record.error(f"duration is {duration}; expected seconds")
     try:
         video = clip(frames, *(f"{folder}/{name}" for folder in (FOLDERS.get(kind, "."), ".")))
@@ -209,13 +212,6 @@ def _question(record: sources.Record, frames: Path, count: int) -> Example:
         instruction=INSTRUCTION,
         task=f"mlvu-{kind}",
     )
-
-
-def _image(path: Path) -> Image.Image:
-    try:
-        return Image.open(path).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def _frame_count(path: Path) -> int:

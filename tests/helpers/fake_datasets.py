@@ -4,7 +4,7 @@ With them the notebooks' paper-scale settings can be tried where neither can be 
 
     python tests/fake_datasets.py FOLDER qwen3_vl gemma3
 
-writes `FOLDER/data`, the folder that `mmheads.tasks.datafolder` reads, and `FOLDER/models`.
+writes `FOLDER/data`, the folder that `mmheads.tasks.data_root` reads, and `FOLDER/models`.
 Whatever the nominal length, a context is small.
 """
 
@@ -22,8 +22,8 @@ import random_models
 from PIL import Image, ImageDraw
 
 from mmheads.tasks import mmdocir, reasoning
+from mmheads.tasks.mm_niah import DATA, IMAGES, LENGTHS
 from mmheads.tasks.needles import DEPTHS
-from mmheads.tasks.niah import DATA, IMAGES, LENGTHS
 
 DOCUMENT_LENGTHS = (8192, 131072)
 DOCUMENT = "annual-report"
@@ -46,7 +46,7 @@ def write_data(
     """Write all data sets into a folder -> the folder.
 
     Args:
-        folder: Made if it is not there; what `datafolder` calls `data`.
+        folder: Made if it is not there; what `data_root` calls `data`.
         pairs: Of each kind and length of needles; from 41 on, every split has some.
         lengths: Nominal lengths of the needles.
         seed: Of texts and pictures.

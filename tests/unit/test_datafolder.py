@@ -17,16 +17,16 @@ from mmheads import metrics, prompts
 from mmheads.examples import Region
 from mmheads.models import load
 from mmheads.scoring import score_heads
-from mmheads.tasks import datafolder, docqa, mmdocir, needles, niah, reasoning
+from mmheads.tasks import data_root, mm_niah, mmdocir, mmlongbench_docs, needles, reasoning
 
 FAMILIES = ("qwen3_vl", "qwen2_5_vl", "gemma3", "internvl", "llava_onevision")
 PROBES = {"refcocog": 5, "vidstg": 2, "mmdocir": 4, "mmlongdoc": 3, "slidevqa": 3}
 BENCHMARKS = {"mmmu": 30, "mmmu_pro": 3, "mathvision": 2, "mathvista": 3}
 READERS = {
-    "haystacks": datafolder.haystacks,
-    "probes": datafolder.probes,
-    "documents": lambda data: datafolder.document_questions(data, 8192),
-    "benchmarks": datafolder.benchmarks,
+    "haystacks": data_root.haystacks,
+    "probes": data_root.probes,
+    "documents": lambda data: data_root.document_questions(data, 8192),
+    "benchmarks": data_root.benchmarks,
 }
 
 
@@ -56,7 +56,7 @@ def counts(found):
 
 
 def test_stand_ins_hold_every_data_set_and_are_small(data):
-    assert {path.name for path in data.iterdir()} == set(datafolder.FOLDERS.values())
+    assert {path.name for path in data.iterdir()} == set(data_root.FOLDERS.values())
     files = [path for path in data.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 10_000_000
     assert len(files) < 120
@@ -64,8 +64,8 @@ def test_stand_ins_hold_every_data_set_and_are_small(data):
 
 @pytest.mark.parametrize("task", needles.TASKS)
 def test_needles_of_every_length_depth_and_split_are_there(data, task):
-    opened = datafolder.haystacks(data)
-    assert (opened.lengths, opened.depths) == (niah.LENGTHS, needles.DEPTHS)
+    opened = data_root.haystacks(data)
+    assert (opened.lengths, opened.depths) == (mm_niah.LENGTHS, needles.DEPTHS)
     for length in opened.lengths:
         found = [opened.count(task, length, split) for split in needles.SPLITS]
         assert found == [20, 20, 3]
@@ -74,7 +74,7 @@ def test_needles_of_every_length_depth_and_split_are_there(data, task):
     assert {example.question[0] for example in made} == {made[0].question[0]}
     places = [example.evidence[0].part for example in made]
     assert places == sorted(places)
-    score = datafolder.needle_metric(data)
+    score = data_root.needle_metric(data)
     for example in made:
         (region,) = example.evidence
         part = example.context[region.part]
@@ -89,21 +89,21 @@ def test_needles_of_every_length_depth_and_split_are_there(data, task):
 
 
 def test_the_image_with_the_needle_shows_the_right_option(data):
-    example = datafolder.haystacks(data).make("image", 8192, 0.6, pair=5)
+    example = data_root.haystacks(data).make("image", 8192, 0.6, pair=5)
     shown = np.asarray(example.context[example.evidence[0].part])[24:40, 20:36]
     same = [np.array_equal(shown, option) for option in example.question[1::2]]
     assert [letter for letter, is_it in zip("ABCD", same, strict=True) if is_it] == [example.answer]
 
 
 def test_without_a_folder_needles_are_generated():
-    assert datafolder.haystacks() is needles
-    assert datafolder.needle_metric() is metrics.same
+    assert data_root.haystacks() is needles
+    assert data_root.needle_metric() is metrics.same
 
 
 @pytest.mark.parametrize("task", needles.TASKS)
 def test_prompts_of_published_needles_ask_a_pair_at_every_depth(data, task):
-    opened = datafolder.haystacks(data)
-    asked = list(datafolder.prompts(opened, task, 8192, 12))
+    opened = data_root.haystacks(data)
+    asked = list(data_root.prompts(opened, task, 8192, 12))
     assert [example.depth for example in asked] == [*needles.DEPTHS] * 2
     assert [example.haystack[-1] for example in asked] == [40] * 6 + [41] * 6
     if task == "identical_image":
@@ -113,11 +113,11 @@ def test_prompts_of_published_needles_ask_a_pair_at_every_depth(data, task):
             True,
         ] * 3
     with pytest.raises(ValueError, match="has 3 pairs in the split test at depth 0: expected 0"):
-        list(datafolder.prompts(opened, task, 8192, 19))
+        list(data_root.prompts(opened, task, 8192, 19))
 
 
 def test_every_probing_set_gives_examples_with_evidence(data):
-    found = listed(datafolder.probes(data))
+    found = listed(data_root.probes(data))
     assert counts(found) == PROBES
     assert all(example.evidence for examples in found.values() for example in examples)
     first = {name: examples[0] for name, examples in found.items()}
@@ -127,7 +127,7 @@ def test_every_probing_set_gives_examples_with_evidence(data):
     )
     assert [example.evidence[0].part for example in found["mmdocir"]] == [1, 3, 1, 3]
     assert len(first["mmdocir"].images()) == 4
-    for subset in docqa.SUBSETS:
+    for subset in mmlongbench_docs.SUBSETS:
         for example in found[subset]:
             (region,) = example.evidence
             page = region.part // 2
@@ -136,7 +136,7 @@ def test_every_probing_set_gives_examples_with_evidence(data):
 
 
 def test_probes_are_limited_in_number_pages_and_frames(data):
-    found = listed(datafolder.probes(data, limit=2, pages=3, frames=2))
+    found = listed(data_root.probes(data, limit=2, pages=3, frames=2))
     assert counts(found) == dict.fromkeys(PROBES, 2)
     assert [len(example.images()) for example in found["mmdocir"]] == [3, 3]
     assert [len(example.videos()[0].frames) for example in found["vidstg"]] == [2, 2]
@@ -144,7 +144,7 @@ def test_probes_are_limited_in_number_pages_and_frames(data):
 
 @pytest.mark.parametrize("length", fake_datasets.DOCUMENT_LENGTHS)
 def test_document_questions_of_a_length(data, length):
-    found = listed(datafolder.document_questions(data, length))
+    found = listed(data_root.document_questions(data, length))
     assert counts(found) == {"mmlongdoc": 4, "slidevqa": 4}
     kinds = {name: sorted(e.answer.split(":")[0] for e in asked) for name, asked in found.items()}
     assert kinds["mmlongdoc"] == ["Integer", "List", "None", "String"]
@@ -153,18 +153,18 @@ def test_document_questions_of_a_length(data, length):
         kind, _, gold = example.answer.partition(": ")
         assert (example.evidence is None) == (kind == "None")
         assert (example.length, len(example.images())) == (length, 3)
-        assert docqa.score(gold, example.answer) == 1
-    limited = listed(datafolder.document_questions(data, length, limit=1))
+        assert mmlongbench_docs.question_answer(gold, example.answer) == 1
+    limited = listed(data_root.document_questions(data, length, limit=1))
     assert counts(limited) == {"mmlongdoc": 1, "slidevqa": 1}
 
 
 def test_length_without_document_questions_has_none(data):
-    assert datafolder.document_questions(data, 16384) == {}
+    assert data_root.document_questions(data, 16384) == {}
 
 
 @pytest.mark.parametrize("mode", reasoning.MODES)
 def test_every_benchmark_is_read_with_its_metric(data, mode):
-    found = datafolder.benchmarks(data, mode=mode)
+    found = data_root.benchmarks(data, mode=mode)
     expected = BENCHMARKS | ({"mlvu": 2} if mode == "direct" else {})
     assert {name: len(asked) for name, (asked, _) in found.items()} == expected
     for asked, metric in found.values():
@@ -179,52 +179,52 @@ def test_every_benchmark_is_read_with_its_metric(data, mode):
 
 
 def test_benchmarks_are_limited(data):
-    found = datafolder.benchmarks(data, limit=1)
+    found = data_root.benchmarks(data, limit=1)
     assert {len(asked) for asked, _ in found.values()} == {1}
 
 
-@pytest.mark.parametrize("missing", sorted({*datafolder.FOLDERS.values()}))
+@pytest.mark.parametrize("missing", sorted({*data_root.FOLDERS.values()}))
 def test_data_set_that_is_not_there_is_left_out(data, tmp_path, missing):
     for path in data.iterdir():
         if path.name != missing:
             (tmp_path / path.name).symlink_to(path)
-    gone = {name for name, folder in datafolder.FOLDERS.items() if folder == missing}
-    gone |= set(docqa.SUBSETS) if missing == "MMLongBench" else set()
-    assert set(datafolder.probes(tmp_path, limit=1)) == set(PROBES) - gone
-    assert set(datafolder.benchmarks(tmp_path, limit=1)) == {*BENCHMARKS, "mlvu"} - gone
-    asked = datafolder.document_questions(tmp_path, 8192, limit=1)
-    assert set(asked) == set(docqa.SUBSETS) - gone
+    gone = {name for name, folder in data_root.FOLDERS.items() if folder == missing}
+    gone |= set(mmlongbench_docs.SUBSETS) if missing == "MMLongBench" else set()
+    assert set(data_root.probes(tmp_path, limit=1)) == set(PROBES) - gone
+    assert set(data_root.benchmarks(tmp_path, limit=1)) == {*BENCHMARKS, "mlvu"} - gone
+    asked = data_root.document_questions(tmp_path, 8192, limit=1)
+    assert set(asked) == set(mmlongbench_docs.SUBSETS) - gone
 
 
 def test_no_published_needles_are_an_error(some):
-    with pytest.raises(ValueError, match="holds no folder MMLongBench: no needles to look for"):
-        datafolder.haystacks(some("MMDocIR"))
+    with pytest.raises(ValueError, match="holds no folder MMLongBench; expected the published"):
+        data_root.haystacks(some("MMDocIR"))
 
 
 @pytest.mark.parametrize("reader", READERS)
 def test_data_that_is_no_folder_is_one_error(data, reader):
     for wrong in (data / "nothing", data / "MLVU" / "json" / "4_count.json"):
-        with pytest.raises(ValueError, match=rf"data is '{wrong}'.*no such folder; expected one"):
+        with pytest.raises(ValueError, match=rf"data is '{wrong}'.*not a folder; expected one"):
             READERS[reader](wrong)
 
 
 def test_needles_without_document_questions_and_the_other_way_round(some):
     folder = some("MMLongBench") / "MMLongBench" / "mmlb_data"
     (folder / "documentQA").rename(folder / "elsewhere")
-    assert datafolder.haystacks(folder.parents[1]).lengths == niah.LENGTHS
-    assert datafolder.probes(folder.parents[1]) == {}
-    assert datafolder.document_questions(folder.parents[1], 8192) == {}
+    assert data_root.haystacks(folder.parents[1]).lengths == mm_niah.LENGTHS
+    assert data_root.probes(folder.parents[1]) == {}
+    assert data_root.document_questions(folder.parents[1], 8192) == {}
     (folder / "elsewhere").rename(folder / "documentQA")
     shutil.rmtree(folder / "NIAH")
-    assert len(datafolder.probes(folder.parents[1])) == 2
+    assert len(data_root.probes(folder.parents[1])) == 2
     with pytest.raises(ValueError, match=r"holds no file such as retrieval-text_test_K8_dep6"):
-        datafolder.haystacks(folder.parents[1])
+        data_root.haystacks(folder.parents[1])
 
 
 def test_subsets_of_other_lengths_are_probed_at_their_own_shortest(some):
     folder = some("MMLongBench")
     (folder / "MMLongBench" / "mmlb_data" / "documentQA" / "mmlongdoc_K8.jsonl").unlink()
-    found = datafolder.probes(folder, limit=1)
+    found = data_root.probes(folder, limit=1)
     lengths = {name: example.length for name, (example,) in found.items()}
     assert lengths == {"mmlongdoc": 131072, "slidevqa": 8192}
 
@@ -233,8 +233,8 @@ def test_probes_go_on_past_questions_without_evidence(some):
     folder = some("MMLongBench")
     path = folder / "MMLongBench" / "mmlb_data" / "documentQA" / "mmlongdoc_K8.jsonl"
     answered, *_, unanswerable = path.read_text().splitlines(keepends=True)
-    path.write_text(unanswerable * docqa.QUESTIONS + answered * 3)
-    assert len(list(datafolder.probes(folder, limit=3)["mmlongdoc"])) == 3
+    path.write_text(unanswerable * mmlongbench_docs.QUESTIONS + answered * 3)
+    assert len(list(data_root.probes(folder, limit=3)["mmlongdoc"])) == 3
 
 
 def test_documents_of_which_none_can_be_read_are_an_error(some):
@@ -245,20 +245,20 @@ def test_documents_of_which_none_can_be_read_are_an_error(some):
         wrong["page_indices"] = [0, 99]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines[:1]))
     with pytest.raises(ValueError, match=r"no document that can be read: .* line 1: report.pdf"):
-        listed(datafolder.probes(folder))
+        listed(data_root.probes(folder))
     right = lines[1] | {"page_indices": [4, 7]}
     path.write_text("".join(json.dumps(line) + "\n" for line in (lines[0], right)))
     with pytest.warns(UserWarning, match=r"1 of 2 documents in .* left out; the first: .* line 1"):
-        kept = listed(datafolder.probes(folder))
+        kept = listed(data_root.probes(folder))
     assert len(kept["mmdocir"]) == 2
     path.write_text("")
     with pytest.raises(ValueError, match="it has no line of annotations"):
-        listed(datafolder.probes(folder))
+        listed(data_root.probes(folder))
 
 
 def test_unknown_mode_is_refused_whatever_is_there(some):
     with pytest.raises(ValueError, match="mode is 'tree'; expected one of"):
-        datafolder.benchmarks(some("MLVU"), mode="tree")
+        data_root.benchmarks(some("MLVU"), mode="tree")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -267,7 +267,7 @@ def vlm(request):
 
 
 def test_every_family_finds_the_evidence_of_every_set(vlm, data):
-    opened, found = datafolder.haystacks(data), listed(datafolder.probes(data, limit=1))
+    opened, found = data_root.haystacks(data), listed(data_root.probes(data, limit=1))
     asked = {task: opened.make(task, 8192, 0.4) for task in needles.TASKS}
     asked |= {name: found[name][0] for name in ("refcocog", "mmdocir", "mmlongdoc")}
     for name, example in asked.items():
@@ -288,7 +288,7 @@ def test_every_family_finds_the_evidence_of_every_set(vlm, data):
 
 @pytest.mark.parametrize("null_images", ["pixels", "placeholders"])
 def test_every_family_scores_needles_with_images_in_the_question(vlm, data, null_images):
-    opened = datafolder.haystacks(data)
+    opened = data_root.haystacks(data)
     asked = [opened.make(task, 8192, 0.4) for task in ("image", "identical_image")]
     scores = score_heads(vlm, asked, null_images=null_images, progress=False)
     for name in ("raw", "null", "shuffled"):
@@ -299,8 +299,8 @@ def test_every_family_scores_needles_with_images_in_the_question(vlm, data, null
 
 
 def test_every_family_takes_the_frames_of_videos_as_images(vlm, data):
-    (video,) = datafolder.probes(data, limit=1)["vidstg"]
-    (images,) = datafolder.probes(data, limit=1, video=False)["vidstg"]
+    (video,) = data_root.probes(data, limit=1)["vidstg"]
+    (images,) = data_root.probes(data, limit=1, video=False)["vidstg"]
     assert images.images() == list(video.videos()[0].frames)
     assert [(region.part, region.box) for region in images.evidence] == [
         (region.frames[0], region.box) for region in video.evidence
@@ -308,7 +308,7 @@ def test_every_family_takes_the_frames_of_videos_as_images(vlm, data):
     prompt = prompts.encode(vlm, images)
     for region, span in zip(images.evidence, prompt.evidence, strict=True):
         assert set(span.tokens) < set(prompt.parts[region.part].tokens)
-    asked, _ = datafolder.benchmarks(data, limit=1, video=False)["mlvu"]
+    asked, _ = data_root.benchmarks(data, limit=1, video=False)["mlvu"]
     assert len(prompts.encode(vlm, asked[0]).parts) == 4
 
 
@@ -316,7 +316,7 @@ def test_every_family_takes_the_frames_of_videos_as_images(vlm, data):
 def test_boxes_in_frames_of_videos_are_found(data, family):
     vlm = example_prompts.vlm(family)
     random_models.add_video(vlm.processor, family)
-    for example in datafolder.probes(data)["vidstg"]:
+    for example in data_root.probes(data)["vidstg"]:
         spans = prompts.encode(vlm, example).evidence
         assert [len(span) for span in spans] == [9, 9, 9]  # 24 x 24 pixels, 8 x 8 a token
         assert {weight for span in spans for weight in span.weights} == {0.5}  # of two frames

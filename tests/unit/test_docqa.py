@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmheads.tasks import docqa
+from mmheads.tasks import mmlongbench_docs
 
 
 def page(subset: str, name: str, number: int) -> str:
@@ -43,10 +43,10 @@ def write(folder, records, subset="mmlongdoc", length=8192):
                 image = folder / "mmlb_image" / name
                 image.parent.mkdir(parents=True, exist_ok=True)
                 Image.new("RGB", (30, 40), (40 * place, 0, 0)).save(image)
-    return docqa.read(folder)
+    return mmlongbench_docs.read_document_questions(folder)
 
 
-@pytest.mark.parametrize("subset", docqa.SUBSETS)
+@pytest.mark.parametrize("subset", mmlongbench_docs.SUBSETS)
 def test_the_gold_page_is_that_of_the_own_document(tmp_path, subset):
     example = write(tmp_path, [record(subset)], subset).make(subset, 8192)
     shift = int(subset == "slidevqa")
@@ -107,13 +107,20 @@ def test_no_evidence_without_answer_or_gold_page(tmp_path, changes, answer):
     [
         ({"ans_page_list": [4]}, r"names the pages \[4\], but the document, .* has 0 to 3"),
         ({"ans_page_list": [-1]}, r"ans_page_list is \[-1\]; expected pages, numbered from 0"),
-        ({"ans_page_list": ["3"]}, r"ans_page_list is \['3'\]; expected pages"),
+        (
+            {"ans_page_list": ["3"]},
+            r"ans_page_list is \['3'\], a list; expected list\[int\] or NoneType",
+        ),
         ({"doc_name": "third"}, r"pages of \['other', 'own'\]; .* document 'third'"),
         ({"page_list": ["own/own-3.jpg"]}, "expected a path that ends like _page0.jpg"),
-        ({"page_list": [None]}, "a page of page_list is None"),
-        ({"answer": "seven"}, "answer_format or answer: the gold answer 'seven' is no integer"),
+        ({"page_list": [None]}, r"page_list is \[None\], a list; expected list\[str\]"),
+        (
+            {"answer": "seven"},
+            "answer_format or answer: the gold answer 'seven' is not of the kind Integer",
+        ),
         ({"answer_format": "Number"}, "answer_format or answer: kind is 'Number'"),
         ({"question": " "}, "question is ' '; expected a text"),
+        ({"length": "8K"}, "length is '8K', a str; expected int or float"),
         ({"page_list": []}, r"page_list has pages of \[\]"),
     ],
 )
@@ -133,7 +140,7 @@ def test_slides_are_numbered_from_one(tmp_path):
 def test_a_missing_page_image_is_named(tmp_path):
     opened = write(tmp_path, [record()])
     (tmp_path / "mmlb_image" / page("mmlongdoc", "other", 3)).unlink()
-    with pytest.raises(ValueError, match=r"image cannot be read: .*other_page3.jpg"):
+    with pytest.raises(ValueError, match=r"image .*other_page3.jpg\) does not exist"):
         opened.make("mmlongdoc", 8192)
 
 
@@ -148,9 +155,9 @@ def test_the_first_questions_are_those_that_mmlongbench_draws(tmp_path):
     records = [record(question=f"Question {row}?") for row in range(6)]
     opened = write(tmp_path, records)
     write(tmp_path, [record("slidevqa")], "slidevqa", 131072)
-    opened = docqa.read(tmp_path)
+    opened = mmlongbench_docs.read_document_questions(tmp_path)
     assert (opened.subsets, opened.lengths) == (("mmlongdoc", "slidevqa"), (8192, 131072))
-    assert [name.split("/")[-1] for name in opened.files] == [
+    assert [file.path.name for file in opened.opened.values()] == [
         "mmlongdoc_K8.jsonl",
         "slidevqa_K128.jsonl",
     ]
@@ -167,10 +174,10 @@ def test_the_first_questions_are_those_that_mmlongbench_draws(tmp_path):
 
 def test_folders_of_something_else_are_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no folder mmlb_image"):
-        docqa.read(tmp_path)
+        mmlongbench_docs.read_document_questions(tmp_path)
     (tmp_path / "mmlb_image").mkdir()
     with pytest.raises(ValueError, match=r"holds no file such as mmlongdoc_K128.jsonl"):
-        docqa.read(tmp_path)
+        mmlongbench_docs.read_document_questions(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +192,7 @@ def test_folders_of_something_else_are_refused(tmp_path):
     ],
 )
 def test_answers_are_scored_by_their_kind(answer, gold, expected):
-    assert docqa.score(answer, gold) == pytest.approx(expected)
+    assert mmlongbench_docs.question_answer(answer, gold) == pytest.approx(expected)
 
 
 def test_a_list_is_carried_as_json(tmp_path):

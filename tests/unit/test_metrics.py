@@ -38,10 +38,10 @@ def test_document_answers_by_the_rules(answer, gold, kind, score):
 @pytest.mark.parametrize(
     ("gold", "kind", "message"),
     [
-        ("many", "Integer", "'many' is no integer"),
-        ("2.5", "Integer", "'2.5' is no integer"),
-        ("fox, hen", "List", "'fox, hen' is no list"),
-        ("[]", "List", "is no list"),
+        ("many", "Integer", "'many' is not of the kind Integer"),
+        ("2.5", "Integer", "'2.5' is not of the kind Integer"),
+        ("fox, hen", "List", "'fox, hen' is not a list"),
+        ("[]", "List", "is not a list"),
         ("fox", "Date", "kind is 'Date'; expected one of"),
     ],
 )
@@ -54,14 +54,5 @@ def test_strings():
     assert metrics.same(" K\n", "K") == 1
     assert metrics.same("k", "K") == 0
     assert metrics.normalised("The  U.S., an era") == "us era"
-    assert metrics.exact_match("The answer!", "answer") == 1
-    assert metrics.exact_match("answers", "answer") == 0
     assert metrics.token_f1("red red fox", "red fox fox") == pytest.approx(2 / 3)
     assert metrics.token_f1("", "fox") == 0
-
-
-def test_anls():
-    assert metrics.anls("Fox ", "fox") == 1
-    assert metrics.anls("foxes", ["hen", "fox"]) == pytest.approx(0.6)
-    assert metrics.anls("fo", "foxy") == 0, "a similarity of a half counts as 0"
-    assert metrics.anls("hen", "fox") == 0

@@ -83,8 +83,9 @@ def test_examples_are_made_only_as_they_are_asked_for(hub):
         ({"answer": "Sings"}, r"the answer 'Sings' is not one of \['Waves'"),
         ({"candidates": ["Points"]}, "1 candidates; expected 2 to 6"),
         ({"duration": 0}, "duration is 0; expected seconds"),
+        ({"duration": True}, "duration is True, a bool; expected int or float"),
         ({"question": " "}, "question is ' '; expected a text"),
-        ({"candidates": "A) Waves"}, "candidates is a str; expected list"),
+        ({"candidates": "A) Waves"}, r"candidates is 'A\) Waves', a str; expected list"),
     ],
 )
 def test_wrong_records_are_refused_with_their_place(hub, changes, message):
@@ -140,7 +141,7 @@ def test_frames_that_cannot_be_read_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"lacks the frames \[0\]; it has 4, from 1 to 4.*first=1"):
         videos.clip(tmp_path, "a.mp4").read([0, 3])
     (tmp_path / "a" / "2.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"2\.png cannot be read"):
+    with pytest.raises(ValueError, match=r"2\.png is damaged, or not an image"):
         videos.clip(tmp_path, "a.mp4").read([2])
     Image.new("RGB", (8, 8)).save(tmp_path / "a" / "3.png")
     with pytest.raises(ValueError, match=r"differ in size: \[\(8, 8\), \(32, 16\)\]"):

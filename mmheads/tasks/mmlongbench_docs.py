@@ -31,14 +31,14 @@ import numpy as np
 
 from mmheads import metrics
 from mmheads.examples import Example, Part, Region
-from mmheads.tasks.niah import BEFORE_QUESTION, DATA, LENGTHS, image_folder
-from mmheads.tasks.sources import Record
-from mmheads.tasks.sources import read as read_records
+from mmheads.tasks.mm_niah import DATA, LENGTHS, image_folder
+from mmheads.tasks.mm_niah_records import BEFORE_QUESTION
+from mmheads.tasks.records import Kind, Record, read_records
 
 SUBSETS = {"mmlongdoc": "MMLongBench-Doc", "slidevqa": "SlideVQA"}
 """The names of the data sets that the subsets are from."""
 QUESTIONS = 100
-"""That MMLongBench's evaluation asks of a subset and length."""
+"""Number of questions per subset and length that MMLongBench's evaluation asks."""
 INSTRUCTION = (
     "\nAnswer as concisely as you can, with a phrase or a sentence. If the document does not "
     "answer the question, say 'Not answerable'."
@@ -52,13 +52,13 @@ _PAGE = {
     "slidevqa": (re.compile(r"-(\d+)-\d+\.\w+$"), 1),
 }
 """The number in a page's file name, and the number of the first page."""
-_COLUMNS: dict[str, type | tuple[type, ...]] = {
+_COLUMNS: dict[str, Kind] = {
     "doc_name": str,
     "question": str,
     "answer": (str, int, float, list),
     "answer_format": str,
-    "page_list": list,
-    "ans_page_list": (list, type(None)),
+    "page_list": list[str],
+    "ans_page_list": (list[int], type(None)),
 }
 
 
@@ -75,11 +75,11 @@ class _File:
 
 @dataclass(frozen=True, eq=False)
 class DocumentQuestions:
-    """Questions by subset and length.
+    """Questions about long documents.
 
     Attributes:
-        folder: What was opened.
-        opened: By subset and length.
+        folder: The folder that was opened.
+        opened: The file of each subset and length.
     """
 
     folder: Path
@@ -87,22 +87,16 @@ class DocumentQuestions:
 
     @property
     def subsets(self) -> tuple[str, ...]:
-        """Those of `SUBSETS` that there are."""
+        """Those of `SUBSETS` that have records."""
         return tuple(dict.fromkeys(subset for subset, _ in self.opened))
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Nominal lengths in tokens of which there are records."""
+        """Nominal lengths in tokens that have records."""
         return tuple(sorted({length for _, length in self.opened}))
 
-    @property
-    def files(self) -> dict[str, int]:
-        """The files of records, by their path in the folder, with their sizes in bytes."""
-        paths = [file.path for file in self.opened.values()]
-        return {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in paths}
-
     def count(self, subset: str, length: int) -> int:
-        """Number of questions.
+        """Return the number of questions.
 
         Raises:
             ValueError: There are no such records, or they lack a column.
@@ -113,10 +107,11 @@ class DocumentQuestions:
         """Make one example.
 
         The context has every page after its document's name and its number as published, in the
-        published order. The evidence is all of each gold page that is in the context: none for a
-        question that cannot be answered, or whose gold pages were cut off. All pages are
-        candidates ("page"). The question names its document, as in paper A's code. The answer
-        carries its kind, for `score`. The length is the nominal one of the file.
+        published order. The evidence is every gold page that is in the context, whole; there is
+        none for a question that cannot be answered, or whose gold pages were cut off. All pages
+        are candidates ("page"). The question names its document, as in paper A's code. The answer
+        names its kind, for `question_answer`. The length is the nominal one
+        of the file.
 
         Args:
             subset: One of `SUBSETS`.
@@ -137,6 +132,8 @@ class DocumentQuestions:
             )
         row = int(np.random.default_rng(_SEED).permutation(len(records))[index])
         record = records[row]
+        if record.values.get("length") is not None:
+            record.expect({"length": (int, float)})
         kind, gold = _answer(record)
         pages = [_page(record, path, subset) for path in record.values["page_list"]]
         at = [] if kind == "None" else _gold_pages(record, pages, _PAGE[subset][1])
@@ -185,7 +182,7 @@ class DocumentQuestions:
         return self.opened[subset, length].records
 
 
-def read(folder: str | Path) -> DocumentQuestions:
+def read_document_questions(folder: str | Path) -> DocumentQuestions:
     """Open a folder with `mmlb_data` and `mmlb_image`; any of the lengths may be missing.
 
     Records are read when they are first asked for, images opened when an example is made.
@@ -208,15 +205,15 @@ def read(folder: str | Path) -> DocumentQuestions:
     return DocumentQuestions(folder, opened)
 
 
-def score(answer: str, gold: str) -> float:
-    """MMLongBench's score of an answer: what follows "Answer:", by `metrics.document_answer`.
+def question_answer(answer: str, gold: str) -> float:
+    """Return MMLongBench's score of what follows "Answer:", by `metrics.document_answer`.
 
     Args:
-        answer: What the model gave.
+        answer: What the model answered.
         gold: The answer of an example: its kind, a colon, the right answer.
 
     Raises:
-        ValueError: The gold answer has no kind, or is not of it.
+        ValueError: The gold answer names no kind of `metrics.KINDS`, or is not of its kind.
     """
     kind, _, right = gold.partition(": ")
     return metrics.document_answer(re.sub(r"(?is)^.*?answer:\s*", "", answer).strip(), right, kind)
@@ -235,22 +232,22 @@ def _answer(record: Record) -> tuple[str, str]:
     return kind, gold
 
 
-def _page(record: Record, path: object, subset: str) -> tuple[str, int]:
+def _page(record: Record, path: str, subset: str) -> tuple[str, int]:
     """Folder of the document and number of the page, from the path of its image."""
     pattern, first = _PAGE[subset]
-    number = pattern.search(path) if isinstance(path, str) else None
+    number = pattern.search(path)
     if not number or int(number.group(1)) < first:
         raise record.error(
             f"a page of page_list is {path!r}; expected a path that ends like "
             f"{'_page0.jpg' if subset == 'mmlongdoc' else '-1-1024.jpg'}, numbered from {first}"
         )
-    return PurePosixPath(str(path)).parent.name, int(number.group(1))
+    return PurePosixPath(path).parent.name, int(number.group(1))
 
 
 def _gold_pages(record: Record, pages: list[tuple[str, int]], first: int) -> list[int]:
     """Places of the gold pages among the pages of the context."""
     gold, name = record.values["ans_page_list"] or [], record.text("doc_name")
-    if any(not isinstance(page, int) or page < 0 for page in gold):
+    if any(page < 0 for page in gold):
         raise record.error(f"ans_page_list is {gold!r}; expected pages, numbered from 0")
     folders = {folder for folder, _ in pages}
     own = folders & {name} or {each for each in folders if each[:_NAME] == name[:_NAME]}

@@ -6,97 +6,72 @@ card and the evaluation in lmms-eval have them; splits `val` and `test`. A .json
 same columns and a path as `image` is read as well.
 
 VidSTG (arXiv 2001.06891) as in Guaranteer/VidSTG-Dataset: `<split>_annotations.json`. Its boxes are
-those of VidOR, in `<training or validation>/<group>/<video>.json`: a list a frame. There,
-frame numbers count from 0 and an interval's end is no part of it, but a box's right and bottom
-pixels are (xdshang/VidVRD-helper). Columns of both as in these repositories; the records of
-RefCOCOg and the boxes of VidOR were not seen here.
+those of VidOR, in `<training or validation>/<group>/<video>.json`, one list per frame. There, frame
+numbers count from 0, an interval excludes its end, and a box includes its right and bottom pixels
+(xdshang/VidVRD-helper). The columns of both are as in these repositories; the records of RefCOCOg
+and the boxes of VidOR were not checked against the published files.
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator, Mapping
+from glob import escape
 from itertools import islice
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from mmheads.examples import Example, Region, Video
-from mmheads.tasks import sources, videos
+from mmheads.tasks import videos
+from mmheads.tasks.records import Kind, Record, read_records
 
-COORDINATES = {
-    "thousandths": "from 0 to 1000 across the image and down it",
-    "pixels": "in pixels of the image",
-}
-"""How a box is asked for and scored. Qwen3-VL and InternVL print thousandths. Qwen2.5-VL prints
-pixels, but of the image as its processor has resized it."""
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom, in pixels."""
+SLACK = 1.0
+"""Pixels by which a published box may reach over its image because of rounding; it is then cut."""
 SENTENCES = {"questions": "{}", "captions": "Where in the video is this: {}"}
 """Kinds of sentences of VidSTG, and how they are asked."""
 ASPECT_SLACK = 0.02
 """Share by which the aspect ratio of stored frames may differ from the video's: rounding."""
 
-_NUMBER = r"(-?\d+(?:\.\d+)?)"
-_BOX = re.compile(r"(?<![\w.-])" + r"[\s,()\[\]]+".join([_NUMBER] * 4))
-_REFCOCOG: Mapping[str, type | tuple[type, ...]] = {"image": object, "answer": list, "bbox": list}
-_VIDSTG: Mapping[str, type | tuple[type, ...]] = {
+_REFCOCOG: Mapping[str, Kind] = {"image": object, "answer": list[str], "bbox": list}
+_VIDSTG: Mapping[str, Kind] = {
     "vid": str,
     "fps": (int, float),
     "frame_count": int,
     "width": int,
     "height": int,
-    "subject/objects": list,
+    "subject/objects": list[dict[str, Any]],
     "used_segment": dict,
     "temporal_gt": dict,
+}
+_VIDOR: Mapping[str, Kind] = {
+    "width": int,
+    "height": int,
+    "trajectories": list[list[dict[str, Any]]],
+    "video_path": str,
 }
 
 
 def refcocog(
-    source: str | Path = "lmms-lab/RefCOCOg",
-    *,
-    split: str = "val",
-    coordinates: str = "thousandths",
-    limit: int | None = None,
+    source: str | Path = "lmms-lab/RefCOCOg", *, split: str = "val", limit: int | None = None
 ) -> Iterator[Example]:
-    """Referring expressions of RefCOCOg, an example each, made as they are asked for.
+    """Yield one example per referring expression of RefCOCOg, each made when it is asked for.
 
-    The context is the image, the evidence the box of the object, the answer this box as text.
+    The context is the image and the evidence is the box of the object. The answer is this box as
+    text, in thousandths of the image's width and height, as Qwen3-VL and InternVL print boxes.
 
     Args:
         source: Name on the hub, or a folder with its files.
-        split: `val` or `test`; in a folder, what the names of the files begin with.
-        coordinates: Of the box in the answer, one of `COORDINATES`.
-        limit: Number of examples; None for all.
+        split: "val" or "test"; in a folder, what the names of the files begin with.
+        limit: Largest number of examples; None for all.
 
     Raises:
-        ValueError: Unknown coordinates, a record without the columns, an unreadable image, an
-            empty expression, or a box that does not lie in its image.
+        ValueError: A record lacks a column, its image cannot be read, an expression is empty, or a
+            box does not lie in its image.
     """
-    if coordinates not in COORDINATES:
-        raise ValueError(f"coordinates is {coordinates!r}; expected one of {tuple(COORDINATES)}")
-    records = sources.read(source, _REFCOCOG, files=f"**/{split}*", split=split)
-    examples = (example for record in records for example in _expressions(record, coordinates))
-    return islice(examples, limit)
-
-
-def box_answer(answer: str, gold: str) -> float:
-    """1 where the boxes overlap by half or more of what they cover together (IoU >= 0.5).
-
-    The box of a text is the first four numbers in a row: left, top, right, bottom, with nothing
-    but commas, brackets and white space between them. Both must be in the same coordinates; a
-    scale, even one for each direction, does not change the result.
-
-    Raises:
-        ValueError: The gold answer is no box.
-    """
-    if (wanted := _box(gold)) is None:
-        raise ValueError(f"the gold answer {gold!r} is no box; expected [left, top, right, bottom]")
-    found = _box(answer)
-    if found is None:
-        return 0.0
-    (left, top), (right, bottom) = map(max, found[:2], wanted[:2]), map(min, found[2:], wanted[2:])
-    common = _area((left, top, right, bottom))
-    return float(common >= 0.5 * (_area(found) + _area(wanted) - common))
+    records = read_records(source, _REFCOCOG, files=f"**/{split}*", split=split)
+    return islice((example for record in records for example in _expressions(record)), limit)
 
 
 def vidstg(
@@ -110,12 +85,12 @@ def vidstg(
     first: int = 0,
     limit: int | None = None,
 ) -> Iterator[Example]:
-    """Sentences of VidSTG, an example each, made as they are asked for.
+    """Yield one example per sentence of VidSTG, each made when it is asked for.
 
-    The context is one video of frames sampled from the segment that the sentence was written for.
-    The evidence is the target's box in each of them that lies in the annotated interval and shows
-    it, cut to the frame; None where no sampled frame does. The answer to a question is the
-    target's category.
+    The context is one video, whose frames are sampled from the segment that the sentence was
+    written for. The evidence is the target's box, cut to the frame, in each sampled frame that
+    lies in the annotated interval and shows the target; None if there is no such frame. The answer
+    to a question is the target's category.
 
     Args:
         annotations: Folder of `<split>_annotations.json`.
@@ -124,9 +99,9 @@ def vidstg(
             groups. The frames may be of another size than the video.
         split: `train`, `val` or `test`.
         sentences: `questions`, or `captions`.
-        count: Frames a segment, evenly over it; all of them if it has fewer.
+        count: Frames per segment, spread evenly over it; all frames if it has fewer.
         first: Number of a video's first frame in the names of the images.
-        limit: Number of examples; None for all.
+        limit: Largest number of examples; None for all.
 
     Raises:
         ValueError: A setting is unknown, a record is not as described, VidOR lacks its video or
@@ -135,8 +110,8 @@ def vidstg(
     if sentences not in SENTENCES:
         raise ValueError(f"sentences is {sentences!r}; expected one of {tuple(SENTENCES)}")
     videos.check_count(count)
-    records = sources.read(
-        annotations, {**_VIDSTG, sentences: list}, files=f"{split}_annotations.json"
+    records = read_records(
+        annotations, {**_VIDSTG, sentences: list[dict[str, Any]]}, files=f"{split}_annotations.json"
     )
     examples = (
         example
@@ -146,74 +121,74 @@ def vidstg(
     return islice(examples, limit)
 
 
-def _expressions(record: sources.Record, coordinates: str) -> Iterator[Example]:
+def _expressions(record: Record) -> Iterator[Example]:
     image = record.image(record.values["image"])
-    box = record.box(record.values["bbox"], image.size, corners=False)
-    width, height = image.size if coordinates == "pixels" else (1000, 1000)
-    scales = (width / image.width, height / image.height) * 2
-    gold = [round(edge * scale, 2) for edge, scale in zip(box, scales, strict=True)]
+    box = _box(record, image.size)
+    answer = [round(1000 * e / s, 2) for e, s in zip(box, image.size * 2, strict=True)]
     for expression in record.values["answer"]:
         yield Example(
             context=(image,),
             question=(f"Where in the image is this: {_text(record, expression)}",),
-            answer=str(gold),
+            answer=str(answer),
             evidence=(Region(part=0, box=box),),
-            instruction=f"Give its box as [left, top, right, bottom], {COORDINATES[coordinates]}.",
+            instruction="Give its box as [left, top, right, bottom], from 0 to 1000 across the "
+            "image and down it.",
             task="refcocog",
         )
 
 
-def _text(record: sources.Record, value: Any) -> str:
+def _box(record: Record, size: tuple[int, int]) -> Box:
+    """The box of a record, cut to the image where rounding has put it over the edge."""
+    edges, (width, height) = record.values["bbox"], size
+    try:
+        left, top, wide, high = map(float, edges)
+    except (TypeError, ValueError) as error:
+        raise record.error(f"bbox is {edges!r:.200}; expected four numbers") from error
+    right, bottom = left + wide, top + high
+    inside = -SLACK <= left < right <= width + SLACK and -SLACK <= top < bottom <= height + SLACK
+    box = (max(0.0, left), max(0.0, top), min(right, width), min(bottom, height))
+    if not inside or box[0] >= box[2] or box[1] >= box[3]:
+        raise record.error(
+            f"bbox is {edges!r} (left, top, width, height), which does not lie in its image of "
+            f"{size} pixels"
+        )
+    return box
+
+
+def _text(record: Record, value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise record.error(f"a sentence is {value!r}; expected a text")
     return value.strip()
 
 
-def _box(text: str) -> sources.Box | None:
-    numbers = _BOX.search(text)
-    if numbers is None:
-        return None
-    left, top, right, bottom = map(float, numbers.groups())
-    return left, top, right, bottom
-
-
-def _area(box: sources.Box) -> float:
-    return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
-
-
 def _with_tracks(
-    records: Iterator[sources.Record], vidor: Path
-) -> Iterator[tuple[sources.Record, dict[str, Any]]]:
-    """Records with VidOR's annotations of their videos, kept while the video stays the same."""
+    records: Iterator[Record], vidor: Path
+) -> Iterator[tuple[Record, Mapping[str, Any]]]:
+    """Yield records with VidOR's annotations of their videos, each read once per run of records."""
     paths = {path.stem: path for path in vidor.rglob("*.json")}
-    held, tracks = "", {}
+    current: str = ""
+    tracks: Mapping[str, Any] = {}
     for record in records:
         name = record.text("vid")
         if name not in paths:
             raise record.error(f"{vidor} holds no annotation {name}.json; expected VidOR's folders")
-        if name != held:
-            held, tracks = name, _tracks(paths[name])
+        if name != current:
+            annotation = paths[name]
+            about = next(read_records(annotation.parent, _VIDOR, files=escape(annotation.name)))
+            current, tracks = name, about.values
         size, other = [(of["width"], of["height"]) for of in (record.values, tracks)]
         if size != other:
             raise record.error(f"the video has {size} pixels, in {paths[name]} it has {other}")
+        if min(*size, record.values["fps"]) <= 0:
+            raise record.error(
+                f"width, height and fps are {(*size, record.values['fps'])}; expected all above 0"
+            )
         yield record, tracks
 
 
-def _tracks(path: Path) -> dict[str, Any]:
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    wanted = {"width", "height", "trajectories", "video_path"}
-    if not isinstance(about, dict) or (missing := wanted - set(about)):
-        lacks = sorted(missing) if isinstance(about, dict) else "everything"
-        raise ValueError(f"{path} is no annotation of VidOR: it lacks {lacks}")
-    return about
-
-
 def _sentences(
-    record: sources.Record,
-    tracks: dict[str, Any],
+    record: Record,
+    tracks: Mapping[str, Any],
     frames: Path,
     kind: str,
     count: int,
@@ -265,7 +240,7 @@ def _sentences(
         ) from error
 
 
-def _interval(record: sources.Record, name: str) -> tuple[int, int]:
+def _interval(record: Record, name: str) -> tuple[int, int]:
     """First and last + 1 frame."""
     about, count = record.values[name], record.values["frame_count"]
     first, last = about.get("begin_fid"), about.get("end_fid")
@@ -276,9 +251,7 @@ def _interval(record: sources.Record, name: str) -> tuple[int, int]:
     return first, last
 
 
-def _cut(
-    edges: Mapping[str, float], whole: tuple[int, int], size: tuple[int, int]
-) -> sources.Box | None:
+def _cut(edges: Mapping[str, float], whole: tuple[int, int], size: tuple[int, int]) -> Box | None:
     """A box of the video, in pixels of its stored frames; None where it lies outside them."""
     x, y = size[0] / whole[0], size[1] / whole[1]
     left, right = max(0.0, edges["xmin"] * x), min(size[0], (edges["xmax"] + 1) * x)
