@@ -52,7 +52,7 @@ from mmheads.examples import Example
 from mmheads.heads import Head, HeadSet, ceil_share
 from mmheads.models import VLM
 from mmheads.prefix import on_device
-from mmheads.prompts import Prompt, Span, encode
+from mmheads.prompts import Prompt, Question, Span, encode
 from mmheads.retrieval import DocumentIndex
 from mmheads.scoring import score_prompt
 from mmheads.streaming import Streaming, cache_bytes, stream
@@ -124,8 +124,8 @@ def random_model(shape: Shape, device: str, dtype: torch.dtype, seed: int = 0) -
     return VLM(model=model.eval(), processor=_NoTokenizer(), model_id=f"random weights, {shape}")
 
 
-def random_prompts(vlm: VLM, tokens: int, seed: int = 0) -> tuple[Prompt, Prompt]:
-    """A prompt of random tokens with evidence in its middle, and one with a null question."""
+def random_prompt(vlm: VLM, tokens: int, seed: int = 0) -> Prompt:
+    """A prompt of random tokens with evidence in its middle, and with a null question."""
     rng = np.random.default_rng(seed)
     context = tokens - QUESTION_TOKENS
     ids = rng.integers(0, vlm.text_config.vocab_size, tokens + NULL_TOKENS)
@@ -133,20 +133,25 @@ def random_prompts(vlm: VLM, tokens: int, seed: int = 0) -> tuple[Prompt, Prompt
     def span(first: int, last: int) -> Span:
         return Span(np.arange(first, last), np.ones(last - first, np.float32))
 
-    def prompt(chosen: np.ndarray) -> Prompt:
+    def question(chosen: np.ndarray) -> Question:
         given = torch.from_numpy(chosen)[None]
-        return Prompt(
-            example=Example(context=(), question=()),
+        return Question(
+            parts=(),
             inputs={"input_ids": given, "attention_mask": torch.ones_like(given)},
-            question=np.arange(context, len(chosen)),
-            parts=(span(0, context),),
+            tokens=np.arange(context, len(chosen)),
+            start=context,
+            context=(span(0, context),),
             evidence=(span(context // 2, context // 2 + context // 4),),
-            candidates={},
-            boxes={},
-            replacements=(),
         )
 
-    return prompt(ids[:tokens]), prompt(np.concatenate([ids[:context], ids[tokens:]]))
+    return Prompt(
+        example=Example(context=(), question=()),
+        questions=(question(ids[:tokens]), question(np.concatenate([ids[:context], ids[tokens:]]))),
+        shared=context,
+        candidates={},
+        boxes={},
+        replacements=(),
+    )
 
 
 def random_reader(shape: Shape, device: str, dtype: torch.dtype, seed: int = 0) -> VLM:
@@ -252,7 +257,7 @@ PLAIN, RECORDED, CALIBRATED, EAGER = (
 
 
 def _scoring_variants(vlm: VLM, length: int) -> dict[str, Callable[[], Any]]:
-    prompt, empty = random_prompts(vlm, length)
+    prompt = random_prompt(vlm, length)
     inputs = {name: value.to(vlm.device) for name, value in prompt.inputs.items()}
     rows = torch.from_numpy(prompt.question)[None]
     weights = torch.from_numpy(prompt.weights(prompt.evidence))[None, :, None]
@@ -273,7 +278,7 @@ def _scoring_variants(vlm: VLM, length: int) -> dict[str, Callable[[], Any]]:
             vlm.model.set_attn_implementation("sdpa")
 
     def calibrated() -> None:
-        score_prompt(vlm, prompt, empty)
+        score_prompt(vlm, prompt)
 
     return {PLAIN: plain, RECORDED: recorded, CALIBRATED: calibrated, EAGER: eager}
 
@@ -412,8 +417,9 @@ class _Document:
 
         @torch.no_grad()
         def short() -> None:
-            with record_keys(self.vlm, rows, self.heads):
-                self.vlm.model(**inputs, use_cache=False)
+            record_keys(
+                self.vlm, rows, self.heads, lambda: self.vlm.model(**inputs, use_cache=False)
+            )
 
         return len(prompt), {FULL: full, SHORT: short}
 

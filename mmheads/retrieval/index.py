@@ -26,13 +26,21 @@ from transformers import DynamicCache
 
 from mmheads import paths
 from mmheads.attention.hook import check_heads
-from mmheads.attention.recording import record_keys
 from mmheads.examples import Example
 from mmheads.families import Boxes, box_shares
 from mmheads.heads import Head, HeadSet
 from mmheads.models import VLM
 from mmheads.prefix import Prefix, prefill
-from mmheads.prompts import Prompt, Span, encode, null_question, with_question, without_pixels
+from mmheads.prompts import (
+    Prompt,
+    Question,
+    Span,
+    ask,
+    encode,
+    null_question,
+    restore,
+    without_pixels,
+)
 from mmheads.retrieval.ranking import Ranking, rank
 from mmheads.scores import HeadScores, Provenance
 from mmheads.tasks.documents import PageBox
@@ -157,8 +165,7 @@ class DocumentIndex:
             progress: Show a progress bar.
 
         Raises:
-            ValueError: No candidate, a window that does not fit, or as `encode` and `record_keys`
-                do.
+            ValueError: No candidate, a window that does not fit, or as `encode` and `prefill` do.
         """
         _expect("keep", keep, KEEP)
         _expect("null_images", null_images, NULL_IMAGES)
@@ -196,7 +203,7 @@ class DocumentIndex:
     def _indexed(
         self, prompt: Prompt, first: int, parts: tuple[tuple[int, ...], ...], keep: str
     ) -> _Window:
-        prefix = prefill(self.vlm, [prompt], layers=self.heads.layers[-1] + 1)
+        prefix = prefill(self.vlm, prompt, layers=self.heads.layers[-1] + 1)
         sizes = {
             number: part.size
             for number, part in enumerate(prompt.example.context)
@@ -205,27 +212,21 @@ class DocumentIndex:
         for number, each in enumerate(parts, first):
             if all(prompt.parts[part] is None for part in each):
                 raise ValueError(f"candidate {number} has no token: it is blank")
-        null = self._attention(prefix, prompt)
+        null = self._attention(prefix, prompt.own)
         light = prefix.alone(without_pixels(prompt), device="cpu" if keep == "cpu" else "")
         return _Window(first, parts, sizes, light, null)
 
     def _attention(
-        self, prefix: Prefix, prompt: Prompt, *, pixels: bool = True
+        self, prefix: Prefix, question: Question, *, pixels: bool = True
     ) -> NDArray[np.float32]:
         """[head, key] attention to the cached tokens."""
-        start = prefix.start(prompt)
-        last = max((int(part.tokens[-1]) for part in prompt.parts if part is not None), default=0)
-        if last >= start:
+        last = max((int(part.tokens[-1]) for part in question.context if part), default=0)
+        if last >= prefix.start(question):
             raise ValueError(
-                f"the question {prompt.example.question!r} and the last candidate share a token; "
+                f"the question {question.parts!r} and the last candidate share a token; "
                 "end the candidate's text with a line break"
             )
-        rows = torch.from_numpy(prompt.question - start)
-        with record_keys(self.vlm, rows, self.heads) as recording:
-            prefix.ask(prompt, pixels=pixels)
-        attention: NDArray[np.float32] = recording.attention()[:, : prefix.length].numpy()
-        missing = prefix.length - attention.shape[1]
-        return np.pad(attention, [(0, 0), (0, max(0, missing))])
+        return prefix.keys(question, self.heads, pixels=pixels)
 
     @property
     def bytes(self) -> int:
@@ -283,13 +284,13 @@ class DocumentIndex:
         self, window: _Window, question: tuple[Part, ...], calibrated: bool
     ) -> NDArray[np.float32]:
         """[head, key] attention from a question to a window's tokens."""
-        prompt = with_question(self.vlm, window.prompt, question)
-        attention = self._attention(window.prefix, prompt)
+        asked = ask(self.vlm, window.prompt, question)
+        attention = self._attention(window.prefix, asked)
         if not calibrated:
             return attention
         if self.null_images == "none" or all(isinstance(part, str) for part in question):
             return attention - window.null
-        empty = with_question(self.vlm, window.prompt, null_question(question, self.null))
+        empty = ask(self.vlm, window.prompt, null_question(question, self.null))
         pixels = self.null_images == "pixels"
         return attention - self._attention(window.prefix, empty, pixels=pixels)
 
@@ -374,6 +375,7 @@ class DocumentIndex:
                 tensors[f"{number}.inputs.{name}"] = value
             for part, boxes in prompt.boxes.items():
                 tensors[f"{number}.boxes.{part}"] = torch.from_numpy(boxes)
+            assert prefix.cache is not None, "Prefix.alone refuses a context that is not cached"
             layers: list[Any] = prefix.cache.layers
             for layer, held in enumerate(layers):
                 tensors[f"{number}.keys.{layer}"] = held.keys
@@ -460,27 +462,17 @@ def _restored(
 ) -> _Window:
     """A window of a saved index."""
     blank = Image.new("L", (1, 1))
-    boxes = _of(tensors, "boxes.")
-    bare = Prompt(
-        example=Example(
-            context=tuple(blank if part is None else part for part in about["context"]),
-            question=(null,),
-            instruction=instruction,
-        ),
-        inputs=_of(tensors, "inputs."),
-        question=np.empty(0, np.int64),
-        parts=(),
-        evidence=(),
-        candidates={},
-        boxes={int(part): array.numpy() for part, array in boxes.items()},
-        replacements=tuple(about["replacements"]),
+    example = Example(
+        context=tuple(blank if part is None else part for part in about["context"]),
+        question=(null,),
+        instruction=instruction,
     )
+    boxes = {int(part): array.numpy() for part, array in _of(tensors, "boxes.").items()}
+    prompt = restore(vlm, example, _of(tensors, "inputs."), about["replacements"], boxes)
     cache = DynamicCache()
     for layer in range(about["layers"]):
         cache.update(tensors[f"keys.{layer}"], tensors[f"values.{layer}"], layer)
-    prefix = Prefix(
-        vlm, with_question(vlm, bare, (null,)), about["length"], cache, masked=about["masked"]
-    )
+    prefix = Prefix(vlm, prompt, about["length"], cache, masked=about["masked"])
     return _Window(
         about["first"],
         tuple(map(tuple, about["parts"])),
