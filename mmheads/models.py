@@ -338,6 +338,12 @@ def _why(source: str, error: BaseException) -> str:
     )
     if isinstance(error, SafetensorError):
         return f"a weight file of {source} is damaged or cut: {_first_line(error)}; copy it again"
+    if "does not support an attention implementation" in str(error):
+        model = str(error).split()[0]
+        return (
+            f"{model} does not run on the attention that was asked for; load it with "
+            'attention="eager", if it has attention heads at all'
+        )
     return f"{source} could not be loaded: {_first_line(error)}; {expected}"
 
 

@@ -4,7 +4,7 @@ One attention function is registered beside the stock ones (`hook`). Recording (
 interventions (`interventions`) are attached to it layer by layer, inside of a `with` block.
 """
 
-from mmheads.attention.hook import check_heads, find_non_finite, stop_after
+from mmheads.attention.hook import check_heads, stop_after
 from mmheads.attention.interventions import MODES, WHEN, ablate, gate, mean_outputs
 from mmheads.attention.recording import Recording, record_keys, record_mass
 
@@ -14,7 +14,6 @@ __all__ = [
     "Recording",
     "ablate",
     "check_heads",
-    "find_non_finite",
     "gate",
     "mean_outputs",
     "record_keys",

@@ -168,21 +168,14 @@ def check_finite(values: torch.Tensor, layer: int, heads: slice | list[int], wha
         )
 
 
-def _check_call(call: Call) -> None:
+def _check_call(layer: int, query: torch.Tensor, key: torch.Tensor) -> None:
     """Raise ValueError if queries, or the keys of the call's own tokens, are not finite."""
-    rows = call.query.shape[2]
-    shared = call.query.shape[1] // call.key.shape[1]
-    keys = call.key[:, :, -rows:]
-    if call.query.isfinite().all() and keys.isfinite().all():
+    keys = key[:, :, -query.shape[2] :]
+    if query.isfinite().all() and keys.isfinite().all():
         return
-    check_finite(call.query.transpose(0, 1), call.layer, slice(None), "queries")
-    check_finite(keys.transpose(0, 1).repeat_interleave(shared, 0), call.layer, slice(None), "keys")
-
-
-def find_non_finite(vlm: VLM, run: Callable[[], object]) -> None:
-    """Run a forward call and raise ValueError at the first layer whose attention is not finite."""
-    with attached(vlm, dict.fromkeys(vlm.attentions, lambda call: call.output)):
-        run()
+    every, shared = slice(None), query.shape[1] // key.shape[1]
+    check_finite(query.transpose(0, 1), layer, every, "queries")
+    check_finite(keys.transpose(0, 1).repeat_interleave(shared, 0), layer, every, "keys")
 
 
 def _attention(base: str) -> Any:
@@ -213,25 +206,26 @@ def _attention(base: str) -> Any:
             )
             return result
 
+        layer = getattr(module, "layer_idx", -1)
+        _check_call(layer, query, key)
         state: _State | None = getattr(module, _STATE, None)
         if state is None:
             return attended()
         given = {name for name, value in kwargs.items() if value is not None and value is not False}
         if unknown := sorted(given - _USED - _HARMLESS):
             raise ValueError(
-                f"the attention of layer {module.layer_idx} ({type(module).__name__}) takes "
+                f"the attention of layer {layer} ({type(module).__name__}) takes "
                 f"{', '.join(unknown)}, which is not known here; what it attends to cannot be told"
             )
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         scale = scaling or query.shape[-1] ** -0.5
         call = Call(
-            module.layer_idx,
+            layer,
             *(query, key, value, attention_mask, causal, scale),
             kwargs.get("softcap"),
             kwargs.get("s_aux"),
             attended,
         )
-        _check_call(call)
         return state(call), call.weights
 
     return attend

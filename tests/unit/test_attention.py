@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from mmheads.attention import (
     Recording,
-    find_non_finite,
+    ablate,
     gate,
     hook,
     record_keys,
@@ -19,6 +19,7 @@ from mmheads.attention import (
     recording,
     stop_after,
 )
+from mmheads.heads import HeadSet
 from mmheads.models import VLM
 
 
@@ -137,8 +138,9 @@ def test_numbers_that_are_not_finite_are_refused_with_layer_and_head(place):
     gates = torch.ones(1, vlm.geometry.layers, vlm.geometry.heads)
     with pytest.raises(ValueError, match=message), gate(vlm, gates):
         run()
-    with pytest.raises(ValueError, match=message):
-        find_non_finite(vlm, run)
+    nothing = HeadSet((), vlm.geometry, vlm.model_id)
+    with pytest.raises(ValueError, match=message), ablate(vlm, nothing):
+        run()
 
 
 def test_a_last_layer_whose_values_are_not_finite_is_refused():
