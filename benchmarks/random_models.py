@@ -19,7 +19,7 @@ from transformers import (
 from mmheads import paths
 from mmheads.examples import Example
 from mmheads.models import VLM, load_processor
-from mmheads.prompts import Prompt, Span
+from mmheads.prompts import Prompt, Question, Span
 
 QUESTION_TOKENS = 32
 NULL_TOKENS = 10
@@ -145,12 +145,12 @@ def random_reader(size: Size, device: str, dtype: torch.dtype, seed: int = 0) ->
     )
 
 
-def random_prompts(vlm: VLM, tokens: int, seed: int = 0) -> tuple[Prompt, Prompt]:
-    """Returns a prompt of random tokens with evidence in its middle, and one with a null question.
+def random_prompt(vlm: VLM, tokens: int, seed: int = 0) -> Prompt:
+    """Returns a prompt of random tokens with evidence in its middle, and with a null question.
 
     Args:
         vlm: The model.
-        tokens: Length of the first prompt; its last `QUESTION_TOKENS` are the question.
+        tokens: Length of the prompt; its last `QUESTION_TOKENS` are the question.
         seed: Seed of the tokens.
     """
     rng = np.random.default_rng(seed)
@@ -160,17 +160,22 @@ def random_prompts(vlm: VLM, tokens: int, seed: int = 0) -> tuple[Prompt, Prompt
     def span(first: int, last: int) -> Span:
         return Span(np.arange(first, last), np.ones(last - first, np.float32))
 
-    def prompt(chosen: np.ndarray) -> Prompt:
+    def question(chosen: np.ndarray) -> Question:
         given = torch.from_numpy(chosen)[None]
-        return Prompt(
-            example=Example(context=(), question=()),
+        return Question(
+            parts=(),
             inputs={"input_ids": given, "attention_mask": torch.ones_like(given)},
-            question=np.arange(context, len(chosen)),
-            parts=(span(0, context),),
+            tokens=np.arange(context, len(chosen)),
+            start=context,
+            context=(span(0, context),),
             evidence=(span(context // 2, context // 2 + context // 4),),
-            candidates={},
-            boxes={},
-            replacements=(),
         )
 
-    return prompt(ids[:tokens]), prompt(np.concatenate([ids[:context], ids[tokens:]]))
+    return Prompt(
+        example=Example(context=(), question=()),
+        questions=(question(ids[:tokens]), question(np.concatenate([ids[:context], ids[tokens:]]))),
+        shared=context,
+        candidates={},
+        boxes={},
+        replacements=(),
+    )

@@ -85,8 +85,9 @@ class _Document:
 
         @torch.no_grad()
         def short() -> None:
-            with record_keys(self.vlm, rows, self.heads):
-                self.vlm.model(**inputs, use_cache=False)
+            record_keys(
+                self.vlm, rows, self.heads, lambda: self.vlm.model(**inputs, use_cache=False)
+            )
 
         return len(prompt), {FULL: full, SHORT: short}
 

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from benchmarks.random_models import QUESTION_TOKENS, Size, random_model, random_prompts
+from benchmarks.random_models import QUESTION_TOKENS, Size, random_model, random_prompt
 from benchmarks.timing import (
     compare,
     conditions,
@@ -34,7 +34,7 @@ WARM_UP_TOKENS = 4 * QUESTION_TOKENS
 
 
 def _variants(vlm: VLM, length: int) -> dict[str, Callable[[], Any]]:
-    prompt, empty = random_prompts(vlm, length)
+    prompt = random_prompt(vlm, length)
     inputs = {name: value.to(vlm.device) for name, value in prompt.inputs.items()}
     rows = torch.from_numpy(prompt.question)[None]
     weights = torch.from_numpy(prompt.weights(prompt.evidence))[None, :, None]
@@ -55,7 +55,7 @@ def _variants(vlm: VLM, length: int) -> dict[str, Callable[[], Any]]:
             vlm.model.set_attn_implementation("sdpa")
 
     def calibrated() -> None:
-        score_prompt(vlm, prompt, empty)
+        score_prompt(vlm, prompt)
 
     return {PLAIN: plain, RECORDED: recorded, CALIBRATED: calibrated, EAGER: eager}
 

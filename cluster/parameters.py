@@ -25,7 +25,7 @@ SHARES_FROM_ZERO = {"depth", "fall", "image_shares"}
 CHOICES = {
     "null_images": ("pixels", "placeholders"),
     "shape": ("wide", "small", "qwen3-vl-8b"),
-    "task": ("image", "rendered", "identical"),
+    "task": ("image", "rendered_text", "identical_image"),
 }
 """Values of parameters that have only a few."""
 

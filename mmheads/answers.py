@@ -19,6 +19,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from tqdm import tqdm
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from mmheads import store
 from mmheads.attention.hook import check_revision
@@ -322,6 +323,7 @@ def _generate(vlm: VLM, prompts: Sequence[Prompt], max_new_tokens: int) -> list[
     inputs = on_device(vlm, stacked(prompts))
     tokens = vlm.model.generate(
         **inputs,
+        logits_processor=LogitsProcessorList([_Finite(vlm)]),
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
@@ -332,3 +334,18 @@ def _generate(vlm: VLM, prompts: Sequence[Prompt], max_new_tokens: int) -> list[
         tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
     )
     return predictions
+
+
+class _Finite(LogitsProcessor):
+    """Passes the logits of each step on unchanged, and refuses those that are not finite."""
+
+    def __init__(self, vlm: VLM) -> None:
+        self.vlm = vlm
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if not scores.isfinite().all():
+            raise ValueError(
+                f"the logits of {self.vlm} are not finite; its weights are damaged, or float16 is "
+                "too narrow for it: load it in bfloat16 or float32"
+            )
+        return scores

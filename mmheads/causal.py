@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mmheads.answers import default_batch_tokens, stacked
+from mmheads.attention.hook import check_finite
 from mmheads.attention.interventions import gate
 from mmheads.examples import Example
 from mmheads.models import VLM
@@ -36,6 +37,8 @@ def gate_gradients(
         with torch.enable_grad(), gate(vlm, gates):
             odds = log_odds(vlm, encode(vlm, example))
         (slope,) = torch.autograd.grad(odds.sum(), gates)
+        for layer, of_heads in enumerate(slope[0]):
+            check_finite(of_heads[:, None], layer, slice(None), "gate gradients")
         found.append(slope[0].float().cpu().numpy())
     if not found:
         raise ValueError("there is no example to differentiate")
@@ -83,13 +86,18 @@ def log_odds(vlm: VLM, prompt: Prompt, rows: int = 1) -> torch.Tensor:
     Raises:
         ValueError: The example has no answer.
     """
-    wanted = prompt.example.answer
-    ids = vlm.tokenizer(wanted, add_special_tokens=False)["input_ids"]
+    expected = prompt.example.answer
+    ids = vlm.tokenizer(expected, add_special_tokens=False)["input_ids"]
     if not ids:
-        raise ValueError(f"the answer {wanted!r} of an example has no token")
+        raise ValueError(f"the answer {expected!r} of an example has no token")
     inputs = stacked([prompt] * rows)
     logits = vlm.model(**on_device(vlm, inputs), use_cache=False, logits_to_keep=1).logits
     logits = logits[:, -1].float()
     others = torch.arange(logits.shape[1], device=logits.device) != ids[0]
     odds: torch.Tensor = logits[:, ids[0]] - logits[:, others].logsumexp(-1)
+    if not odds.isfinite().all():
+        raise ValueError(
+            f"the log-odds of the answer {expected!r} are not finite in {vlm}; its weights are "
+            "damaged, or float16 is too narrow for it: load it in bfloat16 or float32"
+        )
     return odds

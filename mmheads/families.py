@@ -1,4 +1,7 @@
-"""Where the visual tokens of each model family lie on an image, and how many there are."""
+"""Everything that differs between model families.
+
+Where visual tokens lie on an image and how many there are, and what the language model is given.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,15 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from mmheads import compat
 from mmheads.examples import Example, Video
 from mmheads.models import VLM
 
 Boxes = NDArray[np.float64]
+"""[token, (left, top, right, bottom)] in pixels of an image; nan for a token without a place."""
+
+GRIDS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+"""Inputs that tell a model how many tokens each image has, from which it counts positions."""
 
 
 def box_shares(boxes: Boxes, box: tuple[float, float, float, float]) -> NDArray[np.float64]:
@@ -81,7 +89,7 @@ def token_boxes(
         return None
     elif family == "internvl":
         side = math.isqrt(processor.image_seq_length)
-        columns, rows = _internvl_tiles(vlm, part)
+        columns, rows = compat.internvl_tiles(processor.image_processor, part)
         grids = _tiles(rows, columns, side, width, height)
         boxes = np.concatenate([*grids, _grid(side, side, whole)] if len(grids) > 1 else grids)
     elif family == "gemma3":
@@ -97,7 +105,7 @@ def token_boxes(
         grids = _tiles(rows, columns, side, width, height) if names else []
         boxes = np.concatenate([*grids, _grid(side, side, whole)])
     elif family == "llava_onevision":
-        boxes = _llava_boxes(vlm, example, part, tokens)
+        boxes = _llava_boxes(vlm, example, part)
     else:
         return None
     if len(boxes) != tokens:
@@ -108,24 +116,11 @@ def token_boxes(
     return boxes
 
 
-def _internvl_tiles(vlm: VLM, image: Image.Image) -> tuple[int, int]:
-    """Columns and rows of tiles; an image in one tile has no thumbnail."""
-    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
+def _llava_boxes(vlm: VLM, example: Example, image: Image.Image) -> Boxes:
+    """Places on one image: a base grid and a fine one whose rows end in a newline token.
 
-    settings = vlm.processor.image_processor
-    columns, rows = get_optimal_tiled_canvas(
-        (image.height, image.width),
-        (settings.size["height"], settings.size["width"]),
-        settings.min_patches,
-        settings.max_patches,
-    )
-    return int(columns), int(rows)
-
-
-def _llava_boxes(vlm: VLM, example: Example, image: Image.Image, tokens: int) -> Boxes:
-    """One image: a base grid and a fine one with a newline a row. Several: each padded square."""
-    from transformers.image_processing_utils import select_best_resolution
-
+    Of several images, each is one grid over the image padded to a square, and a newline token.
+    """
     processor = vlm.processor
     width, height = image.size
     side = math.isqrt(processor.num_image_tokens)
@@ -134,13 +129,7 @@ def _llava_boxes(vlm: VLM, example: Example, image: Image.Image, tokens: int) ->
         x, y = (edge - width) / 2, (edge - height) / 2
         square = _grid(side, side, (-x, -y, edge - x, edge - y))
         return np.concatenate([square, np.full((1, 4), np.nan)])
-    size = processor.image_processor.size
-    tile = size.get("height") or size["shortest_edge"]
-    best = select_best_resolution((height, width), processor.image_processor.image_grid_pinpoints)
-    fine, rows = processor._get_unpadded_features(
-        height, width, side, side, best[0] // tile, best[1] // tile
-    )
-    columns = fine // rows
+    rows, columns = compat.llava_grid(processor, image, side)
     grid = _grid(rows, columns, (0, 0, width, height)).reshape(rows, columns, 4)
     newline = np.full((rows, 1, 4), np.nan)
     base = _grid(side, side, (0, 0, width, height))
@@ -148,12 +137,66 @@ def _llava_boxes(vlm: VLM, example: Example, image: Image.Image, tokens: int) ->
 
 
 def count_tokens(vlm: VLM, image: Image.Image) -> int:
-    """Visual tokens of an image alone, by its size."""
-    processor, size = vlm.processor, (image.height, image.width)
+    """Number of visual tokens of an image in a prompt of its own, from its size."""
+    processor = vlm.processor
     if vlm.family in ("idefics3", "smolvlm"):
+        size = (image.height, image.width)
         tiles, *_ = processor.image_processor.get_number_of_image_patches(*size, {})
         return max(1, int(tiles)) * int(processor.image_seq_len)
-    counts = processor._get_num_multimodal_tokens(image_sizes=[size])
+    counts = compat.tokens_per_image(processor, image)
     if vlm.family == "internvl":  # its tokens count the wrappers too
-        return int(counts["num_image_patches"][0]) * int(processor.image_seq_length)
-    return int(counts["num_image_tokens"][0])
+        return counts["num_image_patches"][0] * int(processor.image_seq_length)
+    return counts["num_image_tokens"][0]
+
+
+def tokens_depend_on_neighbours(vlm: VLM) -> bool:
+    """Whether an image has other tokens in a prompt of its own than beside other images."""
+    return vlm.family == "llava_onevision"
+
+
+# --- inputs of the language model
+
+TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
+"""Model inputs [1, token] that say which tokens are text, and which images."""
+
+PER_TOKEN = ("per_layer_inputs",)
+"""Decoder inputs [1, token, ...] beside the embeddings (Gemma 3n, Gemma 4)."""
+
+
+def token_types(vlm: VLM, ids: torch.Tensor) -> torch.Tensor:
+    """[1, token] kind of each token id: 0 for text, 1 for an image, 2 for a video."""
+    if not vlm.family.startswith("gemma3"):  # its types have other names than its processor's
+        kinds = compat.token_types(vlm.processor, ids)
+        if kinds is not None:
+            return kinds
+    config = vlm.model.config
+    kinds = torch.zeros_like(ids)
+    kinds[ids == config.image_token_id] = 1
+    kinds[ids == getattr(config, "video_token_id", -1)] = 2
+    return kinds
+
+
+def embed(vlm: VLM, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Decoder inputs of token ids [token] as words: embeddings, and `PER_TOKEN` where there are.
+
+    The placeholders of images are embedded as words too.
+    """
+    ids = ids.to(vlm.device)[None]
+    table = vlm.model.get_input_embeddings()
+    embedded = {"inputs_embeds": table(torch.where(ids < table.num_embeddings, ids, 0))}
+    if getattr(vlm.decoder, "hidden_size_per_layer_input", None):
+        visual = torch.from_numpy(vlm.is_visual(ids.cpu())).to(vlm.device)
+        words = torch.where(visual, vlm.text_config.pad_token_id or 0, ids)
+        embedded["per_layer_inputs"] = vlm.decoder.get_per_layer_inputs(words)
+    return embedded
+
+
+def positions(vlm: VLM, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """[..., 1, token] positions of a prompt: those that count images are asked of the model."""
+    count = getattr(getattr(vlm.model, "model", None), "get_rope_index", None)
+    ids = inputs["input_ids"]
+    if count is None:
+        return torch.arange(ids.shape[1], device=vlm.device)[None]
+    given = {name: inputs[name] for name in ("mm_token_type_ids", *GRIDS) if name in inputs}
+    counted: torch.Tensor = count(ids, **given)[0]
+    return counted.to(vlm.device)

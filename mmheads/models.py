@@ -1,24 +1,19 @@
-"""Load stock Hugging Face models and processors; what the rest needs to know of a model.
-
-Every difference between model families lives here and in `evidence`.
-"""
+"""Load stock Hugging Face models and processors; what the rest needs to know of a model."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,11 +22,10 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils.import_utils import is_torchvision_available
 
-from mmheads import paths
+from mmheads import compat, paths
+from mmheads.compat import without_video as without_video
 from mmheads.heads import Head, HeadGeometry, HeadSet
 from mmheads.provenance import (
     Provenance,
@@ -109,9 +103,7 @@ class VLM:
 
     def device_of(self, layer: int) -> torch.device:
         """Where a layer is computed; weights that Accelerate keeps elsewhere are on no device."""
-        module = self.attentions[layer].o_proj
-        there = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-        return module.weight.device if there is None else torch.device(there)
+        return compat.device_of(self.attentions[layer].o_proj) or self.device
 
     @cached_property
     def attentions(self) -> dict[int, Any]:
@@ -132,12 +124,14 @@ class VLM:
 
     @cached_property
     def geometry(self) -> HeadGeometry:
-        """Layers, heads and KV groups; layers that slide or have no heads are not global."""
+        """Layers, heads and KV groups; layers that slide or have no heads are not global.
+
+        Where layers have other numbers of KV groups (Gemma 4), the number is that of the global
+        layers, whose heads can be selected.
+        """
         config = self.text_config
         layers: int = config.num_hidden_layers
-        heads: int = config.num_attention_heads
-        groups = getattr(config, "num_key_value_heads", None) or heads
-        kinds = getattr(config, "layer_types", None)
+        kinds = compat.setting(config, "layer_types")
         if kinds is None:
             windows = {i: getattr(m, "sliding_window", None) for i, m in self.attentions.items()}
             kinds = [
@@ -149,7 +143,29 @@ class VLM:
             for layer, kind in enumerate(kinds)
             if kind == "full_attention" and layer in self.attentions
         )
+        every = tuple(self.attentions)
+        heads = self._count("num_attention_heads", every)
+        groups = self._count("num_key_value_heads", full or every) or heads
         return HeadGeometry(layers, heads, groups, None if len(full) == layers else full)
+
+    def _count(self, name: str, layers: tuple[int, ...]) -> int:
+        """A number of heads that some layers have in common; 0 if the model has no such setting.
+
+        Raises:
+            ValueError: The layers have different numbers.
+        """
+        config = self.text_config
+        common: int | None = compat.setting(config, name)
+        own = compat.setting(config, "per_layer_config")
+        if common is not None or own is None:
+            return common or 0
+        counts = {layer: int(getattr(own[layer], name)) for layer in layers}
+        if len(set(counts.values())) > 1:
+            raise ValueError(
+                f"layers of {self} have different numbers of heads ({name} {counts}); heads are "
+                "compared across layers, which need the same number"
+            )
+        return counts[layers[0]]
 
     @cached_property
     def every_head(self) -> HeadSet:
@@ -215,7 +231,7 @@ class VLM:
             settings={
                 **settings,
                 "dtype": str(self.model.dtype).removeprefix("torch."),
-                "attention": self.text_config._attn_implementation,
+                "attention": compat.attention_name(self.text_config),
             },
             code=code,
             source=source,
@@ -234,11 +250,13 @@ def load(
     dtype: torch.dtype | str | None = None,
     revision: str | None = None,
     attention: str = "sdpa",
+    chat_template: str | Path = "",
 ) -> VLM:
     """Load a stock model and its processor from a folder or the hub.
 
     Any image-text-to-text model whose decoder layers have an `o_proj` works (Qwen3-VL, Qwen2.5-VL,
-    InternVL, LLaVA-OneVision, Gemma 3, SmolVLM, Idefics3, ...), and text-only causal models.
+    InternVL, LLaVA-OneVision, Gemma 3, SmolVLM, Idefics3, ...), and text-only causal models. No
+    code from the model's folder is run.
 
     Args:
         model_id: Folder, name of a shipped model ("tiny-qwen3-vl-m"), or name on the hub.
@@ -248,91 +266,145 @@ def load(
         dtype: By default float32 on a CPU, else that of the checkpoint.
         revision: Branch, tag or commit on the hub.
         attention: The stock attention that the model runs on, "sdpa" or "eager".
+        chat_template: The text of a Jinja template, or a file with it, for a model without one, or
+            in place of its own.
 
     Raises:
-        ValueError: There is no such model, or it is of a kind that is not supported.
+        ValueError: There is no such model or device, files are damaged, or the model is of a kind
+            that is not supported.
     """
     spread: Any = dict(device) if isinstance(device, Mapping) else None
     if spread is None:
-        device = str(device) or _best_device()
-        spread = "auto" if device == "auto" else None
+        name = _device(str(device))
+        spread = "auto" if name == "auto" else None
+        on_cpu = name.startswith("cpu")
+    else:
+        on_cpu = not any(str(place) not in ("cpu", "disk") for place in spread.values())
     if dtype is None:
-        dtype = torch.float32 if device == "cpu" else "auto"
+        dtype = torch.float32 if on_cpu else "auto"
     shipped = paths.MODELS / model_id
     source = str(shipped if shipped.is_dir() else model_id)
     try:
-        config = AutoConfig.from_pretrained(source, revision=revision)
-        vision = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-        auto = AutoModelForImageTextToText if vision else AutoModelForCausalLM
-        model: PreTrainedModel = auto.from_pretrained(
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        model: PreTrainedModel = _model_class(source, config).from_pretrained(
             source,
             revision=revision,
             dtype=dtype,
             attn_implementation=attention,
             device_map=spread,
+            trust_remote_code=False,
+            weights_only=True,
         )
         processor = load_processor(source, revision=revision)
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(
-            f"{source} could not be loaded: {error}; expected a folder that `save_pretrained` "
-            "wrote, or the name of a model on the hub"
-        ) from error
+    except (OSError, ValueError, ImportError, SafetensorError, RuntimeError) as error:
+        raise ValueError(_why(source, error)) from error
+    if chat_template:
+        processor.chat_template = _template(chat_template)
     if spread is None:
-        model.to(device)  # type: ignore[arg-type]
+        try:
+            model.to(name)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            raise ValueError(f"{source} does not fit on {name}: {_first_line(error)}") from error
     folder = Path(source)
     local = folder.is_dir()
     commit = folder_revision(folder) if local else getattr(config, "_commit_hash", "") or ""
-    return VLM(model=model.eval(), processor=processor, model_id=_name(folder), revision=commit)
+    vlm = VLM(model=model.eval(), processor=processor, model_id=_name(folder), revision=commit)
+    _ = vlm.geometry  # a model whose heads cannot be told apart is refused here
+    return vlm
 
 
-def _best_device() -> str:
-    if torch.cuda.device_count() > 1 and find_spec("accelerate"):
-        return "auto"
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def _device(name: str) -> str:
+    """A device that is here, "auto" for several GPUs; by default the best."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    several = gpus > 1 and find_spec("accelerate")
+    if not name:
+        return "auto" if several else "cuda" if gpus else "cpu"
+    if name == "auto":
+        return "auto" if gpus else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        here = f"this machine has 'cpu' and {gpus} CUDA devices"
+        raise ValueError(
+            f"the device {name!r} cannot be used: {_first_line(error)}; {here}"
+        ) from error
+    return name
+
+
+def _model_class(source: str, config: Any) -> Any:
+    """The class that loads a model.
+
+    Raises:
+        ValueError: The model neither reads images and text nor writes text.
+    """
+    if compat.is_image_text_model(config):
+        return AutoModelForImageTextToText
+    if compat.is_causal_model(config):
+        return AutoModelForCausalLM
+    raise ValueError(
+        f"a model of the type {config.model_type!r} neither reads images with text nor continues "
+        "text from left to right"
+    )
+
+
+def _template(given: str | Path) -> str:
+    """The text of a chat template, from a file if the name is that of one."""
+    text = str(given)
+    if isinstance(given, Path) or ("{" not in text and Path(text).is_file()):
+        return Path(given).read_text(encoding="utf-8")
+    if "{" not in text:
+        raise ValueError(
+            f"the chat template {text[:80]!r} is neither a file nor a Jinja template, which would "
+            "hold braces"
+        )
+    return text
+
+
+def _first_line(error: BaseException) -> str:
+    """The first sentence of an error: some list every configuration that exists."""
+    text = " ".join(str(error).split("\n\n")[0].split())
+    for end in (" one of ", ": [", "Model type should be", ". "):
+        text = text.split(end)[0]
+    return text[:300].rstrip(".:,; ") or type(error).__name__
+
+
+def _why(source: str, error: BaseException) -> str:
+    """Why a model could not be loaded, in one sentence."""
+    expected = (
+        "expected a folder that `save_pretrained` wrote, or the name of a model on the hub "
+        "whose class is a part of transformers"
+    )
+    if isinstance(error, SafetensorError):
+        return f"a weight file of {source} is damaged or cut: {_first_line(error)}; copy it again"
+    if "does not support an attention implementation" in str(error):
+        model = str(error).split()[0]
+        return (
+            f"{model} does not run on the attention that was asked for; load it with "
+            'attention="eager", if it has attention heads at all'
+        )
+    return f"{source} could not be loaded: {_first_line(error)}; {expected}"
 
 
 def load_processor(model_id: str | Path, *, revision: str | None = None) -> Any:
     """Load a model's stock processor; without its video part where torchvision is not installed.
 
-    A text-only model has a tokenizer alone.
+    A text-only model has only a tokenizer.
 
     Raises:
         OSError: There is neither at `model_id`.
+        ValueError: The processor's class is not a part of transformers.
     """
     settings, _ = ProcessorMixin.get_processor_dict(model_id, revision=revision)
-    if "processor_class" in settings:
-        base = getattr(transformers, settings["processor_class"])
-    else:  # an older checkpoint, or a text-only one
-        config = AutoConfig.from_pretrained(model_id, revision=revision)
-        base = PROCESSOR_MAPPING.get(type(config), None)
-    if is_torchvision_available() or base is None:
-        return AutoProcessor.from_pretrained(model_id, revision=revision)
-    return without_video(base).from_pretrained(model_id, revision=revision)
-
-
-def without_video(base: type[ProcessorMixin]) -> type[Any]:
-    """A processor class that takes images and text alone: video processors need torchvision.
-
-    It keeps the name of `base`, which is what a saved processor is known by.
-    """
-    every = base.get_attributes()
-    parts = [name for name in every if name != "video_processor"]
-    stock: Any = base._get_arguments_from_pretrained
-
-    def arguments(cls: type[ProcessorMixin], *args: Any, **kwargs: Any) -> list[Any]:
-        found = iter(stock.__func__(cls, *args, **kwargs))
-        return [next(found) if name in parts else None for name in every]
-
-    members: dict[str, Any] = {
-        "get_attributes": classmethod(lambda cls: parts),
-        "_get_arguments_from_pretrained": classmethod(arguments),
-        "__module__": __name__,
-    }
-    module = vars(sys.modules[base.__module__])
-    if "num2words" in module:  # SmolVLM asks for these even where there is no video
-        module["num2words"] = module["num2words"] or str
-        members["video_processor"] = SimpleNamespace(num_frames=None, fps=None)
-    return type(base.__name__, (base,), members)
+    name = settings.get("processor_class", "")
+    config = None
+    if not name:  # an older checkpoint, or a text-only one
+        config = AutoConfig.from_pretrained(model_id, revision=revision, trust_remote_code=False)
+    base = compat.processor_class(config, name)
+    kind: Any = AutoProcessor
+    if base is not None and not is_torchvision_available():
+        return without_video(base).from_pretrained(model_id, revision=revision)
+    return kind.from_pretrained(model_id, revision=revision, trust_remote_code=False)
 
 
 def _name(folder: Path) -> str:

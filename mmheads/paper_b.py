@@ -14,8 +14,9 @@ from PIL import Image
 
 from mmheads.examples import Example
 from mmheads.families import count_tokens
+from mmheads.locating import describe
 from mmheads.models import VLM
-from mmheads.prompts import Prompt, describe, encode
+from mmheads.prompts import Prompt, encode
 
 TAGS = ("<GT_START>", "<GT_END>")
 

@@ -1,185 +1,248 @@
-"""Run a context once, then several questions from its cache.
-
-The language model's own inputs are caught on their way in (embedded text and images, positions,
-masks), so that vision runs once and every family is treated alike.
-"""
+"""Run a context once, then ask several questions from its cache."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import DynamicCache
 
-from mmheads.attention import up_to
-from mmheads.examples import Example
+from mmheads.attention import record_keys, record_mass, stop_after
+from mmheads.decoder import DecoderInputs, catch, check_words
+from mmheads.decoder import on_device as on_device
+from mmheads.families import PER_TOKEN, embed, positions
+from mmheads.heads import HeadSet
 from mmheads.models import VLM
-from mmheads.prompts import GRIDS, Prompt, common_prefix, encode
+from mmheads.prompts import Prompt, Question
 from mmheads.streaming import cache_bytes
 
-_KNOWN = {
-    *("input_ids", "inputs_embeds", "position_ids", "attention_mask", "past_key_values"),
-    *("use_cache", "return_dict", "visual_pos_masks", "deepstack_visual_embeds"),
-}
 
-
-class _CaughtError(Exception):
-    """Ends a forward call once its inputs are known."""
-
-
-@dataclass(eq=False)
-class _Inputs:
-    """What the decoder gets: a batch of one.
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """Where a question's tokens look, in every head.
 
     Attributes:
-        embeddings: [1, token, channel].
-        positions: [..., 1, token]; None where the decoder counts for itself.
-        masks: By kind of layer, [1, 1, token, token]; empty where the decoder makes them.
-        visual: [token] bool.
-        deepstack: [visual token, channel] for each of the first layers.
+        mass: [layer, head, question token, span] attention to each span, float32; 0 in layers
+            without heads.
+        entropy: [layer, head, question token] entropy in nats of the attention among the text
+            tokens that were given; 0 if none were.
+        norm: [layer, head, question token] Euclidean norm of the head's output.
     """
 
-    embeddings: torch.Tensor
-    positions: torch.Tensor | None
-    masks: dict[str, torch.Tensor]
-    visual: torch.Tensor
-    deepstack: list[torch.Tensor]
-
-    def call(self, first: int, last: int) -> dict[str, Any]:
-        """Arguments for the tokens from `first` to `last`, after those before them."""
-        arguments: dict[str, Any] = {"inputs_embeds": self.embeddings[:, first:last]}
-        if self.positions is not None:
-            arguments["position_ids"] = self.positions[..., first:last]
-        if self.masks:
-            arguments["attention_mask"] = {
-                kind: mask[..., first:last, :last] for kind, mask in self.masks.items()
-            }
-        if self.deepstack and self.visual[first:last].any():
-            arguments["visual_pos_masks"] = self.visual[None, first:last]
-            rows = slice(int(self.visual[:first].sum()), int(self.visual[:last].sum()))
-            arguments["deepstack_visual_embeds"] = [layer[rows] for layer in self.deepstack]
-        return arguments
+    mass: torch.Tensor
+    entropy: torch.Tensor
+    norm: torch.Tensor
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Prefix:
-    """A context in the cache of a model, for prompts that begin alike.
+    """A context in a model's cache, for the questions of a prompt and later ones.
 
     Attributes:
         vlm: The model.
-        prompt: The prompt that was run first.
+        prompt: The prompt whose context it is.
         length: Tokens in the cache.
-        cache: Keys and values; not changed by what is asked. It may lie on another device.
+        cache: Keys and values of the context; not changed by what is asked. It may lie on another
+            device. None where a cached context would be inexact, because context tokens see the
+            question (prefix language models, images that see each other): each question then runs
+            the whole prompt.
         masked: The model makes masks by itself: the tokens of an image see each other both ways.
     """
 
     vlm: VLM
     prompt: Prompt
     length: int
-    cache: DynamicCache
+    cache: DynamicCache | None
     masked: bool
-    _tail: Mapping[str, Any] = field(default_factory=dict)
-    """Decoder arguments of the first prompt behind the context; empty if they are forgotten."""
+    _inputs: DecoderInputs | None = None
+    """What the decoder gets for the prompt's own question; None if it is forgotten."""
 
     @property
     def bytes(self) -> int:
         """Size of the cache."""
-        return cache_bytes(self.cache)
+        return cache_bytes(self.cache) if self.cache else 0
 
     def alone(self, prompt: Prompt, device: str = "") -> Prefix:
-        """The context without the first prompt's question, its cache on a device.
+        """The context without the prompt's own question, its cache on a device.
 
         Args:
             prompt: The same as `self.prompt`, perhaps `without_pixels`.
             device: By default where the model is.
-        """
-        return Prefix(self.vlm, prompt, self.length, self._copy(self.length, device), self.masked)
-
-    def start(self, prompt: Prompt) -> int:
-        """How many tokens of the cache a prompt begins with: `length`, or a few less.
 
         Raises:
-            ValueError: It does not begin with the context.
+            ValueError: The context is not cached, as the model has to see it with each question.
         """
-        shared = min(self.length, common_prefix(self.prompt.ids, prompt.ids))
-        if self.vlm.is_visual(self.prompt.ids[shared:]).any() and shared < self.length:
+        if self.cache is None:
+            raise ValueError(
+                f"in {self.vlm} ({self.vlm.family}), tokens of the context see the question, so "
+                "that a context cannot be kept for later questions; use a model with causal "
+                "attention to rank documents"
+            )
+        return Prefix(self.vlm, prompt, self.length, self._copy(self.length, device), self.masked)
+
+    def start(self, question: Question) -> int:
+        """How many tokens of the cache a question goes on from: `length`, or a few less.
+
+        Raises:
+            ValueError: The question is one to another context.
+        """
+        start = min(self.length, question.start)
+        if not torch.equal(question.ids[:start], self.prompt.ids[:start]) or (
+            start < self.length and self.vlm.is_visual(self.prompt.ids[start : self.length]).any()
+        ):
             raise ValueError("a prompt must begin with the context that is in the cache")
-        return shared
+        return start
 
-    def ask(self, prompt: Prompt, *, pixels: bool = True) -> None:
-        """Run what follows the context, inside of `record_mass` or `record_keys`.
-
-        Rows of the call are counted from `start(prompt)`.
+    def attention(
+        self,
+        question: Question,
+        spans: Sequence[NDArray[np.float32]],
+        *,
+        text: NDArray[np.bool_] | None = None,
+        pixels: bool = True,
+    ) -> Attention:
+        """Where the tokens of a question look.
 
         Args:
-            prompt: Begins with the context; see `prefill`.
-            pixels: Feed the images of another question than the prompt's own; without, their
-                placeholders stay empty, as in the authors' code of paper A.
+            question: One of the prompt's, or one that `ask` made of it.
+            spans: For each span, [token] the share of each token that belongs to it.
+            text: [token] the tokens among which the entropy is taken; None for no entropy.
+            pixels: Feed the images of the question; without, their placeholders stay empty, as in
+                the authors' code of paper A.
         """
-        first = self.start(prompt)
+        layers = self.vlm.geometry.layers
+        first, run = self._ready(question, pixels)
+        rows = torch.from_numpy(question.tokens - first)[None]
+        weights = torch.from_numpy(np.stack(spans, axis=-1))[None]
+        among = None if text is None else torch.from_numpy(text)[None]
+        with record_mass(self.vlm, rows, weights, text=among) as recording:
+            run()
+        return Attention(
+            recording.mass(layers)[0], recording.entropy(layers)[0], recording.norm(layers)[0]
+        )
+
+    def keys(
+        self, question: Question, heads: HeadSet, *, pixels: bool = True
+    ) -> NDArray[np.float32]:
+        """[head, token] mean attention of a question's tokens to each token of the cache.
+
+        Only the layers up to the deepest of the heads run.
+
+        Args:
+            question: As in `attention`.
+            heads: Of this model; the result has their order.
+            pixels: As in `attention`.
+        """
+        first, run = self._ready(question, pixels)
+        rows = torch.from_numpy(question.tokens - first)
+        means = record_keys(self.vlm, rows, heads, run)[:, : self.length].numpy()
+        missing = self.length - means.shape[1]
+        padded: NDArray[np.float32] = np.pad(means, [(0, 0), (0, max(0, missing))])
+        return padded
+
+    def _ready(self, question: Question, pixels: bool) -> tuple[int, Callable[[], None]]:
+        """The first token of the prompt that has to run, and a function that runs from there."""
+        first = self.start(question)
         with torch.no_grad():
-            if prompt is self.prompt and self._tail:
-                arguments = self._tail
+            if self.cache is None:
+                first, arguments = 0, self._whole(question, pixels)
+            elif question is self.prompt.own and self._inputs is not None and pixels:
+                arguments = self._inputs.call(first, len(question))
+            elif self.masked and pixels and self._visual(question)[first:].any():
+                inputs = self._caught(question)
+                first = first if inputs.closed_at(first) else 0
+                arguments = inputs.call(first, len(question))
             else:
-                arguments = self._other(prompt, first, pixels)
-            self.vlm.decoder(**arguments, past_key_values=self._copy(first), use_cache=True)
+                arguments = self._other(question, first, pixels)
+
+        def run() -> None:
+            cache = self._copy(first) if first else DynamicCache()
+            with torch.no_grad():
+                self.vlm.decoder(**arguments, past_key_values=cache, use_cache=True)
+
+        return first, run
+
+    def _visual(self, question: Question) -> torch.Tensor:
+        return torch.from_numpy(self.vlm.is_visual(question.ids)).to(self.vlm.device)
+
+    def _caught(self, question: Question) -> DecoderInputs:
+        """What the model hands to its decoder for the whole prompt with a question."""
+        if question is self.prompt.own and self._inputs is not None:
+            return self._inputs
+        lacking = question.alone is not None or self._inputs is None
+        if lacking and self._visual(question).any():
+            raise ValueError(
+                f"images in a question to {self.vlm} need the context's images too, which were "
+                "not kept; ask in words"
+            )
+        return catch(self.vlm, question.inputs)
+
+    def _whole(self, question: Question, pixels: bool) -> dict[str, Any]:
+        """Decoder arguments of the whole prompt with a question."""
+        inputs = self._caught(question)
+        if not pixels:
+            first = int(question.tokens[0])
+            inputs = inputs.without_pixels_from(first, self.vlm, question.ids)
+        return inputs.call(0, len(question))
+
+    def _other(self, question: Question, first: int, pixels: bool) -> dict[str, Any]:
+        """Decoder arguments of what follows the cache, made here."""
+        arguments: dict[str, Any] = embed(self.vlm, question.ids[first:])
+        visual = self._visual(question)[first:]
+        if pixels and visual.any():
+            shown = self._images(question)
+            arguments["inputs_embeds"][0, visual] = shown.embeddings[0, shown.visual]
+            for name, value in shown.per_token.items():
+                arguments[name][0, visual] = value[0, shown.visual]
+            if shown.deepstack:
+                arguments["visual_pos_masks"] = visual[None]
+                arguments["deepstack_visual_embeds"] = list(shown.deepstack)
+        arguments["position_ids"] = positions(self.vlm, question.inputs)[..., first:]
+        return arguments
+
+    def _images(self, question: Question) -> DecoderInputs:
+        """The images of a question, embedded."""
+        if question.alone is not None:
+            return catch(self.vlm, question.alone.inputs)
+        known = self._inputs
+        if known is None:
+            raise ValueError("the images of the prompt's own question were not kept")
+        kept = known.call(self.length, len(known))
+        return DecoderInputs(
+            kept["inputs_embeds"],
+            None,
+            {},
+            known.visual[self.length :],
+            tuple(kept.get("deepstack_visual_embeds", ())),
+            {name: kept[name] for name in PER_TOKEN if name in kept},
+        )
 
     def _copy(self, length: int, device: str = "") -> DynamicCache:
         """The first tokens of the cache, by default where the model is."""
-        held = copy.copy(self.cache)
-        held.layers = [copy.copy(layer) for layer in self.cache.layers]
-        layers: list[Any] = held.layers
+        assert self.cache is not None
+        kept = copy.copy(self.cache)
+        kept.layers = [copy.copy(layer) for layer in self.cache.layers]
+        layers: list[Any] = kept.layers
         for number, layer in enumerate(layers):
             place = device or self.vlm.device_of(number)
             layer.keys = layer.keys[..., :length, :].to(place)
             layer.values = layer.values[..., :length, :].to(place)
-        return held
-
-    def _other(self, prompt: Prompt, first: int, pixels: bool) -> dict[str, Any]:
-        """Decoder arguments of another question, its images embedded already."""
-        visual = _visual(self.vlm, prompt)[first:]
-        if self.masked and pixels and visual.any():
-            if "pixel_values" not in prompt.inputs:
-                raise ValueError(
-                    f"images in a question to {self.vlm} need the context's images too, which were "
-                    "not kept; ask in words"
-                )
-            return _catch(self.vlm, prompt).call(first, len(prompt))
-        ids = prompt.ids[first:].to(self.vlm.device)
-        table = self.vlm.model.get_input_embeddings()
-        embeddings = table(torch.where(ids < table.num_embeddings, ids, 0)[None])
-        arguments: dict[str, Any] = {"inputs_embeds": embeddings}
-        if pixels and visual.any():
-            seen, deepstack = self._images(prompt)
-            embeddings[0, visual] = seen
-            if deepstack:
-                arguments["visual_pos_masks"] = visual[None]
-                arguments["deepstack_visual_embeds"] = deepstack
-        arguments["position_ids"] = _positions(self.vlm, prompt)[..., first:]
-        return arguments
-
-    def _images(self, prompt: Prompt) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Embeddings of a question's images [visual token, channel], and those of deeper layers."""
-        if self._tail and prompt.example.images() == self.prompt.example.images():
-            shown = _visual(self.vlm, self.prompt)[self.length :]
-            known = self._tail
-            return known["inputs_embeds"][0, shown], known.get("deepstack_visual_embeds", [])
-        alone = encode(self.vlm, Example(context=(), question=prompt.example.question))
-        inputs = _catch(self.vlm, alone)
-        return inputs.embeddings[0, inputs.visual], inputs.deepstack
+        return kept
 
 
-def prefill(vlm: VLM, prompts: Sequence[Prompt], *, layers: int = 0) -> Prefix:
-    """Run the context that prompts share, once.
+@torch.no_grad()
+def prefill(vlm: VLM, prompt: Prompt, *, layers: int = 0) -> Prefix:
+    """Run the context of a prompt once.
 
     Args:
         vlm: The model.
-        prompts: The first one's images are embedded; the others are `with_question` of it.
-        layers: Run the first ones alone; by default all.
+        prompt: From `encode`, with all questions whose context should be the same.
+        layers: Run only the first ones; by default all.
 
     Raises:
         ValueError: A family whose decoder takes inputs that are not known here, or whose layers
@@ -187,72 +250,21 @@ def prefill(vlm: VLM, prompts: Sequence[Prompt], *, layers: int = 0) -> Prefix:
     """
     if "linear_attention" in (getattr(vlm.text_config, "layer_types", None) or ()):
         raise ValueError(f"layers of {vlm.family} keep a state that cannot be cut to the context")
-    first, *others = prompts
-    length = int(first.question[0])
-    for other in others:
-        length = min(length, common_prefix(first.ids, other.ids))
-    count = layers or vlm.geometry.layers
+    length = prompt.shared
+    inputs = catch(vlm, prompt.inputs)
+    causal = all(getattr(module, "is_causal", True) for module in vlm.attentions.values())
+    if not causal or not inputs.closed_at(length):
+        return Prefix(vlm, prompt, length, None, inputs.masked, inputs)
+    check_words(vlm, prompt.inputs, inputs, length)
     cache = DynamicCache()
-    with torch.no_grad():
-        inputs = _catch(vlm, first)
-        context = inputs.call(0, length)
-        with up_to(vlm, count - 1) if count < vlm.geometry.layers else nullcontext():
-            vlm.decoder(**context, past_key_values=cache, use_cache=True)
-    tail = inputs.call(length, len(first))
-    return Prefix(vlm, first, length, cache, bool(inputs.masks), tail)
+    arguments = inputs.call(0, length)
 
-
-def _visual(vlm: VLM, prompt: Prompt) -> torch.Tensor:
-    return torch.from_numpy(vlm.is_visual(prompt.ids)).to(vlm.device)
-
-
-def _catch(vlm: VLM, prompt: Prompt) -> _Inputs:
-    """Start a forward call and keep what it hands to the decoder."""
-    caught: dict[str, Any] = {}
-
-    def stop(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        caught.update(kwargs)
-        raise _CaughtError
-
-    handle = vlm.decoder.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
+    def run() -> None:
         with torch.no_grad():
-            vlm.model(**on_device(vlm, prompt.inputs), use_cache=False)
-    except _CaughtError:
-        pass
-    finally:
-        handle.remove()
-    unknown = [n for n, value in caught.items() if n not in _KNOWN and torch.is_tensor(value)]
-    if unknown:
-        raise ValueError(f"the decoder of {vlm.family} takes {unknown}, which is not known here")
-    embeddings = caught.get("inputs_embeds")
-    if embeddings is None:
-        embeddings = vlm.model.get_input_embeddings()(caught["input_ids"])
-    masks = caught.get("attention_mask")
-    masks = masks if isinstance(masks, dict) else {}
-    return _Inputs(
-        embeddings,
-        caught.get("position_ids"),
-        {kind: mask for kind, mask in masks.items() if mask is not None},
-        _visual(vlm, prompt),
-        list(caught.get("deepstack_visual_embeds") or ()),
-    )
+            vlm.decoder(**arguments, past_key_values=cache, use_cache=True)
 
-
-def on_device(vlm: VLM, inputs: Any) -> dict[str, torch.Tensor]:
-    """Model inputs where the model is, images in its precision."""
-    return {
-        name: value.to(vlm.device, vlm.model.dtype if value.is_floating_point() else None)
-        for name, value in inputs.items()
-    }
-
-
-def _positions(vlm: VLM, prompt: Prompt) -> torch.Tensor:
-    """Positions of a prompt: those that count images are asked of the model."""
-    count = getattr(getattr(vlm.model, "model", None), "get_rope_index", None)
-    if count is None:
-        return torch.arange(len(prompt), device=vlm.device)[None]
-    inputs = prompt.inputs
-    given = {name: inputs[name] for name in ("mm_token_type_ids", *GRIDS) if name in inputs}
-    positions: torch.Tensor = count(inputs["input_ids"], **given)[0]
-    return positions.to(vlm.device)
+    if length and layers and layers < vlm.geometry.layers:
+        stop_after(vlm, {layers - 1: lambda call: call.query}, run)
+    elif length:
+        run()
+    return Prefix(vlm, prompt, length, cache, inputs.masked, inputs)

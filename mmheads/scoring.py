@@ -15,12 +15,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mmheads import store
-from mmheads.attention.recording import record_mass
 from mmheads.examples import Example
 from mmheads.heads import HeadGeometry, format_heads
 from mmheads.models import VLM
@@ -28,10 +26,10 @@ from mmheads.prefix import Prefix, prefill
 from mmheads.prompts import (
     NULL_QUESTION,
     Prompt,
+    Question,
     encode,
     null_question,
     shuffled_question,
-    with_question,
 )
 from mmheads.provenance import code_version
 from mmheads.scores import HeadScores, concatenate
@@ -319,10 +317,9 @@ def _score(
             f"an example of the task {example.task!r} has no evidence; it can be answered, but "
             "heads are scored by their attention to evidence"
         )
-    prompt = encode(vlm, example, max_tokens=max_tokens)
-    empty = with_question(vlm, prompt, null_question(example.question, null))
-    shuffled = with_question(vlm, prompt, shuffled_question(example.question, seed))
-    values = score_prompt(vlm, prompt, empty, shuffled, null_images=null_images)
+    others = null_question(example.question, null), shuffled_question(example.question, seed)
+    prompt = encode(vlm, example, questions=others, max_tokens=max_tokens)
+    values = score_prompt(vlm, prompt, null_images=null_images)
     for name in ("raw", "null", "share", "context", "shuffled"):
         _check_mass(values[name], name, example)
         values[name] = values[name].clip(0, 1)
@@ -330,65 +327,47 @@ def _score(
 
 
 def score_prompt(
-    vlm: VLM,
-    prompt: Prompt,
-    empty: Prompt,
-    shuffled: Prompt | None = None,
-    *,
-    null_images: str = "placeholders",
+    vlm: VLM, prompt: Prompt, *, null_images: str = "placeholders"
 ) -> dict[str, NDArray[np.float32]]:
     """The quantities of `QUANTITIES` for one encoded example -> [layer, head] by name.
 
     Args:
         vlm: The model.
-        prompt: With evidence.
-        empty: The same prompt with the null question.
-        shuffled: The same with the shuffled question; None leaves that quantity out.
+        prompt: With evidence, and with the null question as its second; the shuffled question is
+            the third, and without one that quantity is left out.
         null_images: See `score_heads`.
     """
-    others = [empty] if shuffled is None else [empty, shuffled]
-    prefix = prefill(vlm, [prompt, *others])
-    (raw, modality, context), entropy, norm = _question_pass(prefix, prompt, controls=True)
+    own, empty, *shuffled = prompt.questions
+    prefix = prefill(vlm, prompt)
+    visual = vlm.is_visual(prompt.ids)
+    context = own.weights(own.context)
+    kinds = {bool(visual[span.tokens[0]]) for span in own.evidence}
+    modality = context * np.isin(visual, list(kinds))
+    attention = prefix.attention(
+        own,
+        [own.weights(own.evidence), modality, context],
+        text=(context > 0) & ~visual,
+    )
+    raw, among, everywhere = attention.mass.mean(dim=2).movedim(-1, 0).numpy()
     values = {
         "raw": raw,
-        "null": _question_pass(prefix, empty, pixels=null_images == "pixels")[0][0],
-        "share": np.divide(raw, modality, out=np.zeros_like(raw), where=modality > 0),
-        "context": context,
-        "norm": norm,
-        "entropy": entropy,
+        "null": _mean_mass(prefix, empty, pixels=null_images == "pixels"),
+        "share": np.divide(raw, among, out=np.zeros_like(raw), where=among > 0),
+        "context": everywhere,
+        "norm": attention.norm.mean(dim=-1).numpy(),
+        "entropy": attention.entropy.mean(dim=-1).numpy(),
     }
-    if shuffled is not None:
-        values["shuffled"] = _question_pass(prefix, shuffled)[0][0]
+    if shuffled:
+        values["shuffled"] = _mean_mass(prefix, shuffled[0])
     return values
 
 
-def _question_pass(
-    prefix: Prefix, prompt: Prompt, *, controls: bool = False, pixels: bool = True
-) -> tuple[list[NDArray[np.float32]], NDArray[np.float32], NDArray[np.float32]]:
-    """Means over question tokens, [layer, head]: masses, entropy and norm.
-
-    The masses are those on the evidence and, with `controls`, on all context tokens of its
-    modality and on the whole context.
-    """
-    vlm, layers = prefix.vlm, prefix.vlm.geometry.layers
-    columns = [prompt.weights(prompt.evidence)]
-    text = None
-    if controls:
-        visual = vlm.is_visual(prompt.ids)
-        context = prompt.weights(part for part in prompt.parts if part is not None)
-        kinds = {bool(visual[span.tokens[0]]) for span in prompt.evidence}
-        columns += [context * np.isin(visual, list(kinds)), context]
-        text = torch.from_numpy((context > 0) & ~visual)[None]
-    rows = torch.from_numpy(prompt.question - prefix.length)[None]
-    weights = torch.from_numpy(np.stack(columns, axis=-1))[None]
-    with record_mass(vlm, rows, weights, text=text) as recording:
-        prefix.ask(prompt, pixels=pixels)
-    masses = recording.mass(layers)[0].mean(dim=2)
-    return (
-        [masses[..., column].numpy() for column in range(len(columns))],
-        recording.entropy(layers)[0].mean(dim=-1).numpy(),
-        recording.norm(layers)[0].mean(dim=-1).numpy(),
-    )
+def _mean_mass(prefix: Prefix, question: Question, *, pixels: bool = True) -> NDArray[np.float32]:
+    """[layer, head] attention to the evidence, mean over the question's tokens."""
+    evidence = [question.weights(question.evidence)]
+    mass = prefix.attention(question, evidence, pixels=pixels).mass
+    means: NDArray[np.float32] = mass.mean(dim=2)[..., 0].numpy()
+    return means
 
 
 def _check_mass(mass: NDArray[np.float32], name: str, example: Example) -> None:

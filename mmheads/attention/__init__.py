@@ -4,14 +4,13 @@ One attention function is registered beside the stock ones (`hook`). Recording (
 interventions (`interventions`) are attached to it layer by layer, inside of a `with` block.
 """
 
-from mmheads.attention.hook import check_heads, up_to
+from mmheads.attention.hook import check_heads, stop_after
 from mmheads.attention.interventions import MODES, WHEN, ablate, gate, mean_outputs
-from mmheads.attention.recording import KeyRecording, Recording, record_keys, record_mass
+from mmheads.attention.recording import Recording, record_keys, record_mass
 
 __all__ = [
     "MODES",
     "WHEN",
-    "KeyRecording",
     "Recording",
     "ablate",
     "check_heads",
@@ -19,5 +18,5 @@ __all__ = [
     "mean_outputs",
     "record_keys",
     "record_mass",
-    "up_to",
+    "stop_after",
 ]

@@ -7,7 +7,6 @@ queries, keys and values to whatever is attached to that layer.
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -16,15 +15,24 @@ from functools import cache, cached_property
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mmheads.heads import HeadSet
+from mmheads import compat
+from mmheads.heads import HeadSet, format_heads
 from mmheads.models import VLM
 
 _NAMES = {"sdpa": "mmheads", "eager": "mmheads_eager"}
 """By stock attention, the name of ours on top of it: masks are made by name."""
+
+
+_HARMLESS = {
+    *("position_ids", "sliding_window", "use_cache", "return_dict", "logits_to_keep"),
+    *("output_attentions", "output_hidden_states", "output_router_logits", "image_sizes"),
+}
+"""Keywords of an attention function that change nothing, or that the mask says too."""
+
+
+_USED = {"softcap", "s_aux"}
+"""Keywords of an attention function that are taken into account."""
 
 
 _STATE = "_mmheads"
@@ -88,15 +96,24 @@ _State = Callable[[Call], torch.Tensor]
 """What is done in a layer -> [example, row, head, channel], the heads' output."""
 
 
-@contextmanager
-def up_to(vlm: VLM, layer: int) -> Iterator[None]:
-    """End a forward call inside at the attention of a layer: enough to fill the cache so far."""
+def stop_after(vlm: VLM, states: Mapping[int, _State], run: Callable[[], object]) -> None:
+    """Run a forward call with something to do in some layers, and stop it after the deepest.
 
-    def stop(call: Call) -> torch.Tensor:
+    A cache is then filled up to that layer. The model is as before at exit.
+
+    Args:
+        vlm: The model.
+        states: What to do, by layer.
+        run: Makes the forward call.
+    """
+    deepest = max(states)
+
+    def last(call: Call) -> torch.Tensor:
+        states[deepest](call)
         raise EnoughError
 
-    with suppress(EnoughError), attached(vlm, {layer: stop}):
-        yield
+    with suppress(EnoughError), attached(vlm, {**states, deepest: last}):
+        run()
 
 
 class EnoughError(Exception):
@@ -146,7 +163,7 @@ def _warn_of_other_weights(model: str, revision: str, now: str) -> None:
 def attached(vlm: VLM, states: Mapping[int, _State]) -> Iterator[None]:
     """Switch the language model to our attention, with something to do in some layers."""
     config = vlm.text_config
-    stock = config._attn_implementation
+    stock = compat.attention_name(config)
     if stock in _NAMES.values():
         raise ValueError(
             f"{vlm} is inside another `record_mass`, `ablate` or `gate`; leave that one first"
@@ -156,7 +173,7 @@ def attached(vlm: VLM, states: Mapping[int, _State]) -> Iterator[None]:
             f"{vlm} runs on the attention {stock!r}; load it with one of "
             f"{', '.join(map(repr, _NAMES))}"
         )
-    _switch(vlm, _NAMES[stock])
+    compat.set_attention_name(vlm.model, config, _NAMES[stock])
     try:
         for layer, state in states.items():
             setattr(vlm.attentions[layer], _STATE, state)
@@ -164,16 +181,30 @@ def attached(vlm: VLM, states: Mapping[int, _State]) -> Iterator[None]:
     finally:
         for module in vlm.attentions.values():
             module.__dict__.pop(_STATE, None)
-        _switch(vlm, stock)
+        compat.set_attention_name(vlm.model, config, stock)
 
 
-def _switch(vlm: VLM, name: str) -> None:
-    config = vlm.model.config
-    if vlm.is_text_only:
-        vlm.model.set_attn_implementation(name)
+def check_finite(values: torch.Tensor, layer: int, heads: slice | list[int], what: str) -> None:
+    """Raise ValueError if a number of [head, ...] is not finite; the message names the heads."""
+    wrong = ~values.isfinite().flatten(1).all(1)
+    if wrong.any():
+        numbers = heads if isinstance(heads, list) else range(heads.start or 0, 1 << 20)
+        bad = [(layer, numbers[head]) for head in wrong.nonzero()[:, 0].tolist()]
+        names = format_heads(bad[:4]) + (f" and {len(bad) - 4} more" if len(bad) > 4 else "")
+        raise ValueError(
+            f"the {what} of {names} are not finite; the weights are damaged, or float16 is too "
+            "narrow for this model: load it in bfloat16 or float32"
+        )
+
+
+def _check_call(layer: int, query: torch.Tensor, key: torch.Tensor) -> None:
+    """Raise ValueError if queries, or the keys of the call's own tokens, are not finite."""
+    keys = key[:, :, -query.shape[2] :]
+    if query.isfinite().all() and keys.isfinite().all():
         return
-    key = next(key for key in config.sub_configs if getattr(config, key) is vlm.text_config)
-    vlm.model.set_attn_implementation({key: name})
+    every, shared = slice(None), query.shape[1] // key.shape[1]
+    check_finite(query.transpose(0, 1), layer, every, "queries")
+    check_finite(keys.transpose(0, 1).repeat_interleave(shared, 0), layer, every, "keys")
 
 
 def _attention(base: str) -> Any:
@@ -188,11 +219,11 @@ def _attention(base: str) -> Any:
         is_causal: bool | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        stock = ALL_ATTENTION_FUNCTIONS.get_interface(base, _eager(module))
+        stock = compat.stock_attention(base, module)
         settings = dict(kwargs) if is_causal is None else {**kwargs, "is_causal": is_causal}
 
         def attended() -> tuple[torch.Tensor, torch.Tensor | None]:
-            given: tuple[torch.Tensor, torch.Tensor | None] = stock(
+            result: tuple[torch.Tensor, torch.Tensor | None] = stock(
                 module,
                 query,
                 key,
@@ -202,17 +233,23 @@ def _attention(base: str) -> Any:
                 dropout=dropout,
                 **settings,
             )
-            return given
+            return result
 
+        layer = getattr(module, "layer_idx", -1)
+        _check_call(layer, query, key)
         state: _State | None = getattr(module, _STATE, None)
         if state is None:
             return attended()
-        if kwargs.get("position_bias") is not None:
-            raise ValueError("attention with a position bias is not known here")
+        given = {name for name, value in kwargs.items() if value is not None and value is not False}
+        if unknown := sorted(given - _USED - _HARMLESS):
+            raise ValueError(
+                f"the attention of layer {layer} ({type(module).__name__}) takes "
+                f"{', '.join(unknown)}, which is not known here; what it attends to cannot be told"
+            )
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         scale = scaling or query.shape[-1] ** -0.5
         call = Call(
-            module.layer_idx,
+            layer,
             *(query, key, value, attention_mask, causal, scale),
             kwargs.get("softcap"),
             kwargs.get("s_aux"),
@@ -223,11 +260,5 @@ def _attention(base: str) -> Any:
     return attend
 
 
-def _eager(module: Any) -> Any:
-    """The eager attention of the module's own modelling file."""
-    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-
-
 for _base, _name in _NAMES.items():
-    AttentionInterface.register(_name, _attention(_base))
-    AttentionMaskInterface.register(_name, ALL_MASK_ATTENTION_FUNCTIONS[_base])
+    compat.register_attention(_name, _base, _attention(_base))

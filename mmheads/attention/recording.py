@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import product
 
 import torch
 
-from mmheads.attention.hook import WORKING_SET, Call, EnoughError, attached, check_heads
+from mmheads.attention.hook import (
+    WORKING_SET,
+    Call,
+    attached,
+    check_finite,
+    check_heads,
+    stop_after,
+)
 from mmheads.heads import Head, HeadSet
 from mmheads.models import VLM
 
@@ -90,76 +97,60 @@ def record_mass(
         yield recording
 
 
-@dataclass(eq=False)
-class KeyRecording:
-    """How much attention every key gets from some rows of one forward call of one example.
+def record_keys(
+    vlm: VLM, rows: torch.Tensor, heads: HeadSet, run: Callable[[], object]
+) -> torch.Tensor:
+    """Mean attention of some rows of a forward call to every key -> [head, key] on the CPU.
 
-    Attributes:
-        rows: [row] rows of the call, by index.
-        heads: The heads that are recorded.
-        by_head: By head: [key] mean over the rows, float32.
-    """
-
-    rows: torch.Tensor
-    heads: HeadSet
-    by_head: dict[Head, torch.Tensor] = field(default_factory=dict)
-
-    def __call__(self, call: Call) -> torch.Tensor:
-        """Record a layer; the last one ends the call."""
-        if len(call.query) != 1:
-            raise ValueError(f"a batch of {len(call.query)}: expected one example")
-        rows = self.rows.to(call.query.device)
-        allowed = call.allowed(rows[None])
-        shared = call.query.shape[1] // call.key.shape[1]
-        for group in range(call.key.shape[1]):
-            here = [h.head for h in self.heads if h.layer == call.layer]
-            here = [head for head in here if head // shared == group]
-            if not here:
-                continue
-            block = max(1, WORKING_SET // (3 * 4 * len(here) * call.key.shape[2]))
-            total = torch.zeros((), device=rows.device)
-            for top in range(0, len(rows), block):
-                part = slice(top, top + block)
-                groups = slice(group, group + 1)
-                total = total + _attend(call, 0, groups, here, rows[part], allowed, part).sum(1)
-            for head, mean in zip(here, total / len(rows), strict=True):
-                self.by_head[Head(call.layer, head)] = mean
-        if call.layer == self.heads.layers[-1]:
-            raise EnoughError
-        return call.output
-
-    def attention(self) -> torch.Tensor:
-        """[head, key] on the CPU, heads in their order.
-
-        Raises:
-            ValueError: No call ran inside.
-        """
-        if not self.by_head:
-            raise ValueError("nothing was recorded: no forward call ran inside")
-        return torch.stack([self.by_head[head].cpu() for head in self.heads])
-
-
-@contextmanager
-def record_keys(vlm: VLM, rows: torch.Tensor, heads: HeadSet) -> Iterator[KeyRecording]:
-    """Record, in a forward call inside, how much attention each key gets from the given rows.
-
-    The call ends at the deepest of these heads, and with it the `with` block: what stands behind
-    it inside is not run. The model is as before at exit.
+    The call stops after the deepest of the heads. Attention is computed in float32; the model is as
+    before at exit.
 
     Args:
         vlm: The model.
         rows: [row] indices of the call's tokens; the batch holds one example.
-        heads: Of this model, at least one.
+        heads: Of this model, at least one; the result has their order.
+        run: Makes the forward call.
 
     Raises:
-        ValueError: As `ablate` does for heads of another model, or the set is empty.
+        ValueError: The set is empty, or for heads of another model, as `ablate` does.
     """
     check_heads(vlm, [heads], "recorded")
     if not len(heads):
         raise ValueError("no head to record; give a set of at least one head")
-    recording = KeyRecording(rows, heads)
-    with suppress(EnoughError), attached(vlm, dict.fromkeys(heads.layers, recording)):
-        yield recording
+    by_head: dict[Head, torch.Tensor] = {}
+
+    def keep(call: Call) -> torch.Tensor:
+        by_head.update(_mean_by_key(call, rows, heads))
+        return call.output
+
+    stop_after(vlm, dict.fromkeys(heads.layers, keep), run)
+    if not by_head:
+        raise ValueError("nothing was recorded: no forward call ran inside")
+    return torch.stack([by_head[head].cpu() for head in heads])
+
+
+def _mean_by_key(call: Call, rows: torch.Tensor, heads: HeadSet) -> dict[Head, torch.Tensor]:
+    """[key] mean attention of the rows, for each of the heads in the call's layer."""
+    if len(call.query) != 1:
+        raise ValueError(f"a batch of {len(call.query)}: expected one example")
+    rows = rows.to(call.query.device)
+    allowed = call.allowed(rows[None])
+    shared = call.query.shape[1] // call.key.shape[1]
+    in_layer = [head.head for head in heads if head.layer == call.layer]
+    means = {}
+    for group in range(call.key.shape[1]):
+        of_group = [head for head in in_layer if head // shared == group]
+        if not of_group:
+            continue
+        block = max(1, WORKING_SET // (3 * 4 * len(of_group) * call.key.shape[2]))
+        total = torch.zeros((), device=rows.device)
+        for top in range(0, len(rows), block):
+            part = slice(top, top + block)
+            groups = slice(group, group + 1)
+            total = total + _attend(call, 0, groups, of_group, rows[part], allowed, part).sum(1)
+        for head, mean in zip(of_group, total / len(rows), strict=True):
+            means[Head(call.layer, head)] = mean
+    return means
 
 
 def _record(state: Recording, call: Call) -> None:
@@ -197,9 +188,13 @@ def _record(state: Recording, call: Call) -> None:
     output = call.output.detach()
     index = seen[:, :, None, None].expand(-1, -1, *output.shape[2:])
     norm = output.gather(1, index).float().norm(dim=-1).transpose(1, 2)
-    state.masses[call.layer] = mass.masked_fill_(padding[..., None], 0.0)
+    mass.masked_fill_(padding[..., None], 0.0)
+    norm = norm.masked_fill(padding, 0.0)
+    check_finite(mass.transpose(0, 1), call.layer, slice(None), "attention masses")
+    check_finite(norm.transpose(0, 1), call.layer, slice(None), "outputs")
+    state.masses[call.layer] = mass
     state.entropies[call.layer] = entropy.masked_fill_(padding, 0.0)
-    state.norms[call.layer] = norm.masked_fill(padding, 0.0)
+    state.norms[call.layer] = norm
 
 
 def _attend(
@@ -220,6 +215,7 @@ def _attend(
     picked = call.query.detach()[example, heads].index_select(1, rows).float()
     grouped = (picked * call.scaling).reshape(len(key), -1, picked.shape[2])
     scores = (grouped @ key.transpose(1, 2)).view(*picked.shape[:2], key.shape[1])
+    check_finite(scores, call.layer, heads, "attention scores")
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)
     if allowed is not None:
@@ -228,10 +224,11 @@ def _attend(
             scores.masked_fill_(~here, float("-inf"))
         else:
             scores += here.float()
-    if call.sinks is None:
-        return scores.softmax(-1)
-    sink = call.sinks[heads].float().view(-1, 1, 1).expand(-1, scores.shape[1], 1)
-    return torch.cat([scores, sink], dim=-1).softmax(-1)[..., :-1]
+    if call.sinks is not None:
+        sink = call.sinks[heads].float().view(-1, 1, 1).expand(-1, scores.shape[1], 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    attention = scores.softmax(-1)
+    return attention if call.sinks is None else attention[..., :-1]
 
 
 def _of_keys(values: torch.Tensor, keys: int) -> torch.Tensor:

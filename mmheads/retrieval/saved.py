@@ -26,7 +26,7 @@ from mmheads.examples import Example
 from mmheads.heads import Head, HeadSet, Origin
 from mmheads.models import VLM
 from mmheads.prefix import Prefix
-from mmheads.prompts import Prompt, with_question
+from mmheads.prompts import Prompt, restore
 from mmheads.retrieval.windows import NULL_QUESTION, IndexedDocument, Window
 from mmheads.scores import Provenance
 
@@ -147,6 +147,7 @@ def _tensors(window: Window) -> Iterable[tuple[str, torch.Tensor]]:
         yield f"inputs.{name}", value
     for part, boxes in prompt.boxes.items():
         yield f"boxes.{part}", torch.from_numpy(boxes)
+    assert window.prefix.cache is not None, "Prefix.alone refuses a context that is not cached"
     layers: list[Any] = window.prefix.cache.layers
     for number, layer in enumerate(layers):
         yield f"keys.{number}", layer.keys
@@ -243,22 +244,12 @@ def _prompt(
     blank = Image.new("L", (1, 1))
     boxes = {int(part): tensor.numpy() for part, tensor in _under(tensors, "boxes.").items()}
     inputs = _under(tensors, "inputs.")
-    bare = Prompt(
-        example=Example(
-            context=tuple(blank if part is None else _text(part) for part in about["context"]),
-            question=(NULL_QUESTION,),
-            instruction=instruction,
-        ),
-        inputs=inputs,
-        question=np.empty(0, np.int64),
-        parts=(),
-        evidence=(),
-        candidates={},
-        boxes=boxes,
-        replacements=tuple(map(_text, about["replacements"])),
+    example = Example(
+        context=tuple(blank if part is None else _text(part) for part in about["context"]),
+        question=(NULL_QUESTION,),
+        instruction=instruction,
     )
-    prompt = with_question(vlm, bare, (NULL_QUESTION,))
-    _expect(torch.equal(prompt.ids, inputs["input_ids"][0]), "its tokens are not those of its text")
+    prompt = restore(vlm, example, inputs, tuple(map(_text, about["replacements"])), boxes)
     for part, grid in boxes.items():
         span = prompt.parts[part]
         _expect(

@@ -7,19 +7,17 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from mmheads.attention.recording import record_keys
 from mmheads.examples import Example, Part
 from mmheads.families import box_shares
-from mmheads.heads import HeadSet, format_heads
+from mmheads.heads import HeadSet
 from mmheads.models import VLM
 from mmheads.pdfs import PageBox
 from mmheads.prefix import Prefix, prefill
-from mmheads.prompts import Prompt, Span, encode, with_question, without_pixels
+from mmheads.prompts import Prompt, Question, Span, ask, encode, without_pixels
 from mmheads.retrieval.candidates import Candidate, candidate_parts, spread
 
 NULL_QUESTION = "N/A"
@@ -153,8 +151,8 @@ def _run_window(
     keep: str,
 ) -> Window:
     """Run a window's candidates up to the deepest head, then the null question."""
-    prefix = prefill(vlm, [prompt], layers=heads.layers[-1] + 1)
-    null_attention = _attention(heads, prefix, prompt)
+    prefix = prefill(vlm, prompt, layers=heads.layers[-1] + 1)
+    null_attention = _attention(heads, prefix, prompt.own)
     sizes = {
         number: part.size
         for number, part in enumerate(prompt.example.context)
@@ -179,48 +177,18 @@ def question_attention(
         ValueError: The question is too long, cannot be asked of a cached context in this family, or
             gives attention that is not finite.
     """
-    vlm = window.prefix.vlm
-    prompt = with_question(vlm, window.prompt, question)
-    allowed = document.max_tokens or getattr(vlm.text_config, "max_position_embeddings", 0)
-    if allowed and len(prompt) > allowed:
-        raise ValueError(
-            f"the question makes a prompt of {len(prompt)} tokens with its {len(window.parts)} "
-            f"candidates, and {vlm} takes {allowed}; ask a shorter question, or index fewer "
-            "candidates per window"
-        )
-    return _attention(document.heads, window.prefix, prompt, pixels=pixels)
+    asked = ask(window.prefix.vlm, window.prompt, question)
+    return _attention(document.heads, window.prefix, asked, pixels=pixels)
 
 
 def _attention(
-    heads: HeadSet, prefix: Prefix, prompt: Prompt, *, pixels: bool = True
+    heads: HeadSet, prefix: Prefix, question: Question, *, pixels: bool = True
 ) -> NDArray[np.float32]:
-    """[head, key] finite attention from a prompt's question to the cached tokens."""
-    start = prefix.start(prompt)
-    last = max((int(part.tokens[-1]) for part in prompt.parts if part is not None), default=0)
-    if last >= start:
+    """[head, key] finite attention from a question to the cached tokens."""
+    last = max((int(part.tokens[-1]) for part in question.context if part), default=0)
+    if last >= prefix.start(question):
         raise ValueError(
-            f"the question {prompt.example.question!r} and the last candidate share a token; "
-            "end the candidate's text with a line break"
+            f"the question {question.parts!r} and the last candidate share a token; end the "
+            "candidate's text with a line break"
         )
-    attention = _run_question(heads, prefix, prompt, prompt.question - start, pixels)
-    wrong = sorted(
-        head for head, row in zip(heads, attention, strict=True) if not np.isfinite(row).all()
-    )
-    if wrong:
-        raise ValueError(
-            f"the attention of {prefix.vlm} is not finite in layer {wrong[0].layer} "
-            f"({format_heads(wrong[:3])}, {len(wrong)} of {len(heads)} heads); its weights hold "
-            "wrong numbers, or its activations overflow: try float32"
-        )
-    missing = prefix.length - attention.shape[1]
-    return np.pad(attention, [(0, 0), (0, max(0, missing))])
-
-
-def _run_question(
-    heads: HeadSet, prefix: Prefix, prompt: Prompt, rows: NDArray[np.int64], pixels: bool
-) -> NDArray[np.float32]:
-    """[head, key] mean attention of some rows of the question's pass, recorded while it runs."""
-    with record_keys(prefix.vlm, torch.from_numpy(rows), heads) as recording:
-        prefix.ask(prompt, pixels=pixels)
-    attention: NDArray[np.float32] = recording.attention()[:, : prefix.length].numpy()
-    return attention
+    return prefix.keys(question, heads, pixels=pixels)

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.video_utils import make_batched_metadata, make_batched_videos
 
-from mmheads.models import without_video
+from mmheads.compat import without_video
 
 FAMILIES = (
     "qwen3_vl",
@@ -355,3 +355,102 @@ def _siglip(patch: int) -> dict[str, Any]:
         "patch_size": patch,
         "vision_use_head": False,
     }
+
+
+# --- models that are given token ids, for want of a processor without torchvision
+
+IMAGE_ID = 60
+"""Token id of a piece of an image in the models of `TOKEN_MODELS`."""
+
+_SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_MIXED = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 6}
+_LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    **{f"linear_num_{name}_heads": 2 for name in ("key", "value")},
+    **{f"linear_{name}_head_dim": 8 for name in ("key", "value")},
+}
+_GEMMA_4 = {
+    **_SMALL,
+    **_MIXED,
+    "global_head_dim": 32,
+    "vocab_size_per_layer_input": 64,
+    "hidden_size_per_layer_input": 0,
+    "use_bidirectional_attention": "vision",
+}
+_PER_LAYER = {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8}
+
+TOKEN_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "molmo2": ("molmo2", {**_SMALL, "additional_vocab_size": 8}),
+    "paligemma": ("paligemma", {**_SMALL, "model_type": "gemma"}),
+    "paligemma2": ("paligemma", {**_SMALL, **_MIXED, "model_type": "gemma2"}),
+    "gemma4": ("gemma4", _GEMMA_4),
+    "gemma4 with fewer global KV heads": (
+        "gemma4",
+        {**_GEMMA_4, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
+    ),
+    "gemma4 with shared KV": ("gemma4", {**_GEMMA_4, **_PER_LAYER}),
+    "gemma2": ("gemma2", {**_SMALL, **_MIXED, "query_pre_attn_scalar": 16}),
+    "gpt_oss": ("gpt_oss", {**_SMALL, **_MIXED, "num_local_experts": 2, "num_experts_per_tok": 1}),
+    "mistral": ("mistral", {**_SMALL, "sliding_window": 6}),
+    "cohere2": ("cohere2", {**_SMALL, **_MIXED}),
+    "qwen3_5": ("qwen3_5_text", {**_SMALL, **_LINEAR}),
+    "lfm2": ("lfm2", {**_SMALL, "layer_types": ["conv", "full_attention"] * 2}),
+}
+"""By name, the type of a model and its text settings; the last families read only text."""
+
+
+def token_model(name: str, seed: int = 0) -> PreTrainedModel:
+    """A random model that is given token ids; its images are words without pixels."""
+    kind, text = TOKEN_MODELS[name]
+    config = CONFIG_MAPPING[kind]
+    auto: Any = AutoModelForCausalLM
+    vision = {"molmo2": _molmo2, "paligemma": _paligemma, "gemma4": _gemma4}.get(kind)
+    if vision:
+        auto = AutoModelForImageTextToText
+        config = config(text_config=text, **vision())
+    else:
+        config = config(**text)
+    eager = {"attn_implementation": "eager"} if name in ("paligemma2", "gemma2", "gpt_oss") else {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = auto.from_config(config, dtype=torch.float32, **eager).eval()
+        for weight in model.get_decoder().parameters():
+            if weight.ndim > 1:
+                torch.nn.init.normal_(weight, std=0.25)
+    return model
+
+
+def _molmo2() -> dict[str, Any]:
+    small = {**_TOWER, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+    return {
+        "vision_config": {**small, "num_hidden_layers": 2, "image_size": [28, 28]},
+        "adapter_config": {**small, "vision_feature_layer": [1, 0], "text_hidden_size": 64},
+        "image_patch_id": IMAGE_ID,
+    }
+
+
+def _paligemma() -> dict[str, Any]:
+    return {
+        "vision_config": {**_siglip(patch=8), "projection_dim": 64},
+        "image_token_index": IMAGE_ID,
+        "projection_dim": 64,
+        "hidden_size": 64,
+        "vocab_size": 64,
+    }
+
+
+def _gemma4() -> dict[str, Any]:
+    vision = {**_ENCODER, "num_key_value_heads": 2, "head_dim": 16}
+    return {"vision_config": vision, "audio_config": None, "image_token_id": IMAGE_ID}

@@ -9,7 +9,9 @@ import random_models
 import torch
 from test_attention import padded_batch
 
+from mmheads.answers import answer
 from mmheads.attention import ablate, gate, mean_outputs
+from mmheads.causal import gate_gradients, single_head_effects
 from mmheads.heads import Head, HeadSet
 from mmheads.models import VLM
 
@@ -259,3 +261,19 @@ def test_gates_of_zero_ablate_and_their_gradient_is_the_slope():
                 ends.append(logits(vlm, inputs)[row, -1, 7])
         slope = (ends[0] - ends[1]) / (2 * step)
         torch.testing.assert_close(gates.grad[row, layer, head], slope, atol=1e-3, rtol=2e-2)
+
+
+@pytest.mark.parametrize(("layer", "place"), [(1, "q_proj"), (3, "v_proj")])
+def test_answers_gates_and_single_heads_refuse_numbers_that_are_not_finite(layer, place, tmp_path):
+    vlm = example_prompts.vlm("qwen3")
+    getattr(vlm.attentions[layer], place).weight.data[:] = float("nan")
+    example = dataclasses.replace(example_prompts.example("qwen3"), answer="rain")
+    named = "queries of L1H0, L1H1, L1H2, L1H3 and 4 more" if layer == 1 else "log-odds|logits"
+    for run in (
+        lambda: answer(vlm, [example], folder=tmp_path, progress=False),
+        lambda: answer(vlm, [example], {"one": heads(vlm, (0, 1))}, folder=tmp_path),
+        lambda: gate_gradients(vlm, [example], progress=False),
+        lambda: single_head_effects(vlm, [example], progress=False),
+    ):
+        with pytest.raises(ValueError, match=f"the ({named}).* not finite"):
+            run()

@@ -7,8 +7,19 @@ import numpy as np
 import pytest
 import random_models
 import torch
+from transformers import DynamicCache
 
-from mmheads.attention import Recording, hook, record_mass, recording
+from mmheads.attention import (
+    Recording,
+    ablate,
+    gate,
+    hook,
+    record_keys,
+    record_mass,
+    recording,
+    stop_after,
+)
+from mmheads.heads import HeadSet
 from mmheads.models import VLM
 
 
@@ -100,6 +111,70 @@ def test_another_attention_is_refused():
         pass
 
 
+@pytest.mark.parametrize("place", ["q_proj", "k_proj", "o_proj"])
+def test_numbers_that_are_not_finite_are_refused_with_layer_and_head(place):
+    vlm = example_prompts.vlm("qwen3")
+    width = vlm.attentions[2].head_dim
+    weight = getattr(vlm.attentions[2], place).weight
+    rows = slice(None) if place == "o_proj" else slice(width, 2 * width)
+    weight.data[rows] = float("nan")
+    named = {  # one head, the KV group of heads 4 to 7, and all of the next layer
+        "q_proj": "queries of L2H1 are",
+        "k_proj": "keys of L2H4, L2H5, L2H6, L2H7 are",
+        "o_proj": "queries of L3H0, L3H1, L3H2, L3H3 and 4 more are",
+    }
+    inputs = {"input_ids": torch.tensor([[5, 9, 7, 6, 8]])}
+    rows, shares = torch.tensor([[3]]), torch.ones(1, 5, 1)
+    every = vlm.every_head
+
+    def run() -> None:
+        vlm.model(**inputs, use_cache=False)
+
+    message = f"the {named[place]} not finite"
+    with pytest.raises(ValueError, match=message), record_mass(vlm, rows, shares):
+        run()
+    with pytest.raises(ValueError, match=message):
+        record_keys(vlm, rows[0], every, run)
+    gates = torch.ones(1, vlm.geometry.layers, vlm.geometry.heads)
+    with pytest.raises(ValueError, match=message), gate(vlm, gates):
+        run()
+    nothing = HeadSet((), vlm.geometry, vlm.model_id)
+    with pytest.raises(ValueError, match=message), ablate(vlm, nothing):
+        run()
+
+
+def test_a_last_layer_whose_values_are_not_finite_is_refused():
+    vlm = example_prompts.vlm("qwen3")
+    vlm.attentions[3].v_proj.weight.data[:] = float("inf")
+    refused = pytest.raises(ValueError, match="outputs of L3H0, L3H1, L3H2, L3H3 and 4 more")
+    with refused, record_mass(vlm, torch.tensor([[3]]), torch.ones(1, 5, 1)):
+        vlm.model(input_ids=torch.tensor([[5, 9, 7, 6, 8]]), use_cache=False)
+
+
+@pytest.mark.parametrize("name", ["position_bias", "sinks", "indices", "block_indices", "s_other"])
+def test_keywords_that_are_not_known_are_refused_by_name(name):
+    vlm = example_prompts.vlm("qwen3")
+    refused = pytest.raises(ValueError, match=f"layer 0 .* takes {name}, which is not known")
+    with refused, record_mass(vlm, torch.tensor([[3]]), torch.ones(1, 5, 1)):
+        vlm.model(input_ids=torch.tensor([[5, 9, 7, 6, 8]]), **{name: torch.zeros(1)})
+
+
+def test_a_call_that_is_stopped_fills_the_cache_up_to_there_and_loses_no_line_of_the_caller():
+    vlm = example_prompts.vlm("qwen3")
+    ids = torch.tensor([[5, 9, 7, 6, 8]])
+    cache = DynamicCache()
+    lines = []
+
+    def run() -> None:
+        vlm.model(input_ids=ids, past_key_values=cache, use_cache=True)
+        lines.append("behind the stop")
+
+    stop_after(vlm, {1: lambda call: call.query}, run)
+    assert len(cache.layers) == 2
+    assert not lines
+    assert vlm.text_config._attn_implementation == "sdpa"
+
+
 def softmax_by_hand(query, key, scaling, softcap, sinks, allowed):
     """[head, row, key] in float64, one number at a time."""
     heads, rows, keys = query.shape[0], query.shape[1], key.shape[1]
@@ -132,10 +207,8 @@ def test_masses_entropies_and_norms_equal_a_computation_by_hand(
     as_tensor = torch.from_numpy
     state = Recording(torch.tensor([rows]), as_tensor(weights)[None].float(), as_tensor(text)[None])
     module = SimpleNamespace(layer_idx=0, is_causal=True, _mmheads=state)
-    monkeypatch.setitem(
-        hook.ALL_ATTENTION_FUNCTIONS._global_mapping,
-        "sdpa",
-        lambda *_, **__: (as_tensor(output), None),
+    monkeypatch.setattr(
+        hook.compat, "stock_attention", lambda *_: lambda *_, **__: (as_tensor(output), None)
     )
     hook._attention("sdpa")(
         module,

@@ -15,7 +15,7 @@ import random_models
 import torch
 
 from mmheads import retrieval
-from mmheads.attention import record_keys, up_to
+from mmheads.attention import record_keys, stop_after
 from mmheads.examples import Example
 from mmheads.families import box_shares
 from mmheads.heads import Head, HeadSet
@@ -328,18 +328,6 @@ def test_pages_that_a_sequence_makes_on_demand_are_made_once():
     assert sorted(Pages.made) == [0, 1, 1, 2] or sorted(Pages.made) == [0, 1, 2]
 
 
-def test_a_question_past_the_models_positions_is_refused(monkeypatch):
-    vlm = example_prompts.vlm("qwen3_vl")
-    index = DocumentIndex(vlm, some_heads(vlm), candidates("qwen3_vl"))
-    tokens = len(index.document.windows[0].prompt)
-    monkeypatch.setattr(vlm.text_config, "max_position_embeddings", tokens + 5)
-    index.rank("rain")
-    with pytest.raises(ValueError, match=rf"3 candidates, and qwen3_vl takes {tokens + 5}"):
-        index.rank("rain falls " * 8)
-    with pytest.raises(ValueError, match="takes"):
-        index.rank("rain", null="rain falls " * 8)
-
-
 def test_attention_that_is_not_finite_is_refused_with_its_layer():
     vlm = example_prompts.vlm("qwen3")
     broken = dataclasses.replace(vlm, model=copy.deepcopy(vlm.model))
@@ -425,16 +413,29 @@ def test_a_call_ends_at_the_deepest_layer_that_is_wanted():
     for number, layer in enumerate(vlm.decoder.layers):
         layer.mlp.register_forward_hook(lambda *_, number=number: ran.append(number))
     ids = torch.arange(6)[None]
+    heads = HeadSet(((0, 0), (1, 1)), vlm.geometry, vlm.model_id)
     with torch.no_grad():
-        with up_to(vlm, 1):
-            vlm.model(input_ids=ids)
-            raise AssertionError("the call must not return")
-        heads = HeadSet(((0, 0), (1, 1)), vlm.geometry, vlm.model_id)
-        with record_keys(vlm, torch.tensor([5]), heads) as recording:
-            vlm.model(input_ids=ids)
+        stop_after(vlm, {1: lambda call: call.output}, lambda: vlm.model(input_ids=ids))
+        keys = record_keys(vlm, torch.tensor([5]), heads, lambda: vlm.model(input_ids=ids))
     assert ran == [0, 0]
-    assert recording.attention().shape == (2, 6)
-    np.testing.assert_allclose(recording.attention().sum(1), 1, rtol=1e-5)
+    assert keys.shape == (2, 6)
+    np.testing.assert_allclose(keys.sum(1), 1, rtol=1e-5)
+
+
+def test_a_question_past_the_models_positions_is_refused():
+    vlm = example_prompts.vlm("qwen3")
+    index = DocumentIndex(vlm, None, ["a page\n", "another page\n"])
+    vlm.text_config.max_position_embeddings = 200
+    with pytest.raises(ValueError, match="qwen3 takes 200"):
+        index.rank("which " * 400)
+
+
+def test_attention_that_is_not_finite_does_not_rank():
+    vlm = example_prompts.vlm("qwen3")
+    index = DocumentIndex(vlm, None, ["a page\n", "another page\n"])
+    vlm.attentions[1].q_proj.weight.data[:] = float("nan")
+    with pytest.raises(ValueError, match=r"queries of L1H0, .* are not finite"):
+        index.rank("which page ?")
 
 
 def test_the_tiny_model_finds_the_page_and_the_block():

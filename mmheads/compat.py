@@ -1,0 +1,184 @@
+"""Every private or version-dependent name of transformers and torch that the package uses.
+
+A new release of either library can break this file, and no other one. `mmheads.streaming` still
+calls private kernels of torch by itself.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image
+from transformers import AttentionInterface, AttentionMaskInterface, ProcessorMixin
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+# --- attention
+
+
+def register_attention(name: str, base: str, attend: Callable[..., Any]) -> None:
+    """Register an attention function under a name, with the masks of a stock one.
+
+    Without the masks, transformers would leave them out without a word.
+    """
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+
+
+def stock_attention(base: str, module: Any) -> Callable[..., Any]:
+    """The stock attention function; "eager" is the one of the module's own modelling file."""
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)
+    return function
+
+
+def attention_name(config: Any) -> str:
+    """The name of the attention function that a language model runs on."""
+    return str(config._attn_implementation)
+
+
+def set_attention_name(model: Any, text_config: Any, name: str) -> None:
+    """Switch only the language model to another attention function."""
+    config = model.config
+    if text_config is config:
+        model.set_attn_implementation(name)
+        return
+    key = next(key for key in config.sub_configs if getattr(config, key) is text_config)
+    model.set_attn_implementation({key: name})
+
+
+# --- configurations and devices
+
+
+def setting(config: Any, name: str) -> Any:
+    """A setting of a configuration; None where there is none, or where each layer has its own.
+
+    A configuration with settings per layer raises RuntimeError for such a name.
+    """
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        return None
+
+
+def device_of(module: torch.nn.Module) -> torch.device | None:
+    """Where a module computes: where Accelerate sends its inputs, or where its tensors are.
+
+    Quantised layers have no `weight`, so any parameter or buffer counts.
+    """
+    place = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if place is not None:
+        return torch.device(place)
+    tensors = (*module.parameters(), *module.buffers())
+    return next((tensor.device for tensor in tensors), None)
+
+
+def is_image_text_model(config: Any) -> bool:
+    """Whether transformers has a class that reads images and text for a configuration."""
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def is_causal_model(config: Any) -> bool:
+    """Whether transformers has a class that writes text for a configuration."""
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def processor_class(config: Any, name: str = "") -> type[ProcessorMixin] | None:
+    """The processor class of a name, else that of a configuration; None for a text-only model.
+
+    Raises:
+        ValueError: transformers has no processor of that name.
+    """
+    if not name:
+        kind: Any = PROCESSOR_MAPPING.get(type(config), None)
+        return kind  # type: ignore[no-any-return]
+    found = getattr(transformers, name, None)
+    if not isinstance(found, type) or not issubclass(found, ProcessorMixin):
+        raise ValueError(
+            f"the processor class {name!r} is unknown to transformers {transformers.__version__}"
+        )
+    return found
+
+
+# --- processors and tokenizers
+
+
+def without_video(base: type[ProcessorMixin]) -> type[Any]:
+    """A processor class that takes only images and text: video processors need torchvision.
+
+    It keeps the name of `base`, which is what a saved processor is known by.
+    """
+    every = base.get_attributes()
+    parts = [name for name in every if name != "video_processor"]
+    stock: Any = base._get_arguments_from_pretrained
+
+    def arguments(cls: type[ProcessorMixin], *args: Any, **kwargs: Any) -> list[Any]:
+        given = iter(stock.__func__(cls, *args, **kwargs))
+        return [next(given) if name in parts else None for name in every]
+
+    members: dict[str, Any] = {
+        "get_attributes": classmethod(lambda cls: parts),
+        "_get_arguments_from_pretrained": classmethod(arguments),
+        "__module__": __name__,
+    }
+    module = vars(sys.modules[base.__module__])
+    if "num2words" in module:  # SmolVLM asks for these even where there is no video
+        module["num2words"] = module["num2words"] or str
+        members["video_processor"] = SimpleNamespace(num_frames=None, fps=None)
+    return type(base.__name__, (base,), members)
+
+
+def tokens_as_text(tokenizer: Any, text: str) -> list[int] | None:
+    """Ids of a text in which no added token is recognised; None where that is not possible."""
+    encode = getattr(tokenizer, "_encode_without_added_tokens", None)
+    return None if encode is None else list(encode(text))
+
+
+def token_types(processor: Any, ids: torch.Tensor) -> torch.Tensor | None:
+    """[1, token] kinds of tokens as the processor marks them; None where it does not mark any."""
+    mark = getattr(processor, "create_mm_token_type_ids", None)
+    return None if mark is None else torch.as_tensor(mark(ids.tolist()), dtype=ids.dtype)
+
+
+def tokens_per_image(processor: Any, image: Image.Image) -> dict[str, list[int]]:
+    """What a processor tells of an image by its size: numbers of tokens and of patches."""
+    counts = processor._get_num_multimodal_tokens(image_sizes=[(image.height, image.width)])
+    return {name: counts[name] for name in ("num_image_tokens", "num_image_patches")}
+
+
+def internvl_tiles(settings: Any, image: Image.Image) -> tuple[int, int]:
+    """Columns and rows of the tiles that InternVL's image processor cuts an image into."""
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
+
+    columns, rows = get_optimal_tiled_canvas(
+        (image.height, image.width),
+        (settings.size["height"], settings.size["width"]),
+        settings.min_patches,
+        settings.max_patches,
+    )
+    return int(columns), int(rows)
+
+
+def llava_grid(processor: Any, image: Image.Image, side: int) -> tuple[int, int]:
+    """Rows and columns of the fine grid that LLaVA-OneVision lays over a single image."""
+    from transformers.image_processing_utils import select_best_resolution
+
+    size = processor.image_processor.size
+    tile = size.get("height") or size["shortest_edge"]
+    best = select_best_resolution(
+        (image.height, image.width), processor.image_processor.image_grid_pinpoints
+    )
+    tokens, rows = processor._get_unpadded_features(
+        image.height, image.width, side, side, best[0] // tile, best[1] // tile
+    )
+    return int(rows), int(tokens // rows)
