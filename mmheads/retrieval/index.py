@@ -85,8 +85,8 @@ class DocumentIndex:
             vlm: The model.
             heads: The heads whose attention ranks; None for all that attend to the whole context.
             candidates: Images, texts, lists of them, or functions that make one of these when their
-                window is run. An `IndexedDocument` is taken as it is, with its own heads; the
-                arguments that follow say nothing then.
+                window is run. An `IndexedDocument` is taken as it is, with its own heads and
+                settings.
             window: Largest number of candidates per forward pass. All windows are of one size, as
                 even as whole numbers allow, because their scores are compared.
             overlap: Least number of candidates that two neighbouring windows share; the score of a
