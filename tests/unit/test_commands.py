@@ -78,7 +78,8 @@ def score_file(tmp_path_factory):
     """Scores of the shipped model that choose heads for `rank`."""
     path = tmp_path_factory.mktemp("scores") / "scores.parquet"
     examples = [needles.make("rendered_text", 128, depth) for depth in (0.0, 1.0)]
-    scoring.score_heads(load("tiny-qwen3-vl-m"), examples, path=path, progress=False)
+    scores = scoring.score_heads(load("tiny-qwen3-vl-m"), examples, folder=None, progress=False)
+    scores.save(path)
     return path
 
 
@@ -231,7 +232,7 @@ def test_what_the_readme_shows_for_your_own_model_runs(tmp_path, capsys, monkeyp
     assert "L" in capsys.readouterr().out
     exec(mask, names)
     assert "p_holm" in capsys.readouterr().out
-    assert set(names["table"]["masking"]) == {"none", "top", "random"}
+    assert set(names["table"]["ablation"]) == {"full model", "top", "random"}
     example_prompts.write_pdf(tmp_path / "report.pdf", 3)
     exec(rank, names)
     assert "candidate" in capsys.readouterr().out

@@ -10,11 +10,11 @@ import example_prompts
 import numpy as np
 import pytest
 import torch
-from mmheads.tasks.documents import PageBox
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_index import QUESTION, candidates, some_heads
 
+from mmheads.pdfs import PageBox
 from mmheads.retrieval import DocumentIndex, saved
 
 

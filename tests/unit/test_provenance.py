@@ -203,7 +203,6 @@ FRAMES = Video(frames=(picture(), picture(1)), fps=1.0)
         {"context": ("one two",), "question": (picture(), "? B7")},
         {"context": ("one two", picture(1))},
         {"context": ("one two", picture().resize((4, 6)))},
-        {"context": ("one two", picture().convert("L"))},
         {"context": ("one two", FRAMES)},
         {"evidence": (Region(part=0),)},
         {"evidence": None},
