@@ -198,7 +198,7 @@ def _rank(options: argparse.Namespace) -> None:
     ranking = index.rank(options.question)
     for row in ranking.table().head(options.top).to_dict("records"):
         title = document.pages[row["candidate"]].title
-        print(f"{row['rank']:>4}  {title:<10} {row['score']:+.5f}")
+        print(f"{row['rank']:>4}  page {title:<10} {row['score']:+.5f}")
     print(f"{len(heads)} heads of {vlm}; {len(images)} pages in windows of {ranking.window}")
     with paths.write_whole(out) as path:
         ranking.picture(images).savefig(path)
