@@ -1,5 +1,6 @@
 # make figures   regenerate every figure and table
-# make test      lint, types, unit tests, notebooks
+# make test      lint, types, tests, notebooks: what a change needs, one process per core
+# make test-all  also the slow tests: the paper path, Ray with a killed worker, offloaded devices
 # make notebooks execute the notebooks in place, to commit their outputs
 # make lint      ruff and mypy
 # make test-lowest  unit tests with the oldest supported transformers, in an environment of its own
@@ -10,8 +11,9 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 LOWEST := .venv-lowest
+EACH_CORE := --numprocesses logical --maxprocesses 8 --dist loadfile
 
-.PHONY: figures test notebooks lint test-lowest
+.PHONY: figures test test-all notebooks lint test-lowest
 .DELETE_ON_ERROR:
 
 figures: $(INSTALLED)
@@ -25,9 +27,15 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# One thread per process: several threads per process on busy cores are many times slower.
+test: export OMP_NUM_THREADS = 1
 test: lint
-	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest --nbval-lax --nbval-current-env notebooks
+	$(BIN)/python -m pytest -m 'not slow' $(EACH_CORE)
+	$(BIN)/python -m pytest --nbval-lax --nbval-current-env notebooks $(EACH_CORE)
+
+test-all: export OMP_NUM_THREADS = 1
+test-all: test
+	$(BIN)/python -m pytest -m slow
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'

@@ -1,7 +1,7 @@
 """Every private or version-dependent name of transformers and torch that the package uses.
 
-A new release of either library can break this file, and no other one. `mmheads.streaming` still
-calls private kernels of torch by itself.
+A new release of either library can break this file, and no other one. `mmheads.streaming`, and
+`mmheads.latency` until it becomes a benchmark, still use some private names by themselves.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.utils.import_utils import is_torchvision_available
 
 # --- attention
 
@@ -81,6 +82,16 @@ def device_of(module: torch.nn.Module) -> torch.device | None:
         return torch.device(place)
     tensors = (*module.parameters(), *module.buffers())
     return next((tensor.device for tensor in tensors), None)
+
+
+def commit(config: Any) -> str:
+    """The commit of the hub that a configuration was read from; empty for a folder."""
+    return str(getattr(config, "_commit_hash", None) or "")
+
+
+def has_torchvision() -> bool:
+    """Whether torchvision is installed beside this torch, as video processors need it."""
+    return bool(is_torchvision_available())
 
 
 def is_image_text_model(config: Any) -> bool:

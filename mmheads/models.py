@@ -22,7 +22,6 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
-from transformers.utils.import_utils import is_torchvision_available
 
 from mmheads import compat, paths
 from mmheads.compat import without_video as without_video
@@ -306,8 +305,7 @@ def load(
         except RuntimeError as error:
             raise ValueError(f"{source} does not fit on {name}: {_first_line(error)}") from error
     folder = Path(source)
-    local = folder.is_dir()
-    commit = folder_revision(folder) if local else getattr(config, "_commit_hash", "") or ""
+    commit = folder_revision(folder) if folder.is_dir() else compat.commit(config)
     vlm = VLM(model=model.eval(), processor=processor, model_id=_name(folder), revision=commit)
     _ = vlm.geometry  # a model whose heads cannot be told apart is refused here
     return vlm
@@ -402,7 +400,7 @@ def load_processor(model_id: str | Path, *, revision: str | None = None) -> Any:
         config = AutoConfig.from_pretrained(model_id, revision=revision, trust_remote_code=False)
     base = compat.processor_class(config, name)
     kind: Any = AutoProcessor
-    if base is not None and not is_torchvision_available():
+    if base is not None and not compat.has_torchvision():
         return without_video(base).from_pretrained(model_id, revision=revision)
     return kind.from_pretrained(model_id, revision=revision, trust_remote_code=False)
 

@@ -16,6 +16,7 @@ import reproduce
 from mmheads import paths
 from mmheads.tasks.needles import TASKS
 
+pytestmark = pytest.mark.slow
 FAMILIES = {
     "paper_mmrethead": ("qwen2_5_vl", "qwen3_vl", "gemma3"),
     "paper_core": ("internvl", "llava_onevision"),

@@ -22,6 +22,7 @@ from mmheads import kept_scores
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'mmheads[ray]'")
 
+pytestmark = pytest.mark.slow
 MODEL = "tiny-qwen3-vl-m"
 PARAMETERS = f"""\
 model = "{MODEL}"  # a shipped model

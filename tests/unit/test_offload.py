@@ -14,6 +14,7 @@ from mmheads.prompts import encode
 from mmheads.scoring import score_heads
 from mmheads.streaming import stream
 
+pytestmark = pytest.mark.slow
 pytest.importorskip("accelerate", reason="device maps need Accelerate")
 
 
