@@ -34,6 +34,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils.import_utils import is_torchvision_available
 
 from mmheads import paths
+from mmheads.gguf import load_gguf
 from mmheads.heads import Head, HeadGeometry, HeadSet
 from mmheads.scores import Provenance
 
@@ -48,7 +49,7 @@ class VLM:
         model: In evaluation mode.
         processor: Of images and text; a text-only model has its tokenizer here.
         model_id: Folder or name on the hub.
-        revision: Commit on the hub, or a hash of the folder's weights.
+        revision: Commit on the hub, a hash of the folder's weights, or the SHA-256 of a GGUF file.
     """
 
     model: Any
@@ -197,22 +198,24 @@ def load(
     revision: str | None = None,
     attention: str = "sdpa",
 ) -> VLM:
-    """Load a stock model and its processor from a folder or the hub.
+    """Load a stock model and its processor from a folder, a GGUF file or the hub.
 
     Any image-text-to-text model whose decoder layers have an `o_proj` works (Qwen3-VL, Qwen2.5-VL,
     InternVL, LLaVA-OneVision, Gemma 3, SmolVLM, Idefics3, ...), and text-only causal models.
 
     Args:
-        model_id: Folder, name of a shipped model ("tiny-qwen3-vl-m"), or name on the hub.
+        model_id: Folder, name of a shipped model ("tiny-qwen3-vl-m"), file of a language model that
+            ends in ".gguf" (needs the extra `gguf`), or name on the hub.
         device: "cpu", "cuda:0", "auto" for all GPUs together, or a device by module name as
             Accelerate's device maps have it; by default "auto" if there are several GPUs and
             Accelerate is installed, a GPU if there is one, else the CPU.
-        dtype: By default float32 on a CPU, else that of the checkpoint.
+        dtype: By default float32 on a CPU, else that of the checkpoint (for GGUF, bfloat16).
         revision: Branch, tag or commit on the hub.
         attention: The stock attention that the model runs on, "sdpa" or "eager".
 
     Raises:
-        ValueError: There is no such model, or it is of a kind that is not supported.
+        ValueError: There is no such model, it is of a kind that is not supported, or its file is
+            damaged.
     """
     spread: Any = dict(device) if isinstance(device, Mapping) else None
     if spread is None:
@@ -220,6 +223,11 @@ def load(
         spread = "auto" if device == "auto" else None
     if dtype is None:
         dtype = torch.float32 if device == "cpu" else "auto"
+    if (file := Path(model_id)).suffix.lower() == ".gguf":
+        language_model, tokenizer, digest = load_gguf(
+            file, dtype=dtype, attention=attention, device_map=spread or device
+        )
+        return VLM(model=language_model, processor=tokenizer, model_id=file.stem, revision=digest)
     shipped = paths.MODELS / model_id
     source = str(shipped if shipped.is_dir() else model_id)
     try:
