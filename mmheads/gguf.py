@@ -86,8 +86,7 @@ def _check(path: Path) -> None:
     missing = [name for name in ("gguf", "accelerate") if not find_spec(name)]
     if missing:
         raise ValueError(
-            f"{path} cannot be read without the package {' and '.join(missing)}; install "
-            "mmheads[gguf]"
+            f"reading {path} needs the packages {', '.join(missing)}; install mmheads[gguf]"
         )
 
 

@@ -116,8 +116,8 @@ def wrap(text: str, style: PageStyle) -> list[str]:
     for word in text.split():
         width = _width(word, size)
         pieces = [word] if width <= room else list(word)
-        for piece in pieces:
-            joint = " " if piece is pieces[0] else ""
+        for index, piece in enumerate(pieces):
+            joint = "" if index else " "
             width = _width(joint, size) + _width(piece, size)
             if used + width <= room:
                 lines[-1] += joint + piece
@@ -189,8 +189,10 @@ def _draw_lines(image: Image.Image, text: str, y: int, style: PageStyle) -> Box:
     lines = wrap(text, style)
     for index, line in enumerate(lines):
         pen.text((style.margin, y + index * style.line_height), line, fill="black", font=font)
-    width = max((ceil(font.getlength(line)) for line in lines), default=1)
-    return (style.margin, y, style.margin + width, y + len(lines) * style.line_height)
+    # Letters may reach one pixel beyond their width.
+    right = style.margin + max(ceil(font.getlength(line)) for line in lines) + 1
+    bottom = y + len(lines) * style.line_height
+    return (max(0, style.margin - 1), y, min(right, style.width), bottom)
 
 
 def paste_on(
