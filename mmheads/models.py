@@ -25,6 +25,7 @@ from transformers import (
 
 from mmheads import compat, paths
 from mmheads.compat import without_video as without_video
+from mmheads.gguf import load_gguf
 from mmheads.heads import Head, HeadGeometry, HeadSet
 from mmheads.provenance import (
     Provenance,
@@ -43,8 +44,8 @@ class VLM:
         model: In evaluation mode.
         processor: Of images and text; a text-only model has its tokenizer here.
         model_id: Folder or name on the hub.
-        revision: Commit on the hub, or a hash of the folder's weights; empty for a model that was
-            made in memory.
+        revision: Commit on the hub, a hash of the folder's weights, or the SHA-256 of a GGUF file;
+            empty for a model that was made in memory.
         loaded: Hash of a sample of the weights at first; later changes are told by it.
     """
 
@@ -251,18 +252,19 @@ def load(
     attention: str = "sdpa",
     chat_template: str | Path = "",
 ) -> VLM:
-    """Load a stock model and its processor from a folder or the hub.
+    """Load a stock model and its processor from a folder, a GGUF file or the hub.
 
     Any image-text-to-text model whose decoder layers have an `o_proj` works (Qwen3-VL, Qwen2.5-VL,
     InternVL, LLaVA-OneVision, Gemma 3, SmolVLM, Idefics3, ...), and text-only causal models. No
     code from the model's folder is run.
 
     Args:
-        model_id: Folder, name of a shipped model ("tiny-qwen3-vl-m"), or name on the hub.
+        model_id: Folder, name of a shipped model ("tiny-qwen3-vl-m"), file of a language model that
+            ends in ".gguf" (needs the extra `gguf`), or name on the hub.
         device: "cpu", "cuda:0", "auto" for all GPUs together, or a device by module name as
             Accelerate's device maps have it; by default "auto" if there are several GPUs and
             Accelerate is installed, a GPU if there is one, else the CPU.
-        dtype: By default float32 on a CPU, else that of the checkpoint.
+        dtype: By default float32 on a CPU, else that of the checkpoint (for GGUF, bfloat16).
         revision: Branch, tag or commit on the hub.
         attention: The stock attention that the model runs on, "sdpa" or "eager".
         chat_template: The text of a Jinja template, or a file with it, for a model without one, or
@@ -281,6 +283,11 @@ def load(
         on_cpu = not any(str(place) not in ("cpu", "disk") for place in spread.values())
     if dtype is None:
         dtype = torch.float32 if on_cpu else "auto"
+    if (file := Path(model_id)).suffix.lower() == ".gguf":
+        language_model, tokenizer, digest = load_gguf(
+            file, dtype=dtype, attention=attention, device_map=spread or name
+        )
+        return VLM(model=language_model, processor=tokenizer, model_id=file.stem, revision=digest)
     shipped = paths.MODELS / model_id
     source = str(shipped if shipped.is_dir() else model_id)
     try:
