@@ -174,7 +174,12 @@ class NaturalNeedles:
         asked = self._ask(task, haystack, split, answer)
 
         def build(units: list[Unit], asked: _Needle, present: bool) -> Example:
-            context, region = self._place(task, units, depth, asked if present else None)
+            needle_shown = asked if present else None
+            if task == "text":
+                sentence = needle_shown.sentence if needle_shown else ""
+                context, region = _place_sentence(units, depth, sentence, self.style, self._cost)
+            else:
+                context, region = _place(units, depth, needle_shown, self.style)
             right = "no" if task == "identical_image" and not present else asked.answer
             return Example(
                 context=(*context, BEFORE_QUESTION),
@@ -323,55 +328,6 @@ class NaturalNeedles:
             self._costs[key] = more - fewer
         return self._costs[key]
 
-    def _place(
-        self, task: str, units: list[Unit], depth: float, asked: _Needle | None
-    ) -> tuple[list[Part], Region | None]:
-        """The context of some units with a needle, if there is one, and where it is."""
-        if task == "text":
-            return self._place_sentence(units, depth, asked.sentence if asked else "")
-        units = list(units)
-        position = make_room(units, depth)
-        context: list[Part] = []
-        region = None
-        for index, unit in enumerate(units):
-            if not unit.is_page:
-                context.append(text_part(unit.steps)[0])
-            elif asked is None or index != position:
-                context.append(unit.draw(self.style)[0])
-            else:
-                unit = replace(unit, picture=asked.picture or unit.picture)
-                image, picture, lines = unit.draw(self.style, asked.sentence)
-                context.append(image)
-                region = Region(part=index, box=picture if asked.picture else lines)
-        return context, region
-
-    def _place_sentence(
-        self, units: list[Unit], depth: float, sentence: str
-    ) -> tuple[list[Part], Region | None]:
-        """The context with a sentence where the share `depth` of its tokens is before it."""
-        steps = [(index, at) for index, unit in enumerate(units) for at in range(len(unit.steps))]
-        costs = [self._cost(units[index], units[index].steps[at]) for index, at in steps]
-        ends = np.cumsum([0, *costs])
-        before = int(np.abs(ends - depth * ends[-1]).argmin())
-        if before and not units[steps[before - 1][0]].is_page:
-            target, position = steps[before - 1][0], steps[before - 1][1] + 1
-        elif before < len(steps) and not units[steps[before][0]].is_page:
-            target, position = steps[before][0], 0
-        else:  # Between pages: a text of its own.
-            target, position = steps[before][0] if before < len(steps) else len(units), 0
-            units = [*units[:target], Unit(is_page=False), *units[target:]]
-        context: list[Part] = []
-        region = None
-        for index, unit in enumerate(units):
-            if unit.is_page:
-                context.append(unit.draw(self.style)[0])
-                continue
-            text, chars = text_part(unit.steps, sentence if index == target else "", position)
-            if chars:
-                region = Region(part=len(context), chars=chars)
-            context += [text] if text.strip() else []
-        return context, region
-
 
 def for_model(
     vlm: VLM,
@@ -411,13 +367,66 @@ def for_model(
 def score(answer: str, gold: str) -> float:
     """1 for a right answer, else 0.
 
-    The letter of an option, and yes or no, are read as `mm_niah.needle_answer` reads them. Of any other gold
-    answer all words must be in the answer, as whole words, in any order; case and punctuation do
-    not count.
+    The letter of an option, and yes or no, are read as `mm_niah.needle_answer` reads them. Of any
+    other gold answer, all words must be in the answer, as whole words and in any order; case and
+    punctuation do not count.
     """
     if gold in (*OPTIONS, "yes", "no"):
         return needle_answer(answer, gold)
     return float(set(normalised(gold).split()) <= set(normalised(answer).split()))
+
+
+def _place(
+    units: list[Unit], depth: float, asked: _Needle | None, style: PageStyle
+) -> tuple[list[Part], Region | None]:
+    """The context of some units with a needle on a page, if there is one, and where it is."""
+    units = list(units)
+    position = make_room(units, depth)
+    context: list[Part] = []
+    region = None
+    for index, unit in enumerate(units):
+        if not unit.is_page:
+            context.append(text_part(unit.steps)[0])
+        elif asked is None or index != position:
+            context.append(unit.draw(style)[0])
+        else:
+            unit = replace(unit, picture=asked.picture or unit.picture)
+            image, picture, lines = unit.draw(style, asked.sentence)
+            context.append(image)
+            region = Region(part=index, box=picture if asked.picture else lines)
+    return context, region
+
+
+def _place_sentence(
+    units: list[Unit],
+    depth: float,
+    sentence: str,
+    style: PageStyle,
+    cost: Callable[[Unit, str], int],
+) -> tuple[list[Part], Region | None]:
+    """The context with a sentence where the share `depth` of its tokens is before it."""
+    steps = [(index, at) for index, unit in enumerate(units) for at in range(len(unit.steps))]
+    costs = [cost(units[index], units[index].steps[at]) for index, at in steps]
+    ends = np.cumsum([0, *costs])
+    before = int(np.abs(ends - depth * ends[-1]).argmin())
+    if before and not units[steps[before - 1][0]].is_page:
+        target, position = steps[before - 1][0], steps[before - 1][1] + 1
+    elif before < len(steps) and not units[steps[before][0]].is_page:
+        target, position = steps[before][0], 0
+    else:  # Between pages: a text of its own.
+        target, position = steps[before][0] if before < len(steps) else len(units), 0
+        units = [*units[:target], Unit(is_page=False), *units[target:]]
+    context: list[Part] = []
+    region = None
+    for index, unit in enumerate(units):
+        if unit.is_page:
+            context.append(unit.draw(style)[0])
+            continue
+        text, chars = text_part(unit.steps, sentence if index == target else "", position)
+        if chars:
+            region = Region(part=len(context), chars=chars)
+        context += [text] if text.strip() else []
+    return context, region
 
 
 def _of_split(part: int) -> list[PictureName]:

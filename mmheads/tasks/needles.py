@@ -9,11 +9,11 @@ question and evidence a condition.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import ceil
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -31,9 +31,6 @@ from mmheads.tasks.pages import (
     option,
     page,
 )
-
-if TYPE_CHECKING:
-    import datasets
 
 TASKS = ("text", "image", "rendered_text", "identical_image")
 CONTROL = "successor"
@@ -349,93 +346,6 @@ def tokens(context: Sequence[Part], regions: Sequence[Region]) -> tuple[tuple[in
                 for row in range(bottom - top)
             ]
     return tuple(intervals)
-
-
-def dataset(examples: Iterable[Example]) -> datasets.Dataset:
-    """Examples as a Hugging Face data set: images, texts, boxes and metadata, a row an example.
-
-    In `context` and `question` every image is written `<image>`; `images` holds them in order.
-    `from_row` turns a row back into an example.
-    """
-    import datasets
-
-    box = datasets.Sequence(datasets.Value("float32"))
-    interval = datasets.Sequence(datasets.Value("int32"))
-    region = {"part": datasets.Value("int32"), "chars": interval, "box": box}
-    text = datasets.Value("string")
-    features = datasets.Features(
-        {
-            "images": datasets.Sequence(datasets.Image()),
-            "context": datasets.Sequence(text),
-            "question": datasets.Sequence(text),
-            "answer": text,
-            "choices": datasets.Sequence(text),
-            "evidence": [region],
-            "candidates": [{"kind": text, "regions": [region]}],
-            "tokens": datasets.Sequence(interval),
-            "task": text,
-            "length": datasets.Value("int32"),
-            "depth": datasets.Value("float32"),
-            "haystack": interval,
-        }
-    )
-    return datasets.Dataset.from_list([_row(example) for example in examples], features=features)
-
-
-def from_row(row: dict[str, Any]) -> Example:
-    """The example of a data set's row."""
-    images = iter(row["images"])
-
-    def parts(texts: list[str]) -> tuple[Part, ...]:
-        return tuple(next(images) if text == _IMAGE else text for text in texts)
-
-    def regions(rows: list[dict[str, Any]]) -> tuple[Region, ...]:
-        return tuple(
-            Region(part=r["part"], chars=tuple(r["chars"]) or None, box=tuple(r["box"]) or None)
-            for r in rows
-        )
-
-    return Example(
-        context=parts(row["context"]),
-        question=parts(row["question"]),
-        answer=row["answer"],
-        choices=tuple(row["choices"]),
-        evidence=regions(row["evidence"]) or None,
-        candidates={c["kind"]: regions(c["regions"]) for c in row["candidates"]},
-        task=row["task"],
-        length=row["length"],
-        depth=row["depth"],
-        haystack=tuple(row["haystack"]),
-        tokens=tuple((first, last) for first, last in row["tokens"]),
-    )
-
-
-_IMAGE = "<image>"
-
-
-def _row(example: Example) -> dict[str, Any]:
-    def texts(parts: tuple[Part, ...]) -> list[str]:
-        return [part if isinstance(part, str) else _IMAGE for part in parts]
-
-    def regions(given: tuple[Region, ...]) -> list[dict[str, Any]]:
-        return [{"part": r.part, "chars": r.chars or (), "box": r.box or ()} for r in given]
-
-    return {
-        "images": example.images(),
-        "context": texts(example.context),
-        "question": texts(example.question),
-        "answer": example.answer,
-        "choices": example.choices,
-        "evidence": regions(example.evidence or ()),
-        "candidates": [
-            {"kind": kind, "regions": regions(r)} for kind, r in example.candidates.items()
-        ],
-        "tokens": example.tokens,
-        "task": example.task,
-        "length": example.length,
-        "depth": example.depth,
-        "haystack": example.haystack,
-    }
 
 
 def _key(task: str, split: str, length: int, pair: int) -> str:

@@ -218,21 +218,6 @@ def test_document_has_pages_and_layouts_to_rank(question):
     assert shown(example)[key] == 1
 
 
-def test_data_set_gives_back_the_examples(tmp_path):
-    examples = [needles.make(task, 128, 0.4, pair=1) for task in ALL]
-    examples.append(needles.document(2))
-    needles.dataset(examples).save_to_disk(tmp_path / "needles")
-    import datasets
-
-    for row, example in zip(datasets.load_from_disk(tmp_path / "needles"), examples, strict=True):
-        back = needles.from_row(row)
-        for name in ("answer", "choices", "evidence", "candidates", "tokens", "task", "length"):
-            assert getattr(back, name) == getattr(example, name), name
-        assert back.depth == pytest.approx(example.depth)
-        assert same_parts(back.context, example.context)
-        assert same_parts(back.question, example.question)
-
-
 def test_picture_outlines_the_evidence():
     example = needles.make("rendered_text", 128, 0.4)
     picture = np.asarray(example.picture())
