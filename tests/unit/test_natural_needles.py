@@ -75,7 +75,7 @@ def test_evidence_is_exact_in_every_family(vlm):
 def test_prompts_are_as_long_as_whole_sentences_and_pages_allow(vlm):
     needles = of(vlm)
     for task in needles.tasks:
-        for length in (1200, 1700):
+        for length in (1200,):
             tokens = len(prompts.encode(vlm, needles.make(task, length, 0.4, haystack=2)))
             assert length - max(needles._costs.values()) < tokens <= length
 
