@@ -174,12 +174,11 @@ class NaturalNeedles:
         asked = self._ask(task, haystack, split, answer)
 
         def build(units: list[Unit], asked: _Needle, present: bool) -> Example:
-            needle_shown = asked if present else None
             if task == "text":
-                sentence = needle_shown.sentence if needle_shown else ""
+                sentence = asked.sentence if present else ""
                 context, region = _place_sentence(units, depth, sentence, self.style, self._cost)
             else:
-                context, region = _place(units, depth, needle_shown, self.style)
+                context, region = _place(units, depth, asked if present else None, self.style)
             right = "no" if task == "identical_image" and not present else asked.answer
             return Example(
                 context=(*context, BEFORE_QUESTION),
