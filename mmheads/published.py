@@ -74,12 +74,8 @@ LENGTHS = (8192, 16384, 32768, 65536, 131072)
 KNOWN_DEFECTIVE = ("Qwen2.5-VL-7B-Instruct",)
 """Models whose released files hold values outside [-1, 1]."""
 
-REGISTRY = {
-    key: sha256
-    for sha256, key in map(
-        str.split, Path(__file__).with_name("published_sha256.txt").read_text().splitlines()
-    )
-}
+_LISTED = Path(__file__).with_name("published_sha256.txt").read_text(encoding="utf-8")
+REGISTRY = {key: sha256 for sha256, key in map(str.split, _LISTED.splitlines())}
 """SHA-256 of every released file, by its path below `TOP`."""
 
 

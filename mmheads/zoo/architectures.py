@@ -107,11 +107,11 @@ def save_processor(model: PreTrainedModel, folder: Path) -> None:
         return
     processor().save_pretrained(folder)
     path = folder / "processor_config.json"
-    settings = json.loads(path.read_text())
+    settings = json.loads(path.read_text(encoding="utf-8"))
     video = {k: v for k, v in settings["image_processor"].items() if k != "image_processor_type"}
     settings["video_processor"] = {**video, "video_processor_type": "Qwen3VLVideoProcessor"}
     with paths.write_whole(path) as whole:
-        whole.write_text(json.dumps(settings, indent=2) + "\n")
+        whole.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def qwen3(layers: int, heads: int = 16, kv_heads: int = 4, width: int = 128) -> Qwen3ForCausalLM:
