@@ -17,7 +17,9 @@ def main(arguments: list[str] | None = None) -> int:
     one.add_argument("--work", default="", help="where saves and the log go")
     one.add_argument("--threads", type=int, default=2)
     one.add_argument("--stop-after", default="", metavar="STAGE")
-    one.add_argument("--go-on-from", default="", metavar="FOLDER", help="a checkpoint to go on from")
+    one.add_argument(
+        "--go-on-from", default="", metavar="FOLDER", help="a checkpoint to go on from"
+    )
     args = parser.parse_args(arguments)
     try:
         settings = (args.out, args.work, args.threads, args.stop_after, args.go_on_from)

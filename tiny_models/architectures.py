@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, models, pre_tokenizers
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
     PreTrainedModel,
@@ -176,9 +176,7 @@ def icons_like_codes(model: Qwen3ForCausalLM, seed: int = 0) -> None:
     embeddings = model.get_input_embeddings().weight.data
     codes = embeddings[[VOCABULARY[code] for code in CODES]]
     mean = codes.mean(0)
-    mixtures = torch.randn(
-        len(ICONS), len(CODES), generator=torch.Generator().manual_seed(seed)
-    )
+    mixtures = torch.randn(len(ICONS), len(CODES), generator=torch.Generator().manual_seed(seed))
     icons = mean + mixtures @ (codes - mean) / len(CODES) ** 0.5
     embeddings[[VOCABULARY[icon] for icon in ICONS]] = icons
 

@@ -310,7 +310,9 @@ def batch(samples: Sequence[Sample], rng: Generator, show: Show = "words") -> Ba
     if show == "places":
         return Batch(words, labels, kinds, places, types, grids)
     drawn = [patches(draw(p.names, p.columns, rng), rng) for p in pictures]
-    return Batch(words, labels, kinds, places, types, grids, torch.from_numpy(np.concatenate(drawn)))
+    return Batch(
+        words, labels, kinds, places, types, grids, torch.from_numpy(np.concatenate(drawn))
+    )
 
 
 def patches(image: Pixels, rng: Generator | None = None) -> np.ndarray:
