@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from tiny_models import train
+from tiny_models import card, train
 from tiny_models.recipes import RECIPES
 
 
@@ -20,8 +20,19 @@ def main(arguments: list[str] | None = None) -> int:
     one.add_argument(
         "--go-on-from", default="", metavar="FOLDER", help="a checkpoint to go on from"
     )
+    two = commands.add_parser("report", help="measure a checkpoint and write its card")
+    two.add_argument("name", help=", ".join(RECIPES))
+    two.add_argument("--folder", default="", help="where its checkpoint is")
+    two.add_argument("--haystacks", type=int, default=20, help="examples per depth")
+    two.add_argument("--threads", type=int, default=2)
     args = parser.parse_args(arguments)
     try:
+        if args.command == "report":
+            folder = args.folder or train.CHECKPOINTS / args.name
+            start = RECIPES[args.name].start if args.name in RECIPES else ""
+            predecessor = train.CHECKPOINTS / start if start else ""
+            print(card.report(folder, predecessor, args.haystacks, args.threads))
+            return 0
         settings = (args.out, args.work, args.threads, args.stop_after, args.go_on_from)
         print(train.train(args.name, *settings))
     except (ValueError, OSError) as error:

@@ -173,6 +173,7 @@ _MIX = {
     "successor": 0.1,
     "nothing": 0.05,
 }
+_ICONS = {**_MIX, "text": 0.5, "rendered_text": 0.7}
 
 
 def _mixed(
@@ -184,13 +185,14 @@ def _mixed(
     share: float = 1.0,
     show: Show = "words",
     icon_sentences: float = 0.0,
+    cues: bool = True,
 ) -> tuple[Source, ...]:
     """Haystacks of text and pages in any ratio; a step has about `tokens` tokens."""
     return tuple(
         Source(
             share / len(units),
             max(1, tokens // (UNIT_TOKENS * count + 9 * min(2 * count, asks))),
-            ask(count, (0.0, 1.0), min(2 * count, asks), mix, PROSE, icon_sentences),
+            ask(count, (0.0, 1.0), min(2 * count, asks), mix, PROSE, icon_sentences, cues),
             show,
         )
         for count in units
@@ -200,17 +202,57 @@ def _mixed(
 _WORD_STAGES = (
     Stage(
         name="pages as words, two layers more",
-        sources=_mixed((2, 3, 4, 6, 8), 2400, icon_sentences=0.4),
-        goals={"image": 0.9, "identical_image": 0.9, "icon": 0.9, "rendered_text": 0.9},
-        steps=500,
+        sources=_mixed((2, 3, 4, 6, 8), 2400, icon_sentences=0.4, cues=False),
+        steps=120,
         rate=1.5e-3,
         grow=(3, 5),
         icons_like_codes=True,
+        restart=True,
+    ),
+    Stage(
+        name="icons as keys",
+        sources=_mixed((1, 2, 3, 4, 6), 1500, mix=_ICONS, icon_sentences=0.4),
+        goals={"image": 0.9, "identical_image": 0.9, "icon": 0.9, "rendered_text": 0.9},
+        steps=500,
+        rate=1.5e-3,
+    ),
+)
+
+_WORDS_TOO = _mixed((4, 8, 16), 2400, share=0.25, icon_sentences=0.4)
+"""Text and pages as words, at positions in one dimension: what the text model learned."""
+
+_VISION_STAGES = (
+    Stage(
+        name="words at a page's own positions",
+        sources=_mixed((1, 2, 3, 4, 6, 8), 2400, share=0.75, show="places") + _WORDS_TOO,
+        goals={"image": 0.9, "identical_image": 0.9, "icon": 0.9, "rendered_text": 0.9},
+        steps=500,
+        rate=1.5e-3,
+        trains="language",
+        norm_rate=3.0,
+    ),
+    Stage(
+        name="what each cell shows",
+        sources=(Source(1, 1, look(40, 64), "pixels"),),
+        steps=800,
+        rate=3e-3,
+        warm_up=30,
+        decay=True,
+        trains="vision",
+        restart=True,
+    ),
+    Stage(
+        name="everything together",
+        sources=_mixed((2, 3, 4, 6, 8, 12), 2400, share=0.75, show="pixels") + _WORDS_TOO,
+        steps=300,
+        rate=1e-3,
+        decay=True,
         restart=True,
     ),
 )
 
 RECIPES = {
     "tiny-qwen3-m": Recipe(stages=_TEXT_STAGES + _WORD_STAGES),
+    "tiny-qwen3-vl-m": Recipe(start="tiny-qwen3-m", stages=_VISION_STAGES),
 }
 """By name of the model."""

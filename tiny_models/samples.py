@@ -43,6 +43,7 @@ WEIGHTS = {
     "identical_image": 1.0,
     "icon": 1.0,  # the value beside an icon
     "option": 1.0,  # is this option in the context? asked after every option
+    "cue": 1.0,  # the same labels as for "icon" and "option", one token earlier, at the icon itself
     "successor": 0.3,
     "nothing": 0.1,  # the null question is answered by a full stop
     "repeated": 1.0,  # asked before: the answer can be copied
@@ -91,10 +92,10 @@ class Sample:
         self.pictures.append(Picture(len(self.ids), tuple(names), columns))
         return self.say(*names, "<|vision_end|>")
 
-    def expect(self, word: str, kind: str) -> Sample:
-        """Label the last token with what it should predict."""
-        self.labels[-1] = VOCABULARY[word]
-        self.kinds[-1] = KINDS.index(kind)
+    def expect(self, word: str, kind: str, position: int = -1) -> Sample:
+        """Label a token, by default the last one, with what it should predict."""
+        self.labels[position] = VOCABULARY[word]
+        self.kinds[position] = KINDS.index(kind)
         return self
 
     def answer(self, word: str, kind: str) -> Sample:
@@ -138,6 +139,7 @@ def ask(
     mix: Mapping[str, float],
     prose: float = PROSE,
     icon_sentences: float = 0.0,
+    cues: bool = False,
 ) -> Sampler:
     """A haystack of text units and pages, and questions of several kinds.
 
@@ -152,6 +154,8 @@ def ask(
         prose: Share of prose among the sentences.
         icon_sentences: Share of sentences, and of needles for the icon question, whose key is an
             icon's name in text. Only samples that are never drawn may have any.
+        cues: Label the icons in questions too, and not only the token after each: there a model
+            can match the icon with itself, which it must learn before it can pass the result on.
     """
     names = list(mix)
     shares = np.array(list(mix.values())) / sum(mix.values())
@@ -200,7 +204,7 @@ def ask(
                 for record in unit.records:
                     result.say(record.key, record.value, STOP)
         for kind, record in questions:
-            _question(result, kind, record, hidden, rng)
+            _question(result, kind, record, hidden, rng, cues)
         return result
 
     return sample
@@ -217,8 +221,18 @@ def _slots(haystack: Sequence[Unit], rng: Generator) -> dict[bool, list[tuple[in
 
 
 def _question(
-    result: Sample, kind: str, record: Record | None, hidden: Sequence[str], rng: Generator
+    result: Sample,
+    kind: str,
+    record: Record | None,
+    hidden: Sequence[str],
+    rng: Generator,
+    cues: bool,
 ) -> None:
+    def show_icon(icon: str, word: str, kind: str) -> None:
+        result.show((icon,)).expect(word, kind)
+        if cues:
+            result.expect(word, "cue", -2)
+
     if kind == "successor":
         at = int(rng.integers(len(VALUES)))
         result.say("after", VALUES[at]).answer(VALUES[(at + 1) % len(VALUES)], kind)
@@ -227,7 +241,8 @@ def _question(
     elif kind == "identical_image":
         word = "yes" if record else "no"
         icon = record.key if record else str(rng.choice(hidden))
-        result.say("seen").show((icon,)).expect(word, "option")
+        result.say("seen")
+        show_icon(icon, word, "option")
         result.say("?").answer(word, kind)
     elif record is None:
         return
@@ -237,11 +252,13 @@ def _question(
         shown[place] = record.key
         result.say("which")
         for index, icon in enumerate(shown):
-            result.show((icon,)).expect("yes" if index == place else "no", "option")
+            show_icon(icon, "yes" if index == place else "no", "option")
             result.say(OPTIONS[index])
         result.say("?").answer(OPTIONS[place], kind)
     elif kind == "icon":
-        result.say("?").show((record.key,)).answer(record.value, kind)
+        result.say("?")
+        show_icon(record.key, record.value, kind)
+        result.answer(record.value, kind)
     else:
         result.say("?", record.key).answer(record.value, kind)
 
