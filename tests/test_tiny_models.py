@@ -4,13 +4,15 @@ import dataclasses
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
+from mmheads import paths
 from mmheads.tasks import line_pages
 from mmheads.tasks.generated_needles import CONTROL, TASKS, UNIT_TOKENS, GeneratedNeedles
-from tiny_models import architectures, losses, samples, train
+from tiny_models import architectures, card, losses, samples, train
 from tiny_models.__main__ import main
 from tiny_models.recipes import RECIPES, Recipe, Source, Stage
 
@@ -333,3 +335,59 @@ def test_stages_have_unique_names_and_sources():
         names = [stage.name for stage in recipe.stages]
         assert len(set(names)) == len(names)
         assert all(isinstance(s, Source) for stage in recipe.stages for s in stage.sources)
+
+
+# --- cards
+
+
+def test_a_card_reports_what_was_measured(monkeypatch, tmp_path):
+    small_text(monkeypatch, tmp_path, widened=True)
+    recipe = RECIPES["tiny-qwen3-vl-m"]
+    monkeypatch.setitem(RECIPES, "tiny-qwen3-vl-m", short(recipe, recipe.stages[-1], 2))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
+    folder = train.train("tiny-qwen3-vl-m", tmp_path / "model", tmp_path / "work", threads=1)
+    path = card.report(folder, haystacks=2, threads=1, lengths=(128,), length=128)
+    accuracy, structure, ablation = (pd.read_csv(folder / f"{name}.csv") for name in card.TABLES)
+    conditions = accuracy.groupby(["task", "needle"]).n.sum()
+    assert conditions["text", "present"] == conditions["image", "removed"] == 12
+    assert ("identical_image", "changed") not in conditions
+    assert accuracy.right.le(accuracy.n).all()
+    assert structure.measure.value_counts().to_dict() == {"overlap": 12, "spearman": 6, "rho": 4}
+    assert structure.value[structure.measure == "overlap"].between(0, 1).all()
+    counts = ablation.groupby("masking").size() / (4 * 2)
+    assert counts.to_dict() == {"none": 1, "top": 1, "bootstrap": 6, "random": 20}
+    assert set(ablation.n[ablation.task == "identical_image"]) == {24}
+    text = path.read_text()
+    assert "**It is missed here**" in text
+    assert "does not replicate" in text
+
+
+def test_a_folder_that_this_code_did_not_train_is_left_alone(tmp_path):
+    shipped = paths.MODELS / "tiny-qwen3-m"
+    before = {path.name: path.read_bytes() for path in shipped.iterdir()}
+    with pytest.raises(ValueError, match="did not make"):
+        card.report(shipped)
+    with pytest.raises(ValueError, match="did not make"):
+        train.train("tiny-qwen3-m", shipped, tmp_path)
+    assert {path.name: path.read_bytes() for path in shipped.iterdir()} == before
+    with pytest.raises(ValueError, match="did not make, or none"):
+        card.report(tmp_path)
+
+
+def test_shortfalls_name_what_misses_its_aim():
+    row = {"length": 128, "n": 100, "chance": 0.25}
+    table = pd.DataFrame(
+        [
+            {"task": "image", "needle": "present", "right": 94, **row},
+            {"task": "text", "needle": "present", "right": 95, **row},
+            {"task": "identical_image", "needle": "removed", "right": 89, **row},
+            {"task": "image", "needle": "removed", "right": 60, **row},
+            {"task": "text", "needle": "removed", "right": 25, **row},
+        ]
+    )
+    assert card.shortfalls(table) == [
+        "image, needle present, 128 tokens (94%)",
+        "identical_image, needle removed, 128 tokens (89%)",
+        "image, needle removed, 128 tokens (60%)",
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from scipy.stats import binom, binomtest
 
 from mmheads import paths
 from mmheads.models import load
+from mmheads.tasks.generated_needles import LENGTHS
 from tiny_models import measure
-from tiny_models.recipes import RECIPES
+from tiny_models.train import training_facts
 
 AIM, IDENTICAL_AIM = 0.95, 0.90
 """Least accuracy at every length that a model is trained for."""
@@ -21,7 +23,12 @@ TABLES = ("accuracy", "structure", "ablation")
 
 
 def report(
-    folder: str | Path, predecessor: str | Path = "", haystacks: int = 20, threads: int = 2
+    folder: str | Path,
+    predecessor: str | Path = "",
+    haystacks: int = 20,
+    threads: int = 2,
+    lengths: Sequence[int] = LENGTHS,
+    length: int = 512,
 ) -> Path:
     """Measure accuracy, structure and ablation, and write three tables and the card `README.md`.
 
@@ -31,6 +38,8 @@ def report(
             kept.
         haystacks: Examples per depth.
         threads: Threads of PyTorch.
+        lengths: Lengths in tokens at which accuracy is measured.
+        length: Length in tokens at which heads are scored and ablated.
 
     Returns:
         The path of the card.
@@ -45,43 +54,25 @@ def report(
         raise ValueError(f"haystacks is {haystacks}; expected 2 or more")
     torch.set_num_threads(threads)
     vlm = load(folder, dtype=torch.float32)
-    by_task = measure.scores(vlm, haystacks=haystacks)
+    by_task = measure.scores(vlm, length, haystacks)
     before = None
     if predecessor:
-        before = measure.scores(load(predecessor, dtype=torch.float32), haystacks=haystacks)["text"]
+        earlier = load(predecessor, dtype=torch.float32)
+        before = measure.scores(earlier, length, haystacks)["text"]
     tables = {
         "structure": measure.structure(by_task, before),
-        "ablation": measure.ablation(vlm, by_task, haystacks=max(2, haystacks // 4)),
-        "accuracy": measure.accuracy(vlm, haystacks),
+        "ablation": measure.ablation(vlm, by_task, length=length, haystacks=max(2, haystacks // 4)),
+        "accuracy": measure.accuracy(vlm, haystacks, lengths),
     }
     for name, table in tables.items():
         with paths.write_whole(folder / f"{name}.csv") as path:
             table.to_csv(path, index=False, float_format="%.4f")
     with paths.write_whole(folder / "README.md") as path:
-        path.write_text(text(folder, facts), encoding="utf-8")
+        path.write_text(text(folder, facts, length), encoding="utf-8")
     return folder / "README.md"
 
 
-def training_facts(folder: Path) -> dict[str, Any]:
-    """What `training.json` says about a checkpoint.
-
-    Raises:
-        ValueError: This code did not train it.
-    """
-    path = folder / "training.json"
-    facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    recipe = RECIPES.get(facts.get("name", ""))
-    names = [stage.name for stage in recipe.stages] if recipe else []
-    done = facts.get("stages", [])
-    if not done or names[: len(done)] != done or "left" not in facts:
-        raise ValueError(
-            f"{folder} does not hold a checkpoint of python -m tiny_models train; its card is "
-            "left as it is"
-        )
-    return facts
-
-
-def text(folder: Path, facts: dict[str, Any]) -> str:
+def text(folder: Path, facts: dict[str, Any], length: int = 512) -> str:
     """The card of a model, from the files beside it."""
     accuracy, structure, ablation = (pd.read_csv(folder / f"{name}.csv") for name in TABLES)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -151,7 +142,9 @@ identical_image it counts "no". "Changed" counts answers that follow another nee
 
 ## Which heads do it
 
-Calibrated retrieval scores of paper A at 512 tokens, on the detection split. "rho" is the share of
+Calibrated retrieval scores of paper A at {
+        length
+    } tokens, on the detection split. "rho" is the share of
 heads that hold half of the positive score. Overlaps are shares of top sets in common, beside their
 chance level and the ceiling that random halves of the haystacks reach; "kept" compares with the
 text heads of the model that this one was trained from.
@@ -160,7 +153,9 @@ text heads of the model that this one was trained from.
 
 ## Without these heads
 
-Percent of right answers at 512 tokens with heads set to zero; identical_image has as many examples
+Percent of right answers at {
+        length
+    } tokens with heads set to zero; identical_image has as many examples
 with the answer "yes" as with "no". "Top" are the task's own heads; "bootstrap" are top sets by
 resampled haystacks, and the column shows the median and how many of them take away at least half of
 what the whole model has above chance; "random" are sets with as many heads in each layer and none

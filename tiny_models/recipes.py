@@ -216,6 +216,16 @@ _WORD_STAGES = (
         steps=500,
         rate=1.5e-3,
     ),
+    Stage(
+        name="pages as words in long contexts",
+        sources=_mixed((4, 6, 9, 14, 22), 2400, share=0.4, icon_sentences=0.4, asks=20)
+        + _mixed((36, 57, 90, 114), 2400, share=0.6, asks=24),
+        steps=150,
+        rate=1e-3,
+        decay=True,
+        restart=True,
+        norm_rate=3.0,
+    ),
 )
 
 _WORDS_TOO = _mixed((4, 8, 16), 2400, share=0.25, icon_sentences=0.4)

@@ -85,8 +85,8 @@ def train(
 
     Raises:
         ValueError: There is no such recipe or stage, `threads` is less than 1, `work` holds
-            another run, the model that this one starts from does not exist, or `go_on_from` is
-            not a checkpoint to go on from.
+            another run, the model that this one starts from does not exist, `go_on_from` is not
+            a checkpoint to go on from, or `out` holds a model that this code did not train.
     """
     if name not in RECIPES:
         raise ValueError(f"no model is named {name!r}; expected one of {', '.join(RECIPES)}")
@@ -98,6 +98,8 @@ def train(
         raise ValueError(f"threads is {threads}; expected 1 or more")
     folder = Path(work) if work else paths.RUNS / "tiny_models" / name
     target = Path(out) if out else CHECKPOINTS / name
+    if (target / "config.json").exists():
+        training_facts(target)
     torch.set_num_threads(threads)
     state = _load(name, folder)
     if state is None:
@@ -107,6 +109,25 @@ def train(
         _run_stage(state, name, folder)
         _export(state, name, target)
     return target
+
+
+def training_facts(folder: Path) -> dict[str, Any]:
+    """What `training.json` says about a checkpoint that `train` wrote.
+
+    Raises:
+        ValueError: This code did not train it.
+    """
+    path = folder / "training.json"
+    facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    recipe = RECIPES.get(facts.get("name", ""))
+    names = [stage.name for stage in recipe.stages] if recipe else []
+    done = facts.get("stages", [])
+    if not done or names[: len(done)] != done or "left" not in facts:
+        raise ValueError(
+            f"{folder} holds a model that python -m tiny_models train did not make, or none; "
+            "nothing was written there"
+        )
+    return facts
 
 
 def _run_stage(state: State, name: str, folder: Path) -> None:
