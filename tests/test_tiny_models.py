@@ -1,6 +1,7 @@
 """The tiny models: their samples, every stage of their recipes, resume, and their checkpoints."""
 
 import dataclasses
+import functools
 import json
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from mmheads import paths
 from mmheads.tasks import line_pages
 from mmheads.tasks.generated_needles import CONTROL, TASKS, UNIT_TOKENS, GeneratedNeedles
-from tiny_models import architectures, card, losses, samples, train
+from tiny_models import architectures, card, losses, measure, samples, train
 from tiny_models.__main__ import main
 from tiny_models.recipes import RECIPES, Recipe, Source, Stage
 
@@ -346,6 +347,8 @@ def test_a_card_reports_what_was_measured(monkeypatch, tmp_path):
     monkeypatch.setitem(RECIPES, "tiny-qwen3-vl-m", short(recipe, recipe.stages[-1], 2))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
+    few = functools.partial(measure.ablation, random_sets=3, selections=2)
+    monkeypatch.setattr(measure, "ablation", few)
     folder = train.train("tiny-qwen3-vl-m", tmp_path / "model", tmp_path / "work", threads=1)
     path = card.report(folder, haystacks=2, threads=1, lengths=(128,), length=128)
     accuracy, structure, ablation = (pd.read_csv(folder / f"{name}.csv") for name in card.TABLES)
@@ -356,7 +359,7 @@ def test_a_card_reports_what_was_measured(monkeypatch, tmp_path):
     assert structure.measure.value_counts().to_dict() == {"overlap": 12, "spearman": 6, "rho": 4}
     assert structure.value[structure.measure == "overlap"].between(0, 1).all()
     counts = ablation.groupby("masking").size() / (4 * 2)
-    assert counts.to_dict() == {"none": 1, "top": 1, "bootstrap": 6, "random": 20}
+    assert counts.to_dict() == {"none": 1, "top": 1, "bootstrap": 2, "random": 3}
     assert set(ablation.n[ablation.task == "identical_image"]) == {24}
     text = path.read_text()
     assert "**It is missed here**" in text

@@ -163,8 +163,9 @@ def _begin(state: State, stage: Stage, seed: int) -> None:
     if changes and not isinstance(state.model, Qwen3ForCausalLM):
         raise TypeError(f"only text models are changed, not {type(state.model).__name__}")
     if stage.restart:
-        rounded: Any = state.model
-        rounded.half().float()
+        with torch.no_grad():
+            for weight in state.model.parameters():
+                weight.copy_(weight.half())  # only weights: buffers such as frequencies stay exact
     torch.manual_seed(seed + 1)
     model: Any = state.model
     if stage.grow:
