@@ -174,7 +174,7 @@ _MIX = {
     "nothing": 0.05,
 }
 _ICONS = {**_MIX, "text": 0.5, "rendered_text": 0.7}
-_ANSWERED = {"text": 0.9, "rendered_text": 0.9, "image": 0.9, "identical_image": 0.9}
+_ANSWERED = {"image": 0.9, "identical_image": 0.9, "icon": 0.9, "rendered_text": 0.9}
 
 
 def _mixed(
@@ -213,14 +213,15 @@ _WORD_STAGES = (
     Stage(
         name="icons as keys",
         sources=_mixed((1, 2, 3, 4, 6), 1500, mix=_ICONS, icon_sentences=0.4),
-        steps=280,
+        goals=_ANSWERED,
+        steps=500,
         rate=1.5e-3,
     ),
     Stage(
         name="pages as words in long contexts",
         sources=_mixed((4, 6, 9, 14, 22), 2400, share=0.4, icon_sentences=0.4, asks=20)
         + _mixed((36, 57, 90, 114), 2400, share=0.6, asks=24),
-        steps=150,
+        steps=130,
         rate=1e-3,
         decay=True,
         restart=True,
@@ -235,7 +236,7 @@ _VISION_STAGES = (
     Stage(
         name="words at a page's own positions",
         sources=_mixed((1, 2, 3, 4, 6, 8), 2400, share=0.75, show="places") + _WORDS_TOO,
-        goals={"image": 0.9, "identical_image": 0.9, "icon": 0.9, "rendered_text": 0.9},
+        goals=_ANSWERED,
         steps=500,
         rate=1.5e-3,
         trains="language",
