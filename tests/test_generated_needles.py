@@ -140,7 +140,7 @@ def test_tokens_are_those_of_the_evidence(task):
     covered = [flat[token] for first, last in example.tokens for token in range(first, last)]
     assert covered == evidence(example)
     length = 1 + generated_needles.count_tokens((*example.context, *example.question))
-    assert 256 <= length < 256 + generated_needles.UNIT_TOKENS
+    assert 256 <= length < 256 + line_pages.UNIT_TOKENS
 
 
 def test_image_question_has_four_options_of_which_one_is_in_the_context():
@@ -352,7 +352,7 @@ def test_image_ratio_out_of_range_is_refused():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_shortest_length_holds_the_needle(task):
-    least = 1 + generated_needles.UNIT_TOKENS
+    least = 1 + line_pages.UNIT_TOKENS
     least += generated_needles.count_tokens(NEEDLES.make(task, 128, 0).question)
     assert evidence(NEEDLES.make(task, least, 1.0))
     with pytest.raises(ValueError, match=f"at least {least} tokens"):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mmheads import paths
 from mmheads.tasks import line_pages
-from mmheads.tasks.generated_needles import CONTROL, TASKS, UNIT_TOKENS, GeneratedNeedles
+from mmheads.tasks.generated_needles import CONTROL, TASKS, GeneratedNeedles
 from tiny_models import architectures, card, losses, measure, samples, train
 from tiny_models.__main__ import main
 from tiny_models.recipes import RECIPES, Recipe, Source, Stage
@@ -119,7 +119,7 @@ def test_the_stock_processor_counts_tokens_as_the_task_does(task):
     text = processor.apply_chat_template(example.messages(), tokenize=False)
     given = {"images": [example.images()]} if example.images() else {}
     ids = processor(text=[text], return_tensors="pt", **given)["input_ids"][0].tolist()
-    assert 128 <= len(ids) < 128 + UNIT_TOKENS
+    assert 128 <= len(ids) < 128 + line_pages.UNIT_TOKENS
     covered = [ids[token] for first, last in example.tokens for token in range(first, last)]
     image = architectures.VOCABULARY["<|image_pad|>"]
     if task == "text":

@@ -24,8 +24,18 @@ from transformers import (
 
 from mmheads import paths
 from mmheads.models import without_video
-from mmheads.tasks.generated_needles import NOUNS, OPTIONS, VERBS
-from mmheads.tasks.line_pages import BLANK, CELL, CODES, ICONS, PAGE, STOP, VALUES
+from mmheads.tasks.generated_needles import OPTIONS
+from mmheads.tasks.line_pages import (
+    BLANK,
+    CELL,
+    CODES,
+    ICONS,
+    NOUNS,
+    PAGE,
+    STOP,
+    VALUES,
+    VERBS,
+)
 
 TinyModel = Qwen3ForCausalLM | Qwen3VLForConditionalGeneration
 MODEL_CLASSES: dict[str, Any] = {
@@ -173,7 +183,7 @@ def icons_like_codes(model: Qwen3ForCausalLM, seed: int = 0) -> None:
     They get the mean and the covariance of the codes' embeddings, so that the heads that match
     one code with another occurrence of it match an icon with another occurrence of it as well.
     """
-    embeddings = model.get_input_embeddings().weight.data
+    embeddings = model.model.embed_tokens.weight.data
     codes = embeddings[[VOCABULARY[code] for code in CODES]]
     mean = codes.mean(0)
     mixtures = torch.randn(len(ICONS), len(CODES), generator=torch.Generator().manual_seed(seed))

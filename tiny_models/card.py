@@ -215,7 +215,9 @@ def _structure_table(structure: pd.DataFrame) -> pd.DataFrame:
 def _ablation_table(ablation: pd.DataFrame, accuracy: pd.DataFrame) -> pd.DataFrame:
     chances = accuracy.groupby("task").chance.first()
     rows = []
-    for (task, fraction), group in ablation.groupby(["task", "fraction"], sort=False):
+    conditions = ablation[["task", "fraction"]].drop_duplicates()
+    for task, fraction in conditions.itertuples(index=False):
+        group = ablation[(ablation.task == task) & (ablation.fraction == fraction)]
         share = (group.right / group.n).groupby(group.masking)
         whole = share.get_group("none").iloc[0]
         half = chances[task] + (whole - chances[task]) / 2

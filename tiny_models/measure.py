@@ -163,11 +163,11 @@ def structure(
             | {"ceiling": min(halves[a][fraction], halves[b][fraction])}
             for fraction in FRACTIONS
         ]
-    for task, given in by_task.items() if predecessor is not None else ():
+    if predecessor is not None:
         rows += [
             _overlap("kept", task, "predecessor", given, predecessor, fraction)
             | {"ceiling": halves[task][fraction]}
-            for fraction in FRACTIONS
+            for (task, given), fraction in product(by_task.items(), FRACTIONS)
         ]
     columns = ["measure", "a", "b", "fraction", "value", "chance", "ceiling"]
     return pd.DataFrame(rows, columns=columns)
@@ -237,7 +237,7 @@ def ablation(
             source.generate([task], [length], DEPTHS, haystacks, split="heldout", both_answers=True)
         )
         top = given.top(fraction)
-        maskings = {
+        maskings: dict[str, HeadSet | list[HeadSet]] = {
             "top": top,
             "bootstrap": _bootstrap_tops(given, fraction, selections, seed),
             "random": random_controls(

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mmheads.tasks.generated_needles import PROSE, UNIT_TOKENS
+from mmheads.tasks.line_pages import PROSE, UNIT_TOKENS
 from tiny_models.samples import Sampler, Show, ask, look, recall
 
 

@@ -16,18 +16,21 @@ from typing import Literal
 import numpy as np
 import torch
 
-from mmheads.tasks.generated_needles import OPTIONS, PROSE, Unit, fill
+from mmheads.tasks.generated_needles import OPTIONS
 from mmheads.tasks.line_pages import (
     CELL,
     CODES,
     COLUMNS,
     ICONS,
+    PROSE,
     STOP,
     VALUES,
     Pixels,
     Record,
+    Unit,
     cells,
     draw,
+    fill,
 )
 from tiny_models.architectures import MERGE, PATCH, VOCABULARY
 

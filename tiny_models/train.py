@@ -186,7 +186,7 @@ def _step(state: State, stage: Stage, samples: Batch) -> tuple[float, int]:
     rest["lr"] = _rate(stage, state.step)
     norms["lr"] = rest["lr"] * stage.norm_rate
     loss, right = loss_and_accuracy(state.model, samples, align=stage.trains == "vision")
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     trained = [p for group in state.optimizer.param_groups for p in group["params"]]
     torch.nn.utils.clip_grad_norm_(trained, 1.0)
     state.optimizer.step()

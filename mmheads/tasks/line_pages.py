@@ -1,18 +1,24 @@
-"""Small pages that read like text: four lines, each a key, a value, a full stop and a blank.
+"""Pages that read like text, and haystacks of them and of text.
 
-A page has 64 x 64 px in cells of 16 px. A cell is one visual token of the tiny models, so that a
-line of a page has the same tokens as a sentence such as "B7 K .", followed by a blank. The key is a
-code such as B7 or a coloured icon; the value is a letter.
+A page has 64 x 64 px in cells of 16 px and four lines: a key, a value, a full stop and a blank. A
+cell is one visual token of the tiny models, so that a line has the same tokens as a sentence such
+as "B7 K .", and a blank. The key is a code such as B7 or a coloured icon; the value is a letter.
 """
+
+from __future__ import annotations
+
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
+
+from mmheads.examples import Part, Region
 
 Pixels = npt.NDArray[np.uint8]
 Box = tuple[int, int, int, int]
@@ -35,6 +41,19 @@ COLORS = {
 }
 SHAPES = ("disc", "square", "triangle", "diamond", "cross", "ring", "wedge", "frame")
 ICONS = tuple(f"{color}-{shape}" for color, shape in product(COLORS, SHAPES))
+NOUNS = (
+    *("rain", "wind", "snow", "smoke", "light", "water", "music", "bread"),
+    *("birds", "boats", "bells", "trees", "children", "horses", "rivers", "stars"),
+)
+VERBS = (
+    *("falls", "comes", "stays", "ends", "changes", "returns", "waits", "turns"),
+    *("moves", "rests", "rises", "passes", "begins", "grows", "fades", "shines"),
+)
+PROSE = 0.75
+"""Share of prose among the sentences of a haystack."""
+SENTENCES = 6
+UNIT_TOKENS = 3 * SENTENCES
+"""Tokens of a text unit, and of a page with its two wrappers, in the tiny models."""
 STOP, BLANK = ".", "blank"
 """Names of the cells that end a line."""
 
@@ -96,6 +115,71 @@ def line_box(line: int) -> Box:
     return (0, line * CELL, PAGE, (line + 1) * CELL)
 
 
+@dataclass(frozen=True)
+class Unit:
+    """A part of a haystack: six sentences of text, or a page of four lines."""
+
+    is_page: bool
+    records: tuple[Record, ...]
+
+    def part(self, rng: np.random.Generator) -> Part:
+        """The unit as a part of an example; `rng` shifts the sprites of a page."""
+        if self.is_page:
+            return Image.fromarray(page(self.records, rng))
+        return " ".join(sentence(record) for record in self.records)
+
+    def replace(self, index: int, record: Record) -> Unit:
+        """The unit with another record at `index`."""
+        return Unit(self.is_page, (*self.records[:index], record, *self.records[index + 1 :]))
+
+    def region(self, part: int, index: int) -> Region:
+        """Where record `index` is, if the unit is part `part` of a context."""
+        if self.is_page:
+            return Region(part=part, box=line_box(index))
+        first = sum(len(sentence(record)) + 1 for record in self.records[:index])
+        return Region(part=part, chars=(first, first + len(sentence(self.records[index]))))
+
+
+def sentence(record: Record) -> str:
+    """A record as text."""
+    return f"{record.key} {record.value} ."
+
+
+def fill(
+    pages: Sequence[bool] | np.ndarray,
+    codes: Sequence[str],
+    icons: Sequence[str],
+    rng: np.random.Generator,
+    prose: float = PROSE,
+    icon_sentences: float = 0.0,
+) -> list[Unit]:
+    """Fill a haystack of pages (True) and text units with records of these keys, and with prose.
+
+    Args:
+        pages: Whether each unit is a page.
+        codes: Codes that may be keys; on pages half of the keys are codes.
+        icons: Icons that may be keys.
+        rng: Source of randomness.
+        prose: Share of prose among the sentences of text.
+        icon_sentences: Share of sentences whose key is an icon's name, before prose is put in.
+    """
+    units = []
+    for is_page in pages:
+        count = LINES if is_page else SENTENCES
+        on_code = np.ones(count, bool)
+        if is_page or icon_sentences:
+            on_code = rng.random(count) >= (0.5 if is_page else icon_sentences)
+        keys = np.where(on_code, rng.choice(codes, count), rng.choice(icons, count))
+        values = rng.choice(VALUES, count)
+        if prose and not is_page:
+            is_prose = rng.random(count) < prose
+            keys = np.where(is_prose, rng.choice(NOUNS, count), keys)
+            values = np.where(is_prose, rng.choice(VERBS, count), values)
+        records = (Record(str(k), str(v)) for k, v in zip(keys, values, strict=True))
+        units.append(Unit(bool(is_page), tuple(records)))
+    return units
+
+
 @cache
 def sprite(name: str) -> Pixels:
     """Draw an icon, a code, a value or the full stop, as pixels of shape [14, 14, 3]."""
@@ -112,8 +196,9 @@ def _icon(color: str, shape: str) -> Pixels:
     image = Image.new("RGB", (_LARGE, _LARGE), "white")
     pen = ImageDraw.Draw(image)
     a, b, middle = 5, _LARGE - 6, _LARGE // 2
-    low, high, width = 38, 73, 7
-    fill, line = COLORS[color], {"outline": _OUTLINE, "width": width}
+    low, high, width = 38, 73, 7  # edges of bars and holes, and width of the outline
+    fill = COLORS[color]
+    line: dict[str, Any] = {"outline": _OUTLINE, "width": width}
     match shape:
         case "disc":
             pen.ellipse((a, a, b, b), fill=fill, **line)
