@@ -7,7 +7,6 @@ as "B7 K .", and a blank. The key is a code such as B7 or a coloured icon; the v
 
 from __future__ import annotations
 
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
