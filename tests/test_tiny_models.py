@@ -13,6 +13,7 @@ from PIL import Image
 from mmheads import paths
 from mmheads.tasks import line_pages
 from mmheads.tasks.generated_needles import CONTROL, TASKS, GeneratedNeedles
+from mmheads.zoo import recipes as zoo_recipes
 from tiny_models import architectures, card, losses, measure, samples, train
 from tiny_models.__main__ import main
 from tiny_models.recipes import RECIPES, Recipe, Source, Stage
@@ -126,6 +127,22 @@ def test_the_stock_processor_counts_tokens_as_the_task_does(task):
         assert processor.tokenizer.convert_ids_to_tokens(covered)[1] == example.answer
     elif task != CONTROL:
         assert covered == [image] * 4
+
+
+def test_first_stages_are_those_that_the_first_models_were_trained_by():
+    """So a text model of the first edition is a checkpoint of this recipe to go on from."""
+    earlier, now = zoo_recipes.RECIPES["tiny-qwen3-m"], RECIPES["tiny-qwen3-m"]
+    assert (earlier.layers, earlier.seed, earlier.start) == (now.layers, now.seed, now.start)
+    for a, b in zip(earlier.stages, now.stages[: len(earlier.stages)], strict=True):
+        settings = dataclasses.asdict(dataclasses.replace(a, sources=()))
+        settings_now = dataclasses.asdict(dataclasses.replace(b, sources=()))
+        assert settings.items() <= settings_now.items()
+        assert (b.trains, b.icons_like_codes) == ("all", False)
+        for one, two in zip(a.sources, b.sources, strict=True):
+            assert (one.share, one.batch, two.show) == (two.share, two.batch, "words")
+            first, second = (s.sampler(np.random.default_rng(5)) for s in (one, two))
+            assert (first.ids, first.labels) == (second.ids, second.labels)
+    assert now.stages[len(earlier.stages)].restart
 
 
 # --- parts of the architectures

@@ -174,6 +174,8 @@ _MIX = {
     "nothing": 0.05,
 }
 _ICONS = {**_MIX, "text": 0.5, "rendered_text": 0.7}
+_TEXT_TOO = {**_MIX, "text": 2.0}
+"""Short contexts make a model forget long ones, above all in text."""
 _ANSWERED = {"image": 0.9, "identical_image": 0.9, "icon": 0.9, "rendered_text": 0.9}
 
 
@@ -218,26 +220,44 @@ _WORD_STAGES = (
         rate=1.5e-3,
     ),
     Stage(
-        name="pages as words in long contexts",
-        sources=_mixed((4, 6, 9, 14, 22), 2400, share=0.4, icon_sentences=0.4, asks=20)
-        + _mixed((36, 57, 90, 114), 2400, share=0.6, asks=24),
-        steps=130,
-        rate=1e-3,
+        name="contexts of up to 500 tokens",
+        sources=_mixed((4, 6, 9, 14, 20, 28), 1800, mix=_TEXT_TOO, asks=20),
+        steps=60,
+        rate=1.2e-3,
+        restart=True,
+        norm_rate=3.0,
+    ),
+    Stage(
+        name="contexts of any length",
+        sources=_mixed((4, 6, 9, 14, 22), 2400, mix=_TEXT_TOO, share=0.4, asks=20)
+        + _mixed((36, 57, 90, 114), 2400, mix=_TEXT_TOO, share=0.6, asks=24),
+        steps=250,
+        rate=1.2e-3,
         decay=True,
         restart=True,
         norm_rate=3.0,
     ),
 )
 
-_WORDS_TOO = _mixed((4, 8, 16), 2400, share=0.25, icon_sentences=0.4)
+_BESIDE = {
+    **_MIX,
+    "text": 0.5,
+    "rendered_text": 2.0,
+    "image": 0.5,
+    "identical_image": 0.5,
+    "icon": 2.0,
+}
+"""At a page's positions, what is beside a key must be learned again; whether it is there, hardly."""
+_WORDS_TOO = _mixed((4, 8, 16, 40), 1800, share=0.25, icon_sentences=0.4)
 """Text and pages as words, at positions in one dimension: what the text model learned."""
 
 _VISION_STAGES = (
     Stage(
         name="words at a page's own positions",
-        sources=_mixed((1, 2, 3, 4, 6, 8), 2400, share=0.75, show="places") + _WORDS_TOO,
+        sources=_mixed((1, 2, 3, 4, 6, 8), 1500, mix=_BESIDE, share=0.75, show="places")
+        + _WORDS_TOO,
         goals=_ANSWERED,
-        steps=500,
+        steps=600,
         rate=1.5e-3,
         trains="language",
         norm_rate=3.0,
@@ -254,11 +274,22 @@ _VISION_STAGES = (
     ),
     Stage(
         name="everything together",
-        sources=_mixed((2, 3, 4, 6, 8, 12), 2400, share=0.75, show="pixels") + _WORDS_TOO,
+        sources=_mixed((2, 3, 4, 6, 8, 12), 1800, share=0.75, show="pixels") + _WORDS_TOO,
+        goals=_ANSWERED,
+        steps=300,
+        rate=1e-3,
+        restart=True,
+    ),
+    Stage(
+        name="everything in contexts of any length",
+        sources=_mixed((4, 6, 9, 14, 22), 2400, share=0.3, show="pixels", asks=20)
+        + _mixed((36, 57, 90, 114), 2400, share=0.5, show="pixels", asks=24)
+        + _mixed((9, 36, 114), 2400, mix=_TEXT_TOO, share=0.2, asks=24),
         steps=300,
         rate=1e-3,
         decay=True,
         restart=True,
+        norm_rate=3.0,
     ),
 )
 

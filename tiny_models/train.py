@@ -32,6 +32,8 @@ MEMORY = 0.93
 LEAST_STEPS = 40
 LOG_EVERY = 25
 SAVE_EVERY = 40
+SAVE_SECONDS = 300
+"""A run is saved every so many steps, and when so many seconds have passed."""
 
 
 @dataclass
@@ -138,6 +140,7 @@ def _run_stage(state: State, name: str, folder: Path) -> None:
     shares = np.array([source.share for source in stage.sources])
     shares = shares / shares.sum()
     before, begin = state.seconds, time.monotonic()
+    saved = begin
     with tqdm(total=stage.steps, initial=state.step, desc=stage.name, leave=False) as progress:
         while state.step < stage.steps and not _reached(stage, state):
             rng = np.random.default_rng((recipe.seed, state.stage, state.step))
@@ -148,8 +151,9 @@ def _run_stage(state: State, name: str, folder: Path) -> None:
             progress.update()
             if state.step % LOG_EVERY == 0 or state.step == stage.steps or _reached(stage, state):
                 _log(state, stage, folder, loss, tokens)
-            if state.step % SAVE_EVERY == 0:
+            if state.step % SAVE_EVERY == 0 or time.monotonic() - saved > SAVE_SECONDS:
                 _save(state, name, folder)
+                saved = time.monotonic()
     for kind, goal in stage.goals.items():
         if (mean := state.means.get(kind, 0.0)) < goal:
             state.missed.append(f"{stage.name}: {kind} {mean:.2f} of {goal}")
