@@ -247,7 +247,7 @@ _BESIDE = {
     "identical_image": 0.5,
     "icon": 2.0,
 }
-"""At a page's positions, what is beside a key must be learned again; whether it is there, hardly."""
+"""At a page's positions, what is beside a key must be learned again."""
 _WORDS_TOO = _mixed((4, 8, 16, 40), 1800, share=0.25, icon_sentences=0.4)
 """Text and pages as words, at positions in one dimension: what the text model learned."""
 
