@@ -1,0 +1,413 @@
+"""The tiny models: their samples, every stage of their recipes, resume, and their checkpoints."""
+
+import dataclasses
+import functools
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from mmheads import paths
+from mmheads.tasks import line_pages
+from mmheads.tasks.generated_needles import CONTROL, TASKS, GeneratedNeedles
+from mmheads.zoo import recipes as zoo_recipes
+from tiny_models import architectures, card, losses, measure, samples, train
+from tiny_models.__main__ import main
+from tiny_models.recipes import RECIPES, Recipe, Source, Stage
+
+NAMES = {index: word for word, index in architectures.VOCABULARY.items()}
+MIX = dict.fromkeys((*TASKS, "icon", CONTROL, "nothing"), 1.0)
+STAGES = [(name, index) for name, recipe in RECIPES.items() for index in range(len(recipe.stages))]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def weights_of(model) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def some_samples(count: int = 3, units: int = 4, **settings) -> list[samples.Sample]:
+    sampler = samples.ask(units, (0.3, 0.8), 8, MIX, **settings)
+    return [sampler(np.random.default_rng((1, index))) for index in range(count)]
+
+
+def answers(sample: samples.Sample) -> list[tuple[str, list[str], str]]:
+    """Kind, words of the question, and answer of each question of a sample."""
+    spoken = [NAMES[token] for token in sample.ids]
+    asked = []
+    ends = [index for index, kind in enumerate(sample.kinds) if kind >= 0]
+    for index in ends:
+        kind = samples.KINDS[sample.kinds[index]]
+        if kind not in ("end", "option"):
+            asked.append((kind, spoken[: index + 1], NAMES[sample.labels[index]]))
+    return asked
+
+
+# --- samples
+
+
+def test_patches_are_those_of_the_stock_image_processor():
+    rng = np.random.default_rng(0)
+    page = line_pages.draw(("B7", "K", ".", "blank") * 4, 4, rng)
+    stock = architectures.image_processor()
+    for image in (page, line_pages.option("red-disc", rng)):
+        expected = stock(images=[Image.fromarray(image)], return_tensors="np")
+        np.testing.assert_allclose(samples.patches(image), expected["pixel_values"], atol=1e-6)
+
+
+def test_questions_are_answered_by_their_context():
+    kinds = set()
+    for sample in some_samples(20, icon_sentences=0.3):
+        context = [NAMES[token] for token in sample.ids]
+        context = context[
+            : min(context.index(w) for w in ("?", "which", "seen", "after") if w in context)
+        ]
+        for kind, words, right in answers(sample):
+            kinds.add(kind)
+            if kind in ("text", "rendered_text"):
+                key = words[-1]
+                assert context.count(key) == 1
+                assert context[context.index(key) + 1] == right
+                before = context[: context.index(key)]
+                on_page = before.count("<|vision_start|>") > before.count("<|vision_end|>")
+                assert on_page == (kind == "rendered_text")
+            elif kind == "icon":
+                assert context.count(words[-2]) == 1
+                assert context[context.index(words[-2]) + 1] == right
+            elif kind == "identical_image":
+                assert right == ("yes" if words[-3] in context else "no")
+            elif kind == "image":
+                options = words[-16::4]
+                shown = {words[-2 - 4 * (3 - i)]: words[-4 - 4 * (3 - i)] for i in range(4)}
+                assert len(options) == 4
+                assert [letter for letter, icon in shown.items() if icon in context] == [right]
+    assert kinds >= {*TASKS, "icon", CONTROL}
+
+
+def test_words_places_and_pixels_show_the_same_sample():
+    drawn = some_samples()
+    words, places, pixels = (
+        samples.batch(drawn, np.random.default_rng(0), show)
+        for show in ("words", "places", "pixels")
+    )
+    assert torch.equal(words.words, places.words)
+    assert torch.equal(words.labels, pixels.labels)
+    assert torch.equal(places.places, pixels.places)
+    image = architectures.VOCABULARY["<|image_pad|>"]
+    assert torch.equal(places.places == image, places.types == 1)
+    assert torch.equal(places.places[places.types == 0], words.words[places.types == 0])
+    assert len(pixels.pixels) == 4 * int(pixels.types.sum())
+    assert int(pixels.grids.prod(-1).sum()) == len(pixels.pixels)
+
+
+@pytest.mark.parametrize("task", [*TASKS, CONTROL])
+def test_the_stock_processor_counts_tokens_as_the_task_does(task):
+    example = GeneratedNeedles().make(task, 128, 0.6, haystack=4)
+    processor = architectures.processor()
+    text = processor.apply_chat_template(example.messages(), tokenize=False)
+    given = {"images": [example.images()]} if example.images() else {}
+    ids = processor(text=[text], return_tensors="pt", **given)["input_ids"][0].tolist()
+    assert 128 <= len(ids) < 128 + line_pages.UNIT_TOKENS
+    covered = [ids[token] for first, last in example.tokens for token in range(first, last)]
+    image = architectures.VOCABULARY["<|image_pad|>"]
+    if task == "text":
+        assert processor.tokenizer.convert_ids_to_tokens(covered)[1] == example.answer
+    elif task != CONTROL:
+        assert covered == [image] * 4
+
+
+def test_first_stages_are_those_that_the_first_models_were_trained_by():
+    """So a text model of the first edition is a checkpoint of this recipe to go on from."""
+    earlier, now = zoo_recipes.RECIPES["tiny-qwen3-m"], RECIPES["tiny-qwen3-m"]
+    assert (earlier.layers, earlier.seed, earlier.start) == (now.layers, now.seed, now.start)
+    for a, b in zip(earlier.stages, now.stages[: len(earlier.stages)], strict=True):
+        settings = dataclasses.asdict(dataclasses.replace(a, sources=()))
+        settings_now = dataclasses.asdict(dataclasses.replace(b, sources=()))
+        assert settings.items() <= settings_now.items()
+        assert (b.trains, b.icons_like_codes) == ("all", False)
+        for one, two in zip(a.sources, b.sources, strict=True):
+            assert (one.share, one.batch, two.show) == (two.share, two.batch, "words")
+            first, second = (s.sampler(np.random.default_rng(5)) for s in (one, two))
+            assert (first.ids, first.labels) == (second.ids, second.labels)
+    assert now.stages[len(earlier.stages)].restart
+
+
+# --- parts of the architectures
+
+
+def test_growing_changes_nothing_yet():
+    torch.manual_seed(0)
+    small = architectures.qwen3(2, heads=4, kv_heads=2, width=32).eval()
+    grown = architectures.grow(small, (0, 1)).eval()
+    ids = torch.arange(20)[None]
+    assert grown.config.num_hidden_layers == 4
+    torch.testing.assert_close(grown(ids).logits, small(ids).logits)
+
+
+def test_icons_like_codes_changes_only_the_embeddings_of_icons():
+    torch.manual_seed(0)
+    model = architectures.widen(architectures.qwen3(1, heads=4, kv_heads=2, width=32))
+    table = model.get_input_embeddings().weight
+    codes = [architectures.VOCABULARY[code] for code in line_pages.CODES]
+    icons = [architectures.VOCABULARY[icon] for icon in line_pages.ICONS]
+    torch.nn.init.normal_(table[codes[0] : codes[-1] + 1].data, mean=1.0, std=2.0)
+    before = weights_of(model)
+    architectures.icons_like_codes(model)
+    after = weights_of(model)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"model.embed_tokens.weight"}
+    rows = (before["model.embed_tokens.weight"] != after["model.embed_tokens.weight"]).any(-1)
+    assert rows.nonzero()[:, 0].tolist() == icons
+    assert abs(table[icons].mean() - table[codes].mean()) < 0.3
+    assert abs(table[icons].std() - table[codes].std()) < 0.5
+
+
+def test_a_vision_language_model_starts_as_its_text_model():
+    torch.manual_seed(0)
+    text = architectures.widen(architectures.qwen3(2)).eval()
+    model = architectures.adapt(text).eval()
+    batch = samples.batch(some_samples(1), np.random.default_rng(0))
+    torch.testing.assert_close(model(input_ids=batch.words).logits, text(batch.words).logits)
+
+
+def test_words_at_places_use_the_positions_of_the_drawn_page():
+    """With a vision tower that gave the words' embeddings, pixels and places would agree."""
+    torch.manual_seed(0)
+    model = architectures.adapt(architectures.widen(architectures.qwen3(2))).eval()
+    drawn = samples.batch(some_samples(2), np.random.default_rng(0), "pixels")
+    places = dataclasses.replace(drawn, pixels=None)
+    image = architectures.VOCABULARY["<|image_pad|>"]
+    embeddings = model.get_input_embeddings()(drawn.words)[drawn.places == image]
+    visual = model.model.visual
+    stock = visual.forward
+
+    def spoken(*args, **kwargs):
+        output = stock(*args, **kwargs)
+        output.pooler_output = embeddings
+        return output
+
+    visual.forward = spoken
+    with torch.no_grad():
+        torch.testing.assert_close(
+            losses.loss_and_accuracy(model, drawn)[0], losses.loss_and_accuracy(model, places)[0]
+        )
+
+
+# --- training
+
+
+def short(recipe: Recipe, stage: Stage, steps: int = 4) -> Recipe:
+    """A recipe with one stage like `stage`: few steps, one sample for each way to show pages."""
+    by_show = {source.show: dataclasses.replace(source, batch=1) for source in stage.sources[::-1]}
+    sources = tuple(by_show.values())
+    small = dataclasses.replace(stage, sources=sources, steps=steps, warm_up=2, goals={})
+    if stage.grow:
+        small = dataclasses.replace(small, grow=(0,))
+    return dataclasses.replace(recipe, layers=1, stages=(small,))
+
+
+def small_text(monkeypatch, tmp_path, widened: bool) -> None:
+    """Make models small, and give those that start from a text model one to start from."""
+    qwen3 = architectures.qwen3
+    monkeypatch.setattr(
+        architectures,
+        "qwen3",
+        lambda layers: (
+            architectures.widen(qwen3(layers, 4, 2, 32)) if widened else qwen3(layers, 4, 2, 32)
+        ),
+    )
+    monkeypatch.setattr(train, "CHECKPOINTS", tmp_path / "checkpoints")
+    architectures.widen(qwen3(1, 4, 2, 32)).save_pretrained(tmp_path / "checkpoints/tiny-qwen3-m")
+
+
+@pytest.mark.parametrize(("name", "index"), STAGES)
+def test_every_stage_runs_and_a_resumed_run_is_the_same(name, index, monkeypatch, tmp_path):
+    stage = RECIPES[name].stages[index]
+    names = [s.name for s in RECIPES[name].stages]
+    widened = any(s.widen for s in RECIPES[name].stages[:index])
+    small_text(monkeypatch, tmp_path, widened)
+    recipe = short(RECIPES[name], stage)
+    monkeypatch.setitem(RECIPES, name, recipe)
+    monkeypatch.setattr(train, "SAVE_EVERY", 2)
+    whole = train.train(name, tmp_path / "whole", tmp_path / "work-a", threads=1)
+
+    stopped = train.loss_and_accuracy
+    calls = []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return stopped(*args, **kwargs)
+
+    monkeypatch.setattr(train, "loss_and_accuracy", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(name, tmp_path / "parts", tmp_path / "work-b", threads=1)
+    monkeypatch.setattr(train, "loss_and_accuracy", stopped)
+    parts = train.train(name, tmp_path / "parts", tmp_path / "work-b", threads=1)
+    states = [torch.load(tmp_path / f"work-{x}/state.pt", weights_only=True) for x in "ab"]
+    assert_same(*(state["model"] for state in states))
+    assert states[0]["means"] == states[1]["means"]
+    assert states[0]["stage"] == 1
+    facts = json.loads((parts / "training.json").read_text())
+    assert facts["stages"] == [stage.name]
+    assert facts["steps"] == 4
+    assert stage.name in names
+    assert (whole / "model.safetensors").read_bytes() == (parts / "model.safetensors").read_bytes()
+
+
+def test_only_the_part_that_a_stage_trains_changes(monkeypatch, tmp_path):
+    small_text(monkeypatch, tmp_path, widened=True)
+    for index, moves in ((0, "language_model"), (1, "visual")):
+        recipe = RECIPES["tiny-qwen3-vl-m"]
+        with monkeypatch.context() as patch:
+            patch.setitem(RECIPES, "tiny-qwen3-vl-m", short(recipe, recipe.stages[index]))
+            state = train._start(RECIPES["tiny-qwen3-vl-m"])
+            train._begin(state, RECIPES["tiny-qwen3-vl-m"].stages[0], 0)
+            before = weights_of(state.model)
+            train._run_stage(state, "tiny-qwen3-vl-m", tmp_path / f"{index}")
+        changed = {n for n, w in state.model.state_dict().items() if not torch.equal(w, before[n])}
+        assert changed
+        assert all(moves in name or (index == 0 and "lm_head" in name) for name in changed)
+
+
+def test_alignment_moves_the_vision_tower_towards_the_words(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = architectures.adapt(architectures.widen(architectures.qwen3(1, 4, 2, 32)))
+    sampler = samples.look(4, 8)
+    rng = np.random.default_rng(0)
+    batch = samples.batch([sampler(rng)], rng, "pixels")
+    optimizer = torch.optim.AdamW(model.model.visual.parameters(), lr=3e-3)
+    measured = []
+    for _ in range(30):
+        loss, right = losses.loss_and_accuracy(model, batch, align=True)
+        measured.append((loss.item(), right["cell"]))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert measured[-1][0] < 0.7 * measured[0][0]
+    assert measured[-1][1] > measured[0][1]
+    words = samples.batch([sampler(rng)], rng, "words")
+    with pytest.raises(ValueError, match="not drawn"):
+        losses.loss_and_accuracy(model, words, align=True)
+
+
+def test_a_save_that_runs_code_is_refused(tmp_path):
+    class Harmful:
+        def __reduce__(self):
+            return (print, ("code of a stranger ran",))
+
+    torch.save({"run": Harmful()}, tmp_path / "state.pt")
+    with pytest.raises(Exception, match=r"[Ww]eights.only|Unsupported"):
+        train.train("tiny-qwen3-m", tmp_path / "out", tmp_path)
+
+
+def test_a_run_of_another_model_is_refused(tmp_path, monkeypatch):
+    small_text(monkeypatch, tmp_path, widened=False)
+    recipe = RECIPES["tiny-qwen3-m"]
+    monkeypatch.setitem(RECIPES, "tiny-qwen3-m", short(recipe, recipe.stages[0], 2))
+    train.train("tiny-qwen3-m", tmp_path / "out", tmp_path / "work", threads=1)
+    monkeypatch.setitem(RECIPES, "other", RECIPES["tiny-qwen3-m"])
+    with pytest.raises(ValueError, match="name another folder with --work"):
+        train.train("other", tmp_path / "out2", tmp_path / "work", threads=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tiny-x"], "no model is named 'tiny-x'"),
+        (["tiny-qwen3-m", "--threads", "0"], "threads is 0"),
+        (["tiny-qwen3-m", "--stop-after", "now"], "no stage is named 'now'"),
+        (["tiny-qwen3-m", "--go-on-from", "nowhere"], "holds no training.json"),
+    ],
+)
+def test_bad_settings_are_reported_in_one_line(arguments, message, tmp_path, capsys):
+    assert main(["train", *arguments, "--work", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_checkpoint_that_the_next_stage_cannot_go_on_from_is_refused(tmp_path):
+    facts = {"name": "tiny-qwen3-m", "seed": 0, "stages": ["4 of 8 codes"]}
+    (tmp_path / "training.json").write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match="before a stage that restarts"):
+        train.train("tiny-qwen3-m", tmp_path / "out", tmp_path / "work", go_on_from=tmp_path)
+
+
+def test_stages_have_unique_names_and_sources():
+    for recipe in RECIPES.values():
+        names = [stage.name for stage in recipe.stages]
+        assert len(set(names)) == len(names)
+        assert all(isinstance(s, Source) for stage in recipe.stages for s in stage.sources)
+
+
+# --- cards
+
+
+def test_a_card_reports_what_was_measured(monkeypatch, tmp_path):
+    small_text(monkeypatch, tmp_path, widened=True)
+    recipe = RECIPES["tiny-qwen3-vl-m"]
+    monkeypatch.setitem(RECIPES, "tiny-qwen3-vl-m", short(recipe, recipe.stages[-1], 2))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
+    few = functools.partial(measure.ablation, random_sets=3, selections=2)
+    monkeypatch.setattr(measure, "ablation", few)
+    folder = train.train("tiny-qwen3-vl-m", tmp_path / "model", tmp_path / "work", threads=1)
+    path = card.report(folder, haystacks=2, threads=1, lengths=(128,), length=128)
+    accuracy, structure, ablation = (pd.read_csv(folder / f"{name}.csv") for name in card.TABLES)
+    conditions = accuracy.groupby(["task", "needle"]).n.sum()
+    assert conditions["text", "present"] == conditions["image", "removed"] == 12
+    assert ("identical_image", "changed") not in conditions
+    assert accuracy.right.le(accuracy.n).all()
+    assert structure.measure.value_counts().to_dict() == {"overlap": 12, "spearman": 6, "rho": 4}
+    assert structure.value[structure.measure == "overlap"].between(0, 1).all()
+    counts = ablation.groupby("masking").size() / (4 * 2)
+    assert counts.to_dict() == {"none": 1, "top": 1, "bootstrap": 2, "random": 3}
+    assert set(ablation.n[ablation.task == "identical_image"]) == {24}
+    text = path.read_text()
+    assert "**It is missed here**" in text
+    assert "does not replicate" in text
+
+
+def test_a_folder_that_this_code_did_not_train_is_left_alone(tmp_path):
+    shipped = paths.MODELS / "tiny-qwen3-m"
+    before = {path.name: path.read_bytes() for path in shipped.iterdir()}
+    with pytest.raises(ValueError, match="did not make"):
+        card.report(shipped)
+    with pytest.raises(ValueError, match="did not make"):
+        train.train("tiny-qwen3-m", shipped, tmp_path)
+    assert {path.name: path.read_bytes() for path in shipped.iterdir()} == before
+    with pytest.raises(ValueError, match="did not make, or none"):
+        card.report(tmp_path)
+
+
+def test_shortfalls_name_what_misses_its_aim():
+    row = {"length": 128, "n": 100, "chance": 0.25}
+    table = pd.DataFrame(
+        [
+            {"task": "image", "needle": "present", "right": 94, **row},
+            {"task": "text", "needle": "present", "right": 95, **row},
+            {"task": "identical_image", "needle": "removed", "right": 89, **row},
+            {"task": "image", "needle": "removed", "right": 60, **row},
+            {"task": "text", "needle": "removed", "right": 25, **row},
+        ]
+    )
+    assert card.shortfalls(table) == [
+        "image, needle present, 128 tokens (94%)",
+        "identical_image, needle removed, 128 tokens (89%)",
+        "image, needle removed, 128 tokens (60%)",
+    ]

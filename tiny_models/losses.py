@@ -1,0 +1,77 @@
+"""What the tiny models are trained on: their answers, or the words that their pages show."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from tiny_models.architectures import VOCABULARY, TinyModel
+from tiny_models.samples import KINDS, NO_LABEL, WEIGHTS, Batch
+
+_WEIGHTS = torch.tensor(list(WEIGHTS.values()))
+_IMAGE = VOCABULARY["<|image_pad|>"]
+
+
+def loss_and_accuracy(
+    model: TinyModel, batch: Batch, *, align: bool = False
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """The loss of a batch, and the share of right predictions by kind of label.
+
+    Args:
+        model: In training mode.
+        batch: Samples.
+        align: Compare what the vision tower gives for each cell with the word embedding of what
+            the cell shows, instead of answering questions.
+    """
+    if align:
+        return _alignment(model, batch)
+    labelled = batch.labels != NO_LABEL
+    logits = model.lm_head(_hidden(model, batch)[labelled])
+    labels, kinds = batch.labels[labelled], batch.kinds[labelled]
+    losses = functional.cross_entropy(logits, labels, reduction="none")
+    weights = _WEIGHTS[kinds]
+    right = (logits.detach().argmax(-1) == labels).float()
+    shares = {KINDS[k]: right[kinds == k].mean().item() for k in kinds.unique().tolist()}
+    return (losses * weights).sum() / weights.sum(), shares
+
+
+def _hidden(model: Any, batch: Batch) -> torch.Tensor:
+    """Last hidden states, with pages shown as the batch shows them."""
+    if batch.pixels is not None:
+        output = model.model(
+            input_ids=batch.places,
+            mm_token_type_ids=batch.types,
+            pixel_values=batch.pixels,
+            image_grid_thw=batch.grids,
+            use_cache=False,
+        )
+    elif batch.places is not None:
+        positions, _ = model.model.get_rope_index(
+            batch.places, mm_token_type_ids=batch.types, image_grid_thw=batch.grids
+        )
+        output = model.model.language_model(
+            inputs_embeds=model.get_input_embeddings()(batch.words),
+            position_ids=positions,
+            use_cache=False,
+        )
+    else:
+        output = model.model(input_ids=batch.words, use_cache=False)
+    hidden: torch.Tensor = output.last_hidden_state
+    return hidden
+
+
+def _alignment(model: Any, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+    """Distance of the vision tower's output to word embeddings, and its contrast with all words."""
+    if batch.pixels is None or batch.places is None:
+        raise ValueError("the batch is not drawn; expected one that shows pages as pixels")
+    embeddings = model.get_input_embeddings().weight.detach()
+    targets = batch.words[batch.places == _IMAGE]
+    features = model.model.visual(batch.pixels, grid_thw=batch.grids).pooler_output
+    expected = embeddings[targets]
+    distance = ((features - expected) ** 2).mean() / (expected**2).mean()
+    cosines = functional.normalize(features, dim=-1) @ functional.normalize(embeddings, dim=-1).T
+    nearest = torch.cdist(features.detach(), embeddings).argmin(-1)
+    right = (nearest == targets).float().mean().item()
+    return distance + 0.5 * functional.cross_entropy(20 * cosines, targets), {"cell": right}
