@@ -218,8 +218,8 @@ def _ablation_table(ablation: pd.DataFrame, accuracy: pd.DataFrame) -> pd.DataFr
     conditions = ablation[["task", "fraction"]].drop_duplicates()
     for task, fraction in conditions.itertuples(index=False):
         group = ablation[(ablation.task == task) & (ablation.fraction == fraction)]
-        share = (group.right / group.n).groupby(group.masking)
-        whole = share.get_group("none").iloc[0]
+        share = (group.right / group.n).groupby(group.ablation)
+        whole = share.get_group("full model").iloc[0]
         half = chances[task] + (whole - chances[task]) / 2
         bootstrap, random = share.get_group("bootstrap"), share.get_group("random")
         rows.append(

@@ -13,10 +13,12 @@ import torch
 from tqdm import tqdm
 
 from mmheads.answers import answer
-from mmheads.evidence import encode
+from mmheads.controls import random_controls
 from mmheads.examples import Example
-from mmheads.heads import HeadScores, HeadSet, ceil_share, overlap, random_controls, spearman
+from mmheads.heads import HeadSet, head_count, overlap
 from mmheads.models import VLM
+from mmheads.prompts import encode
+from mmheads.scores import HeadScores, spearman
 from mmheads.scoring import score_heads
 from mmheads.tasks.generated_needles import (
     CONTROL,
@@ -176,7 +178,7 @@ def structure(
 def _overlap(
     measure: str, a: str, b: str, first: HeadScores, second: HeadScores, fraction: float
 ) -> dict[str, Any]:
-    size = ceil_share(fraction, first.geometry.size)
+    size = head_count(fraction, first.geometry.size)
     one, two = (HeadSet(s.top(fraction).heads, first.geometry) for s in (first, second))
     return {
         "measure": measure,
@@ -190,7 +192,7 @@ def _overlap(
 
 def _split_half(given: HeadScores, seed: int, draws: int = 50) -> dict[float, float]:
     """Mean overlap of the top sets of two random halves of the haystacks, by fraction."""
-    haystacks = given.metadata["seed"].to_numpy()
+    haystacks = given.metadata["haystack"].to_numpy()
     names = np.unique(haystacks)
     rng = np.random.default_rng(seed)
     found: dict[float, list[float]] = {fraction: [] for fraction in FRACTIONS}
@@ -227,7 +229,7 @@ def ablation(
         folder: Where answers are kept, by default `runs/answers`.
 
     Returns:
-        One row per task, fraction, masking ("none", "top", "bootstrap", "random") and draw, with
+        One row per task, fraction, ablation ("full model", "top", "bootstrap", "random") and draw, with
         the number of right answers among `n`.
     """
     source = needles(vlm)
@@ -237,23 +239,23 @@ def ablation(
             source.generate([task], [length], DEPTHS, haystacks, split="heldout", both_answers=True)
         )
         top = given.top(fraction)
-        maskings: dict[str, HeadSet | list[HeadSet]] = {
+        ablations: dict[str, HeadSet | list[HeadSet]] = {
             "top": top,
             "bootstrap": _bootstrap_tops(given, fraction, selections, seed),
             "random": random_controls(
                 top, given.eligible, draws=random_sets, seed=seed, match="layer"
             ),
         }
-        table = answer(vlm, examples, maskings, max_new_tokens=1, folder=folder, progress=False)
-        grouped = table.groupby(["masking", "draw"], sort=False)["score"]
+        table = answer(vlm, examples, ablations, max_new_tokens=1, folder=folder, progress=False)
+        grouped = table.groupby(["ablation", "draw"], sort=False)["score"]
         counts = grouped.agg(right="sum", n="size").reset_index()
         tables.append(counts.assign(task=task, fraction=fraction, heads=len(top)))
     result = pd.concat(tables, ignore_index=True)
-    return result[["task", "fraction", "heads", "masking", "draw", "right", "n"]]
+    return result[["task", "fraction", "heads", "ablation", "draw", "right", "n"]]
 
 
 def _bootstrap_tops(given: HeadScores, fraction: float, draws: int, seed: int) -> list[HeadSet]:
-    haystacks = given.metadata["seed"].to_numpy()
+    haystacks = given.metadata["haystack"].to_numpy()
     names = np.unique(haystacks)
     rng = np.random.default_rng(seed)
     tops = []

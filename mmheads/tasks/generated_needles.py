@@ -161,7 +161,7 @@ class GeneratedNeedles:
             task=task,
             length=length,
             depth=None if task == CONTROL else float(depth),
-            seed=seed,
+            haystack=seed,
             tokens=tokens(context, (region,)) if needle else (),
         )
 
@@ -261,7 +261,7 @@ def document(
         task=f"document-{question}",
         length=pages * UNIT_TOKENS,
         depth=page_index / max(1, pages - 1),
-        seed=seed,
+        haystack=seed,
         tokens=tokens(context, (evidence,)),
     )
 

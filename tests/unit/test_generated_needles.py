@@ -195,7 +195,7 @@ def test_a_demanded_answer_changes_only_the_needle(task):
 @pytest.mark.parametrize("task", TASKS)
 def test_depths_of_a_haystack_share_its_question_and_its_identity(task):
     examples = [NEEDLES.make(task, 256, depth, haystack=4) for depth in DEPTHS]
-    assert len({example.seed for example in examples}) == 1
+    assert len({example.haystack for example in examples}) == 1
     assert len({(tuple(asked(e)), e.answer) for e in examples}) == 1
     assert len({example.fingerprint() for example in examples}) == len(DEPTHS)
     # every other unit is the same at two depths, unless a page and text changed places
@@ -224,11 +224,11 @@ def test_haystacks_ask_for_different_keys_and_splits_for_none_of_each_others(tas
 
 def test_both_answers_cross_the_answer_with_depth_length_and_haystack():
     examples = list(NEEDLES.generate(["identical_image"], [128, 256], DEPTHS, 3, both_answers=True))
-    cells_of = Counter((e.length, e.depth, e.seed, e.answer) for e in examples)
+    cells_of = Counter((e.length, e.depth, e.haystack, e.answer) for e in examples)
     assert len(examples) == len(cells_of) == 2 * 6 * 3 * 2
     for yes, no in zip(examples[::2], examples[1::2], strict=True):
         assert (yes.answer, no.answer) == ("yes", "no")
-        assert (yes.depth, yes.length, yes.seed) == (no.depth, no.length, no.seed)
+        assert (yes.depth, yes.length, yes.haystack) == (no.depth, no.length, no.haystack)
         assert asked(yes) == asked(no)
         assert yes.evidence
         assert no.evidence is None

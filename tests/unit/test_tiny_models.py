@@ -375,8 +375,8 @@ def test_a_card_reports_what_was_measured(monkeypatch, tmp_path):
     assert accuracy.right.le(accuracy.n).all()
     assert structure.measure.value_counts().to_dict() == {"overlap": 12, "spearman": 6, "rho": 4}
     assert structure.value[structure.measure == "overlap"].between(0, 1).all()
-    counts = ablation.groupby("masking").size() / (4 * 2)
-    assert counts.to_dict() == {"none": 1, "top": 1, "bootstrap": 2, "random": 3}
+    counts = ablation.groupby("ablation").size() / (4 * 2)
+    assert counts.to_dict() == {"full model": 1, "top": 1, "bootstrap": 2, "random": 3}
     assert set(ablation.n[ablation.task == "identical_image"]) == {24}
     text = path.read_text()
     assert "**It is missed here**" in text
