@@ -229,8 +229,8 @@ def ablation(
         folder: Where answers are kept, by default `runs/answers`.
 
     Returns:
-        One row per task, fraction, ablation ("full model", "top", "bootstrap", "random") and draw, with
-        the number of right answers among `n`.
+        One row per task, fraction, ablation ("full model", "top", "bootstrap", "random") and draw,
+        with the number of right answers among `n`.
     """
     source = needles(vlm)
     tables = []

@@ -146,15 +146,21 @@ def test_scores_of_other_versions_do_not_count(tmp_path, monkeypatch):
     assert run.scored() == 0
 
 
-@pytest.mark.parametrize("kind", ["foreign", "text"])
-def test_a_file_with_the_name_of_scores_that_holds_none_is_named(tmp_path, kind):
-    path = tmp_path / f"{TINY}-text-64-detection-0.5-12345678.parquet"
-    if kind == "foreign":
-        pd.DataFrame({"a": [1]}).to_parquet(path)
-    else:
-        path.write_text("not a table")
+def test_files_of_others_among_the_scores_are_left_alone(tmp_path):
+    pd.DataFrame({"a": [1]}).to_parquet(tmp_path / f"{TINY}-text-64.parquet")
+    (tmp_path / "notes.txt").write_text("not a table", encoding="utf-8")
     run = ScoreRun(model=TINY, task="text", length=64, pairs=1, folder=str(tmp_path))
-    with pytest.raises(UsageError, match=r"12345678.parquet has the name of a score file.* move"):
+    assert run.scored() == 0
+
+
+@pytest.mark.parametrize("about", [True, False])
+def test_a_damaged_store_is_named(tmp_path, about):
+    run = ScoreRun(model=TINY, task="text", length=64, pairs=1, folder=str(tmp_path))
+    assert run.run() == ""
+    (folder,) = tmp_path.glob(f"{TINY}-*")
+    damaged = next(path for path in folder.glob("*.json") if (path.name == "about.json") == about)
+    damaged.write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match=damaged.name):
         run.scored()
 
 
