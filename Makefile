@@ -27,13 +27,12 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# One thread per process: several threads per process on busy cores are many times slower.
-test: export OMP_NUM_THREADS = 1
+# One thread per process: several threads per process on busy cores are many times slower. The
+# notebooks run one after the other, since they share the scores that the first of them computes.
 test: lint
-	$(BIN)/python -m pytest -m 'not slow' $(EACH_CORE)
-	$(BIN)/python -m pytest --nbval-lax --nbval-current-env notebooks $(EACH_CORE)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' $(EACH_CORE)
+	$(BIN)/python -m pytest --nbval-lax --nbval-current-env notebooks
 
-test-all: export OMP_NUM_THREADS = 1
 test-all: test
 	$(BIN)/python -m pytest -m slow
 
