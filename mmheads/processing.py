@@ -45,8 +45,8 @@ def process(
             f"the processor of {vlm} cannot read {len(images)} images and {len(videos)} videos "
             f"with text: {error}"
         ) from error
-    entries = encoding.pop("text_replacement_offsets", [[]])
-    replaced = [entry["replacement"] for entry in (entries[0] if entries else [])]
+    entries = encoding.pop("text_replacement_offsets", ())  # Without images, an empty tensor.
+    replaced = [entry["replacement"] for entry in (entries[0] if len(entries) else ())]
     if len(replaced) != len(images) + len(videos):
         raise ValueError(
             f"the processor replaced {len(replaced)} placeholders for {len(images)} images and "
