@@ -373,7 +373,8 @@ def test_a_card_reports_what_was_measured(monkeypatch, tmp_path):
     assert conditions["text", "present"] == conditions["image", "removed"] == 12
     assert ("identical_image", "changed") not in conditions
     assert accuracy.right.le(accuracy.n).all()
-    assert structure.measure.value_counts().to_dict() == {"overlap": 12, "spearman": 6, "rho": 4}
+    rows = structure.measure.value_counts().to_dict()
+    assert rows == {"overlap": 12, "halves": 8, "spearman": 6, "rho": 4}
     assert structure.value[structure.measure == "overlap"].between(0, 1).all()
     counts = ablation.groupby("masking").size() / (4 * 2)
     assert counts.to_dict() == {"none": 1, "top": 1, "bootstrap": 2, "random": 3}

@@ -145,15 +145,20 @@ def structure(
     Returns:
         Rows with the columns measure, a, b, fraction, value, chance and ceiling. "rho" is the
         share of heads that hold half of the positive score; "overlap" is the share of a top set
-        that two tasks have in common, "kept" the same with the predecessor's text heads. The
-        ceiling is the mean overlap of the top sets of random halves of a task's haystacks, the
-        lower of the two tasks.
+        that two tasks have in common, "kept" the same with the predecessor's text heads, "halves"
+        the mean overlap of the top sets of random halves of a task's haystacks. The ceiling is the
+        lower "halves" of the two tasks.
     """
     rows: list[dict[str, Any]] = [
         {"measure": "rho", "a": task, "value": given.sparsity(0.5)}
         for task, given in by_task.items()
     ]
     halves = {task: _split_half(given, seed) for task, given in by_task.items()}
+    rows += [
+        {"measure": "halves", "a": task, "b": task, "fraction": fraction, "value": value}
+        for task, values in halves.items()
+        for fraction, value in values.items()
+    ]
     for a, b in combinations(by_task, 2):
         rows.append(
             {"measure": "spearman", "a": a, "b": b, "value": spearman(by_task[a], by_task[b]).rho}
