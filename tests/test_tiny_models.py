@@ -396,6 +396,15 @@ def test_a_folder_that_this_code_did_not_train_is_left_alone(tmp_path):
         card.report(tmp_path)
 
 
+def test_a_checkpoint_says_which_stages_are_left():
+    names = [stage.name for stage in RECIPES["tiny-qwen3-m"].stages]
+    facts = train.training_facts(train.CHECKPOINTS / "tiny-qwen3-m")
+    assert facts["stages"] + facts["left"] == names
+    state = train._from_checkpoint("tiny-qwen3-m", train.CHECKPOINTS / "tiny-qwen3-m")
+    assert state.stage == len(facts["stages"])
+    assert state.model.config.num_hidden_layers == 8
+
+
 def test_shortfalls_name_what_misses_its_aim():
     row = {"length": 128, "n": 100, "chance": 0.25}
     table = pd.DataFrame(
