@@ -230,6 +230,7 @@ def small_text(monkeypatch, tmp_path, widened: bool) -> None:
         ),
     )
     monkeypatch.setattr(train, "CHECKPOINTS", tmp_path / "checkpoints")
+    torch.manual_seed(0)
     architectures.widen(qwen3(1, 4, 2, 32)).save_pretrained(tmp_path / "checkpoints/tiny-qwen3-m")
 
 

@@ -150,8 +150,7 @@ def structure(
         lower "halves" of the two tasks.
     """
     rows: list[dict[str, Any]] = [
-        {"measure": "rho", "a": task, "value": given.sparsity(0.5)}
-        for task, given in by_task.items()
+        {"measure": "rho", "a": task, "value": _rho(given)} for task, given in by_task.items()
     ]
     halves = {task: _split_half(given, seed) for task, given in by_task.items()}
     rows += [
@@ -176,6 +175,11 @@ def structure(
         ]
     columns = ["measure", "a", "b", "fraction", "value", "chance", "ceiling"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def _rho(given: HeadScores) -> float:
+    """Share of heads that hold half of the positive score; NaN where no head has a positive one."""
+    return given.sparsity(0.5) if (given.mean > 0).any() else float("nan")
 
 
 def _overlap(
