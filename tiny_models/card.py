@@ -146,8 +146,8 @@ Calibrated retrieval scores of paper A at {
         length
     } tokens, on the detection split. "rho" is the share of
 heads that hold half of the positive score. Overlaps are shares of top sets in common, beside their
-chance level and the ceiling that random halves of the haystacks reach; "kept" compares with the
-text heads of the model that this one was trained from.
+chance level and the ceiling that random halves of the haystacks reach ("halves"); "kept" compares
+with the text heads of the model that this one was trained from.
 
 {_structure_table(structure).to_markdown(index=False)}
 

@@ -147,15 +147,19 @@ def structure(
     Returns:
         Rows with the columns measure, a, b, fraction, value, chance and ceiling. "rho" is the
         share of heads that hold half of the positive score; "overlap" is the share of a top set
-        that two tasks have in common, "kept" the same with the predecessor's text heads. The
-        ceiling is the mean overlap of the top sets of random halves of a task's haystacks, the
-        lower of the two tasks.
+        that two tasks have in common, "kept" the same with the predecessor's text heads, "halves"
+        the mean overlap of the top sets of random halves of a task's haystacks. The ceiling is the
+        lower "halves" of the two tasks.
     """
     rows: list[dict[str, Any]] = [
-        {"measure": "rho", "a": task, "value": given.sparsity(0.5)}
-        for task, given in by_task.items()
+        {"measure": "rho", "a": task, "value": _rho(given)} for task, given in by_task.items()
     ]
     halves = {task: _split_half(given, seed) for task, given in by_task.items()}
+    rows += [
+        {"measure": "halves", "a": task, "b": task, "fraction": fraction, "value": value}
+        for task, values in halves.items()
+        for fraction, value in values.items()
+    ]
     for a, b in combinations(by_task, 2):
         rows.append(
             {"measure": "spearman", "a": a, "b": b, "value": spearman(by_task[a], by_task[b]).rho}
@@ -173,6 +177,11 @@ def structure(
         ]
     columns = ["measure", "a", "b", "fraction", "value", "chance", "ceiling"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def _rho(given: HeadScores) -> float:
+    """Share of heads that hold half of the positive score; NaN where no head has a positive one."""
+    return given.sparsity(0.5) if (given.mean > 0).any() else float("nan")
 
 
 def _overlap(

@@ -222,7 +222,8 @@ _WORD_STAGES = (
     Stage(
         name="contexts of up to 500 tokens",
         sources=_mixed((4, 6, 9, 14, 20, 28), 1800, mix=_TEXT_TOO, asks=20),
-        steps=60,
+        goals={**_ANSWERED, "text": 0.9},
+        steps=250,
         rate=1.2e-3,
         restart=True,
         norm_rate=3.0,

@@ -116,6 +116,8 @@ def train(
 def training_facts(folder: Path) -> dict[str, Any]:
     """What `training.json` says about a checkpoint that `train` wrote.
 
+    The stages that are left are those of the recipe as it is now.
+
     Raises:
         ValueError: This code did not train it.
     """
@@ -129,7 +131,7 @@ def training_facts(folder: Path) -> dict[str, Any]:
             f"{folder} holds a model that python -m tiny_models train did not make, or none; "
             "nothing was written there"
         )
-    return facts
+    return facts | {"left": names[len(done) :]}
 
 
 def _run_stage(state: State, name: str, folder: Path) -> None:

@@ -230,6 +230,7 @@ def small_text(monkeypatch, tmp_path, widened: bool) -> None:
         ),
     )
     monkeypatch.setattr(train, "CHECKPOINTS", tmp_path / "checkpoints")
+    torch.manual_seed(0)
     architectures.widen(qwen3(1, 4, 2, 32)).save_pretrained(tmp_path / "checkpoints/tiny-qwen3-m")
 
 
@@ -373,7 +374,8 @@ def test_a_card_reports_what_was_measured(monkeypatch, tmp_path):
     assert conditions["text", "present"] == conditions["image", "removed"] == 12
     assert ("identical_image", "changed") not in conditions
     assert accuracy.right.le(accuracy.n).all()
-    assert structure.measure.value_counts().to_dict() == {"overlap": 12, "spearman": 6, "rho": 4}
+    rows = structure.measure.value_counts().to_dict()
+    assert rows == {"overlap": 12, "halves": 8, "spearman": 6, "rho": 4}
     assert structure.value[structure.measure == "overlap"].between(0, 1).all()
     counts = ablation.groupby("ablation").size() / (4 * 2)
     assert counts.to_dict() == {"full model": 1, "top": 1, "bootstrap": 2, "random": 3}
@@ -393,6 +395,15 @@ def test_a_folder_that_this_code_did_not_train_is_left_alone(tmp_path):
     assert {path.name: path.read_bytes() for path in shipped.iterdir()} == before
     with pytest.raises(ValueError, match="did not make, or none"):
         card.report(tmp_path)
+
+
+def test_a_checkpoint_says_which_stages_are_left():
+    names = [stage.name for stage in RECIPES["tiny-qwen3-m"].stages]
+    facts = train.training_facts(train.CHECKPOINTS / "tiny-qwen3-m")
+    assert facts["stages"] + facts["left"] == names
+    state = train._from_checkpoint("tiny-qwen3-m", train.CHECKPOINTS / "tiny-qwen3-m")
+    assert state.stage == len(facts["stages"])
+    assert state.model.config.num_hidden_layers == 8
 
 
 def test_shortfalls_name_what_misses_its_aim():
