@@ -18,7 +18,7 @@ from PIL import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationError
 
 from mmheads.examples import Example, Part, Region
-from mmheads.images import image_size, open_image
+from mmheads.images import MAX_PIXELS, image_size, open_image
 
 
 class _Strict(BaseModel):
@@ -238,9 +238,12 @@ def _first(error: ValidationError) -> str:
 
 def _stand_in(path: Path) -> Image.Image:
     """A blank image as large as the file's longer side, whichever way up it is to be seen."""
-    return _blank(max(image_size(path)))
+    size = image_size(path)
+    side = max(size)
+    return _blank((side, side) if side * side <= MAX_PIXELS else size)
 
 
-@lru_cache(maxsize=8)
-def _blank(side: int) -> Image.Image:
-    return Image.new("1", (side, side))
+@lru_cache(maxsize=2)
+def _blank(size: tuple[int, int]) -> Image.Image:
+    """A blank image in RGB, so that `Example` takes it as it is and converts nothing."""
+    return Image.new("RGB", size)
