@@ -206,6 +206,7 @@ def restore(
     inputs: Mapping[str, torch.Tensor],
     replacements: Sequence[str],
     boxes: Mapping[int, Boxes],
+    max_tokens: int = 0,
 ) -> Prompt:
     """A prompt whose images were processed before and are not here any more.
 
@@ -215,12 +216,13 @@ def restore(
         inputs: Model inputs without pixels.
         replacements: See `Prompt`.
         boxes: See `Prompt`.
+        max_tokens: See `encode`.
 
     Raises:
         ValueError: The text gives other tokens than those in `inputs`.
     """
     rendered = render(vlm, example.parts())
-    return _located(vlm, example, rendered, dict(inputs), tuple(replacements), boxes, 0)
+    return _located(vlm, example, rendered, dict(inputs), tuple(replacements), boxes, max_tokens)
 
 
 def ask(vlm: VLM, prompt: Prompt, question: Sequence[Part]) -> Question:

@@ -183,18 +183,18 @@ def _document(
     )
     _expect(len(heads) > 0, "it has no heads")
     instruction, described = _text(about["instruction"]), about["windows"]
+    max_tokens = _whole(about["max_tokens"])
     _expect(isinstance(described, list) and len(described) > 0, "it has no windows")
     pieces: list[dict[str, torch.Tensor]] = [{} for _ in described]
     for name, tensor in tensors.items():
         number, _, rest = name.partition(".")
         pieces[int(number)][rest] = tensor
     windows = [
-        _window(vlm, heads, instruction, window, piece)
+        _window(vlm, heads, instruction, max_tokens, window, piece)
         for window, piece in zip(described, pieces, strict=True)
     ]
-    document = IndexedDocument(
-        heads, tuple(windows), _whole(about["overlap"]), instruction, _whole(about["max_tokens"])
-    )
+    overlap = _whole(about["overlap"])
+    document = IndexedDocument(heads, tuple(windows), overlap, instruction, max_tokens)
     sizes = {len(window.parts) for window in windows}
     steps = [second.first - first.first for first, second in pairwise(windows)]
     (size,) = sizes
@@ -209,13 +209,14 @@ def _window(
     vlm: VLM,
     heads: HeadSet,
     instruction: str,
+    max_tokens: int,
     about: Mapping[str, Any],
     tensors: Mapping[str, torch.Tensor],
 ) -> Window:
     length, masked = _whole(about["length"]), about["masked"]
     _expect(isinstance(masked, bool), f"{masked!r:.40} is given where true or false is expected")
     parts = tuple(tuple(map(_whole, each)) for each in about["parts"])
-    prompt = _prompt(vlm, instruction, about, tensors)
+    prompt = _prompt(vlm, instruction, max_tokens, about, tensors)
     flat = [part for each in parts for part in each]
     _expect(
         flat == list(range(len(prompt.parts))) and all(parts), "its candidates are not in order"
@@ -238,7 +239,11 @@ def _window(
 
 
 def _prompt(
-    vlm: VLM, instruction: str, about: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+    vlm: VLM,
+    instruction: str,
+    max_tokens: int,
+    about: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
 ) -> Prompt:
     """The window's candidates with the null question, as the model reads them now."""
     blank = Image.new("L", (1, 1))
@@ -249,7 +254,8 @@ def _prompt(
         question=(NULL_QUESTION,),
         instruction=instruction,
     )
-    prompt = restore(vlm, example, inputs, tuple(map(_text, about["replacements"])), boxes)
+    replacements = tuple(map(_text, about["replacements"]))
+    prompt = restore(vlm, example, inputs, replacements, boxes, max_tokens)
     for part, grid in boxes.items():
         span = prompt.parts[part]
         _expect(
