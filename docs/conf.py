@@ -1,0 +1,43 @@
+"""Settings of the documentation: `make docs` builds it from the pages, notebooks and docstrings.
+
+The source folder is the repository itself, so that a link from a page to a notebook, a figure or
+a file is the same on a code host and in the built pages.
+"""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import make_figures_page  # noqa: E402
+
+import mmheads  # noqa: E402
+
+make_figures_page.write()
+
+project = "mmheads"
+author = copyright = "The mmheads authors"
+release = version = mmheads.__version__
+html_theme = "furo"
+html_title = f"mmheads {release}"
+html_show_sphinx = False
+html_copy_source = False
+html_additional_pages = {"index": "start.html"}
+templates_path = ["templates"]
+
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+root_doc = "docs/index"
+include_patterns = ["docs/*.md", "notebooks/*.ipynb"]
+exclude_patterns = [".*", "runs", "docs/build", "data", "tests"]
+
+nb_execution_mode = "off"  # The notebooks show the outputs that are committed.
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+
+default_role = "literal"  # Docstrings write `name` for code.
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_class_signature = "separated"
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
