@@ -2,6 +2,7 @@
 # make test      lint, types, tests, notebooks: what a change needs, one process per core
 # make test-all  also the slow tests: the paper path, Ray with a killed worker, offloaded devices
 # make notebooks execute the notebooks in place, to commit their outputs
+# make docs      build the documentation in docs/build/html; warnings are errors
 # make lint      ruff and mypy
 # make test-lowest  unit tests with the oldest supported transformers, in an environment of its own
 # Each creates .venv on first use. PYTHON names another interpreter (3.11 or newer).
@@ -13,7 +14,7 @@ INSTALLED := .venv/installed
 LOWEST := .venv-lowest
 EACH_CORE := --numprocesses logical --maxprocesses 8 --dist loadfile
 
-.PHONY: figures test test-all notebooks lint test-lowest
+.PHONY: figures test test-all notebooks docs lint test-lowest
 .DELETE_ON_ERROR:
 
 figures: $(INSTALLED)
@@ -21,6 +22,10 @@ figures: $(INSTALLED)
 
 notebooks: $(INSTALLED)
 	$(BIN)/python reproduce.py --in-place
+
+docs: $(INSTALLED)
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs . docs/build/html
+	@echo docs/build/html/index.html
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -4,17 +4,21 @@ The source folder is the repository itself, so that a link from a page to a note
 a file is the same on a code host and in the built pages.
 """
 
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import make_figures_page  # noqa: E402
+import make_findings  # noqa: E402
 
 import mmheads  # noqa: E402
 
 make_figures_page.write()
+make_findings.write()
 
 project = "mmheads"
 author = copyright = "The mmheads authors"
@@ -28,8 +32,8 @@ templates_path = ["templates"]
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 root_doc = "docs/index"
-include_patterns = ["docs/*.md", "notebooks/*.ipynb"]
-exclude_patterns = [".*", "runs", "docs/build", "data", "tests"]
+include_patterns = ["docs/*.md", "notebooks/*.ipynb", "data/models/*/README.md"]
+exclude_patterns = [".*", "runs", "docs/build", "tests"]
 
 nb_execution_mode = "off"  # The notebooks show the outputs that are committed.
 myst_enable_extensions = ["dollarmath"]
@@ -41,3 +45,20 @@ autodoc_typehints = "description"
 autodoc_class_signature = "separated"
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+
+
+def keep_bars(app: Any, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
+    """Let `|A|` in a docstring be a size, and not a substitution of reStructuredText."""
+    lines[:] = [line.replace("|", r"\|") if "``" not in line else line for line in lines]
+
+
+def link_cards(app: Any, name: str, source: list[str]) -> None:
+    """Let a card that links to the folder of another model lead to that model's card."""
+    if name.startswith("data/models/"):
+        source[0] = re.sub(r"\]\((\.\./[\w.-]+)/?\)", r"](\1/README.md)", source[0])
+
+
+def setup(app: Any) -> None:
+    """Connect what Sphinx calls while it builds."""
+    app.connect("autodoc-process-docstring", keep_bars)
+    app.connect("source-read", link_cards)

@@ -94,12 +94,12 @@ def overview() -> Iterator[Entry]:
     """Yields the rows of the overview, in the order of the papers' figures."""
     short, long = "8K&128K", "128&2048"
     for task, name in TASKS.items():
-        chosen = {"task": task, "fraction": 0.05}
+        chosen = {"task": task, "fraction": 0.05, "ablation": "selected"}
         yield Entry(
             "A, Fig. 1",
             f"accuracy (%) without the 5% of heads of its own task, {name}",
             ("A_fig1_ablation", "B_fig6_ablation"),
-            {"live": Cell("B_fig6_ablation_live", "score", chosen | {"ablation": "selected"}, True)},
+            {"live": Cell("B_fig6_ablation_live", "score", chosen, percent=True)},
         )
     yield Entry("A, Fig. 2", "how heads are detected", note="notebooks 01 and 02, step by step")
     for task, name in TASKS.items():
@@ -325,7 +325,8 @@ def section(name: str) -> Iterator[str]:
     entry = committed()[name]
     shows, _ = descriptions().get(name, ("", ""))
     suffixes: set[str] = entry["suffixes"]  # type: ignore[assignment]
-    files = [f"[{suffix.upper()}](../figures/{name}.{suffix})" for suffix in sorted(suffixes)]
+    shown = {"png", "pdf", "csv", "tex"} & suffixes  # what is in the .md file is on this page
+    files = [f"[{suffix.upper()}](../figures/{name}.{suffix})" for suffix in sorted(shown)]
     facts = [shows[:1].upper() + shows[1:], f"Models: {models(name)}", certainty(name)]
     facts.append(f"Notebook {notebook_link(str(entry['notebook']))}; files: {', '.join(files)}")
     yield f"### {name}"
@@ -396,8 +397,8 @@ Terms are defined in the [glossary](glossary.md). What was not run is in
 
 One row per quantity. Numbers are read from the committed data: an interval is in square brackets,
 a range over several values has their count in round ones. "-" means that there is no such number.
-Compare columns with care: the tiny models have far fewer heads than the papers' models, and read far
-shorter contexts.
+Compare columns with care: the tiny models have far fewer heads than the papers' models, and read
+far shorter contexts.
 
 """
 

@@ -1,0 +1,94 @@
+"""Write the findings of the README from the data of the committed figures.
+
+python docs/make_findings.py
+"""
+
+import re
+
+import pandas as pd
+
+from mmheads import figures, paths
+
+README = paths.ROOT / "README.md"
+START, END = "<!-- findings: written by docs/make_findings.py -->", "<!-- end of the findings -->"
+TASKS = figures.TASK_NAMES
+
+
+def data(name: str) -> pd.DataFrame:
+    """Returns the data of a figure."""
+    return pd.read_csv(paths.FIGURES / f"{name}.csv", encoding="utf-8")
+
+
+def released() -> list[str]:
+    """Returns what the released scores of six large models say."""
+    shares = data("A_fig3_sparsity_released")
+    difference = (shares["value"] - shares["paper"]).abs().max()
+    kept = data("A_fig5_overlap_released").query("pair == '8K&128K'").set_index("task")["value"]
+    files = len(data("X_impossible_scores_released"))
+    return [
+        f"{shares['value'].min():.1f} to {shares['value'].max():.1f}% of the heads hold half of "
+        f"the retrieval score, as paper A prints it: its {len(shares)} numbers and ours differ by "
+        f"at most {difference:.2f} points.",
+        "From 8K to 128K tokens, the strongest 5% of the heads keep "
+        f"{kept.min():.0f}% ({TASKS[kept.idxmin()]}) to {kept.max():.0f}% "
+        f"({TASKS[kept.idxmax()]}) of their members on average.",
+        f"{files} of the 120 released files contain values that no attention can give.",
+    ]
+
+
+def live() -> list[str]:
+    """Returns what the tiny model says that we train and run here."""
+    ablated = data("B_fig6_ablation_live").query("fraction == 0.05").set_index(["ablation", "task"])
+    score, draws = ablated["score"], ablated["draws"]
+    selected = ", ".join(f"{score['selected', task]:.0%} ({TASKS[task]})" for task in TASKS)
+    control = "random, same layers"
+    ram = data("X_cause_sets_live").query("task == 'text' and fraction == 0.05")
+    ram_score = ram.set_index("ablation")["score"]["RAM mass"]
+    pages = data("A_table2_generated_live").query("level == 'page'")
+    right = (pages["R@1"] * pages["n"]).groupby(pages["method"]).sum()
+    questions = pages.groupby("method")["n"].sum()["selected heads"]
+    return [
+        f"Ablating the {ablated['heads'].max()} heads with the highest calibrated score for a task "
+        f"leaves {selected} of the answers right, with {ablated['n'].min()} prompts per task. "
+        f"Random heads of the same layers leave {score[control].min():.0%} or more (means of "
+        f"{draws[control].min()} sets).",
+        "The text result depends on the ranking: as many heads chosen by RAM leave "
+        f"{ram_score:.0%}.",
+        "Heads chosen on needles put the right one of the pages of a generated document first for "
+        f"{right['selected heads']:.0f} of {questions} questions, and all heads together for "
+        f"{right['all heads']:.0f}: these documents are too easy to show what the selection adds.",
+    ]
+
+
+def text() -> str:
+    """Returns the findings as the README shows them."""
+    parts = (
+        ("From the released scores of six large models", released()),
+        ("From one tiny model that we train, which says nothing about large ones", live()),
+    )
+    return "\n\n".join(f"{title}:\n\n" + "\n".join(f"- {x}" for x in xs) for title, xs in parts)
+
+
+def with_findings(readme: str) -> str:
+    """Returns the text of the README with the findings of today.
+
+    Raises:
+        ValueError: The README does not have both marks, each once.
+    """
+    pattern = re.compile(f"{re.escape(START)}\n.*?{re.escape(END)}", re.S)
+    changed, count = pattern.subn(lambda _: f"{START}\n{text()}\n{END}", readme)
+    if count != 1:
+        raise ValueError(f"README.md has {count} blocks of findings, expected one: {START}, {END}")
+    return changed
+
+
+def write() -> None:
+    """Write the findings into the README, unless they are there already."""
+    before = README.read_text(encoding="utf-8")
+    after = with_findings(before)
+    if before != after:
+        README.write_text(after, encoding="utf-8", newline="\n")
+
+
+if __name__ == "__main__":
+    write()
