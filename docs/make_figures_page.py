@@ -260,8 +260,9 @@ def descriptions() -> dict[str, tuple[str, str]]:
 
 
 def link(name: str) -> str:
-    """Returns a link to the section of a figure."""
-    return f"[{name}](#{name.lower()})"
+    """Returns a link to the section of a figure, which is called by its topic and source."""
+    _, _, *topic, source = name.split("_")
+    return f"[{' '.join(topic)}, {source}](#{name.lower()})"
 
 
 def notebook_link(notebook: str) -> str:
@@ -308,14 +309,14 @@ def certainty(name: str) -> str:
 
 def overview_table() -> Iterator[str]:
     """Yields the lines of the table of the papers' figures."""
-    yield "| paper | quantity | paper | released | live | real model | figure | notebook |"
+    yield "| figure | quantity | paper | released | live | real model | see | notebook |"
     yield "|---|---|---|---|---|---|---|---|"
     for entry in overview():
         names = [f"{file}_{source}" for file in entry.files for source in SOURCES]
         made = [name for name in names if name in committed()]
         shown = [entry.cells[s].text() if s in entry.cells else "-" for s in SOURCES]
         notebooks = dict.fromkeys(str(committed()[name]["notebook"]) for name in made)
-        links = ", ".join([*map(link, made), *filter(None, [entry.note])])
+        links = "; ".join([*map(link, made), *filter(None, [entry.note])])
         where = ", ".join(map(notebook_link, notebooks)) or "-"
         yield f"| {' | '.join((entry.figure, entry.shows, *shown, links, where))} |"
 

@@ -52,6 +52,18 @@ def build(family: str, seed: int = 0) -> tuple[PreTrainedModel, Any]:
     return model, processor
 
 
+def with_heads(family: str, *, layers: int, heads: int, kv_groups: int) -> PreTrainedModel:
+    """A model of a family with other numbers of layers, heads per layer and KV groups."""
+    config = build(family)[0].config
+    config.text_config.num_hidden_layers = layers
+    config.text_config.num_attention_heads = heads
+    config.text_config.num_key_value_heads = kv_groups
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    return model.eval()
+
+
 def save(family: str, folder: Path, seed: int = 0) -> Path:
     """Save a model and its processor in one folder -> the folder."""
     for part in build(family, seed):

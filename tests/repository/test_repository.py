@@ -1,4 +1,4 @@
-"""What a newcomer relies on: notebooks, figures, README map and environments agree."""
+"""What a newcomer relies on: notebooks, figures and environments agree."""
 
 import ast
 import hashlib
@@ -139,25 +139,15 @@ def test_each_figure_comes_with_its_data():
         assert suffixes in ({".csv", ".pdf", ".png"}, {".csv", ".md", ".tex"}), stem
 
 
-def readme_map() -> dict[str, str]:
-    """Figure -> notebook of the README's map."""
-    rows = re.findall(r"^\|(.+)\|$", (paths.ROOT / "README.md").read_text(), re.M)
-    result = {}
-    for row in rows:
-        columns = [column.strip() for column in row.split("|")]
-        for figure in FIGURE.findall(columns[0]):
-            assert figure not in result, f"{figure} stands twice in the README's map"
-            assert len(columns) == 5, columns
-            assert all(columns), "figure, what, notebook, run time, hardware"
-            result[figure] = re.search(r"notebooks/(\w+)\.ipynb", columns[2])[1]
-    return result
-
-
-def test_readme_maps_every_figure_to_its_notebook():
-    mapped = readme_map()
-    assert mapped.keys() & PUBLISHED == PUBLISHED
-    committed = {name: notebook for name, notebook in mapped.items() if name not in PUBLISHED}
-    assert committed == {Path(e["file"]).stem: e["notebook"] for e in figures.manifest()}
+def test_the_page_of_figures_names_every_figure_that_needs_a_data_set():
+    page = (paths.ROOT / "docs" / "figures.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| `(\w+)` \| .+ \| \[\d\d\]\(\.\./notebooks/(\w+)\.ipynb\) \|$", page, re.M
+    )
+    assert {figure for figure, _ in rows} == PUBLISHED
+    for figure, name in rows:
+        notebook = paths.NOTEBOOKS / f"{name}.ipynb"
+        assert f"`{figure}`" in cells(notebook, "markdown")[0].source
 
 
 def pyproject() -> dict:

@@ -2,17 +2,22 @@
 
 import json
 import re
+import shlex
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import example_prompts
 import numpy as np
 import pandas as pd
 import pytest
+import random_models
 from PIL import Image
 
+from conftest import NOT_HERE, RELEASED
 from mmheads import cli, paths, scoring
-from mmheads.models import load
+from mmheads.models import VLM, load
 from mmheads.scores import HeadScores
 from mmheads.tasks import needles
 
@@ -213,29 +218,98 @@ def test_a_closed_pipe_is_not_an_error(tmp_path):
     assert "BrokenPipe" not in error
 
 
-def test_what_the_readme_shows_for_your_own_model_runs(tmp_path, capsys, monkeypatch):
-    readme = (paths.ROOT / "README.md").read_text()
-    (lines,) = re.findall(r"```json\n(.+?)```", readme, re.S)
-    (tmp_path / "examples.jsonl").write_text(lines)
+def blocks(page: str, language: str) -> list[str]:
+    """The blocks of code in one language that a page shows."""
+    text = (paths.ROOT / page).read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.+?)```", text, re.S)
+
+
+def commands(page: str, name: str) -> list[list[str]]:
+    """The words of the commands of one name that a page shows, without the name."""
+    lines = [line for block in blocks(page, "sh") for line in block.splitlines()]
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith(name)]
+
+
+def shown_files(page: str) -> None:
+    """Write the files of which a page speaks into the current folder."""
+    (lines,) = blocks(page, "json")
+    Path("examples.jsonl").write_text(lines, encoding="utf-8")
     for index in (1, 2):
-        example_prompts.picture(480, 360, index).save(tmp_path / f"page{index}.png")
-    examples = str(tmp_path / "examples.jsonl")
-    arguments = ["score", "--model", "tiny-qwen3-vl-m", "--examples", examples]
-    assert cli.main([*arguments, "--out", str(tmp_path), "--device", "cpu"]) == 0
-    assert "2 examples" in capsys.readouterr().out
-    section = readme.split("## Your model, your images")[1].split("\n## ")[0]
-    score, mask, rank, streamed = re.findall(r"```python\n(.+?)```", section, re.S)
+        example_prompts.picture(480, 360, index).save(f"page{index}.png")
+
+
+def test_what_the_readme_shows_for_your_own_model_runs(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(paths, "RUNS", tmp_path)
+    shown_files("README.md")
+    names: dict = {}
+    exec(blocks("README.md", "python")[1], names)
+    assert set(names["answers"]["ablation"]) == {"full model", "without them"}
+    assert len(names["scores"].values) == 2
+    capsys.readouterr()
+    (score,) = commands("README.md", "mmheads score")
+    assert cli.main(score) == 0
+    assert "2 examples" in capsys.readouterr().out
+    assert list((tmp_path / "scores").glob("*.parquet"))
+
+
+@pytest.mark.skipif(RELEASED is None, reason=NOT_HERE)
+def test_what_the_readme_shows_for_a_released_model_runs(tmp_path, capsys, monkeypatch):
+    """Run it with a random model that has the name and the heads of the large one."""
+    model = random_models.with_heads("qwen3_vl", layers=36, heads=32, kv_groups=8)
+    processor = random_models.build("qwen3_vl")[1]
+    vlm = VLM(model=model, processor=processor, model_id="Qwen/Qwen3-VL-8B-Instruct")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MMHEADS_PUBLISHED", str(RELEASED))
+    monkeypatch.setattr("mmheads.models.load", lambda name, **_: {vlm.model_id: vlm}[name])
+    example_prompts.write_pdf(tmp_path / "report.pdf", 3)
+    exec(blocks("README.md", "python")[0], {})
+    assert "candidate" in capsys.readouterr().out
+    ((_, code),) = commands("README.md", "python -c")
+    exec(code, {})
+    (rank,) = commands("README.md", "mmheads rank")
+    assert cli.main(rank) == 0
+    assert "58 heads of Qwen/Qwen3-VL-8B-Instruct; 3 pages" in capsys.readouterr().out
+    assert (tmp_path / "report.rank.png").exists()
+
+
+def test_what_the_page_on_your_model_shows_runs(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(paths, "RUNS", tmp_path)
+    shown_files("docs/your_model.md")
+    (command,) = commands("docs/your_model.md", "mmheads score")
+    assert cli.main([*command, "--out", str(tmp_path), "--device", "cpu"]) == 0
+    assert "2 examples" in capsys.readouterr().out
+    score, mask, streamed = blocks("docs/your_model.md", "python")
     names: dict = {}
     exec(score, names)
     assert "L" in capsys.readouterr().out
     exec(mask, names)
     assert "p_holm" in capsys.readouterr().out
     assert set(names["table"]["ablation"]) == {"full model", "top", "random"}
-    example_prompts.write_pdf(tmp_path / "report.pdf", 3)
-    exec(rank, names)
-    assert "candidate" in capsys.readouterr().out
-    assert (tmp_path / "report.safetensors").exists()
     exec(streamed, names)
     assert "of the KV groups" in capsys.readouterr().out
+
+
+def test_what_the_page_on_your_documents_shows_runs(score_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(score_file, "scores.parquet")
+    example_prompts.write_pdf(tmp_path / "report.pdf", 3)
+    (rank,) = blocks("docs/your_documents.md", "python")
+    exec(rank, {})
+    assert "candidate" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} >= {"report.rank.png", "report.safetensors"}
+    (command,) = commands("docs/your_documents.md", "mmheads rank")
+    assert cli.main(command) == 0
+    assert "3 pages in windows of 2" in capsys.readouterr().out
+
+
+def test_what_the_page_on_the_tiny_models_shows_runs(tmp_path, monkeypatch):
+    stock, sample = blocks("docs/tiny_models.md", "python")
+    monkeypatch.chdir(paths.ROOT)
+    names: dict = {}
+    exec(stock, names)
+    assert type(names["model"]).__name__ == "Qwen3VLForConditionalGeneration"
+    monkeypatch.chdir(tmp_path)
+    exec(sample, {})
+    assert (tmp_path / "sample.png").stat().st_size > 1000
