@@ -92,7 +92,8 @@ class Entry:
 
 def overview() -> Iterator[Entry]:
     """Yields the rows of the overview, in the order of the papers' figures."""
-    short, long = "8K&128K", "128&2048"
+    live_pairs = data("A_fig5_overlap_live")
+    longest = live_pairs.loc[live_pairs["length"].idxmax(), "pair"]
     for task, name in TASKS.items():
         chosen = {"task": task, "fraction": 0.05, "ablation": "selected"}
         yield Entry(
@@ -124,9 +125,9 @@ def overview() -> Iterator[Entry]:
             f"heads (%) of the shortest context kept in the longest, {name}",
             ("A_fig5_overlap",),
             {
-                "paper": Cell(released, "paper", {"task": task, "pair": short}),
-                "released": Cell(released, "value", {"task": task, "pair": short}),
-                "live": Cell("A_fig5_overlap_live", "value", {"task": task, "pair": long}, True),
+                "paper": Cell(released, "paper", {"task": task, "pair": "8K&128K"}),
+                "released": Cell(released, "value", {"task": task, "pair": "8K&128K"}),
+                "live": Cell("A_fig5_overlap_live", "value", {"task": task, "pair": longest}, True),
             },
         )
     for which in ("8K-only", "128K-only"):
@@ -271,37 +272,37 @@ def notebook_link(notebook: str) -> str:
 
 
 def models(name: str) -> str:
-    """Returns the models that a figure shows: as its data say, else as the manifest does."""
+    """Returns the models of a figure: as its data say, else those of its notebook."""
     table = data(name)
     if "model" in table:
-        return ", ".join(map(str, table["model"].unique()))
+        return "Models: " + ", ".join(map(str, table["model"].unique()))
     if "family" in table:
-        return "processors of " + ", ".join(map(str, table["family"].unique()))
+        return "Processors of " + ", ".join(map(str, table["family"].unique()))
     if name.endswith("_paper"):
-        return "as printed in the paper"
+        return "As printed in the paper"
     released = name.endswith("_released")
     every: Mapping[str, str] = committed()[name]["models"]  # type: ignore[assignment]
     shown = [model for model, revision in every.items() if ("@" in revision) == released]
-    return ", ".join(model.rsplit("/", 1)[-1] for model in shown)
+    return "Models of the notebook: " + ", ".join(model.rsplit("/", 1)[-1] for model in shown)
 
 
 def certainty(name: str) -> str:
     """Returns what the data say about how sure the numbers are: n and intervals."""
     table = data(name)
+    sizes = [column for column in SIZES if column in table and table[column].notna().any()]
     said = []
-    for column in SIZES:
-        if column in table and table[column].notna().any():
-            least, most = table[column].min(), table[column].max()
-            said.append(f"{column} = {least:g}" + (f" to {most:g}" if most > least else ""))
-            break
+    for column in sizes[:1]:
+        least, most = table[column].min(), table[column].max()
+        said.append(f"{column} = {least:g}" + (f" to {most:g}" if most > least else ""))
     if {"low", "high"} <= set(table):
         said.append("with intervals")
+    facts = [", ".join(said)] if said else []
     if {"value", "paper"} <= set(table):
         difference = (table["value"] - table["paper"]).abs().max()
-        said.append(
-            f"largest difference from the paper's {len(table)} numbers: {number(difference)}"
+        facts.append(
+            f"Largest difference from the paper's {len(table)} numbers: {number(difference)}"
         )
-    return "; ".join(said)
+    return ". ".join(facts)
 
 
 # --- the page
@@ -328,7 +329,7 @@ def section(name: str) -> Iterator[str]:
     suffixes: set[str] = entry["suffixes"]  # type: ignore[assignment]
     shown = {"png", "pdf", "csv", "tex"} & suffixes  # what is in the .md file is on this page
     files = [f"[{suffix.upper()}](../figures/{name}.{suffix})" for suffix in sorted(shown)]
-    facts = [shows[:1].upper() + shows[1:], f"Models: {models(name)}", certainty(name)]
+    facts = [shows[:1].upper() + shows[1:], models(name), certainty(name)]
     facts.append(f"Notebook {notebook_link(str(entry['notebook']))}; files: {', '.join(files)}")
     yield f"### {name}"
     yield ""
