@@ -36,7 +36,7 @@ include_patterns = ["docs/*.md", "notebooks/*.ipynb", "data/models/*/README.md"]
 exclude_patterns = [".*", "runs", "docs/build", "tests"]
 
 nb_execution_mode = "off"  # The notebooks show the outputs that are committed.
-myst_enable_extensions = ["dollarmath"]
+myst_enable_extensions: list[str] = []  # no formulas: they would need scripts from the network
 myst_heading_anchors = 3
 
 default_role = "literal"  # Docstrings write `name` for code.

@@ -92,8 +92,7 @@ class Entry:
 
 def overview() -> Iterator[Entry]:
     """Yields the rows of the overview, in the order of the papers' figures."""
-    live_pairs = data("A_fig5_overlap_live")
-    longest = live_pairs.loc[live_pairs["length"].idxmax(), "pair"]
+    longest = data("A_fig5_overlap_live").sort_values("length")["pair"].iloc[-1]
     for task, name in TASKS.items():
         chosen = {"task": task, "fraction": 0.05, "ablation": "selected"}
         yield Entry(
@@ -245,7 +244,7 @@ def committed() -> dict[str, dict[str, object]]:
 def first_cells() -> dict[str, str]:
     """Returns the text of the first cell of each notebook, by name."""
     return {
-        path.stem: nbformat.read(path, as_version=4).cells[0].source
+        path.stem: nbformat.read(path, as_version=4).cells[0].source  # type: ignore[no-untyped-call]
         for path in sorted(paths.NOTEBOOKS.glob("*.ipynb"))
     }
 
@@ -262,7 +261,7 @@ def descriptions() -> dict[str, tuple[str, str]]:
 
 def link(name: str) -> str:
     """Returns a link to the section of a figure, which is called by its topic and source."""
-    _, _, *topic, source = name.split("_")
+    _, *topic, source = name.split("_")
     return f"[{' '.join(topic)}, {source}](#{name.lower()})"
 
 

@@ -30,8 +30,8 @@ def released() -> list[str]:
         f"the retrieval score, as paper A prints it: its {len(shares)} numbers and ours differ by "
         f"at most {difference:.2f} points.",
         "From 8K to 128K tokens, the strongest 5% of the heads keep "
-        f"{kept.min():.0f}% ({TASKS[kept.idxmin()]}) to {kept.max():.0f}% "
-        f"({TASKS[kept.idxmax()]}) of their members on average.",
+        f"{kept.min():.0f}% ({TASKS[str(kept.idxmin())]}) to {kept.max():.0f}% "
+        f"({TASKS[str(kept.idxmax())]}) of their members on average.",
         f"{files} of the 120 released files contain values that no attention can give.",
     ]
 

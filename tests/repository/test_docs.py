@@ -250,6 +250,10 @@ def test_the_documentation_builds_without_a_warning(tmp_path):
         )
         assert page.count("/_images/") >= pictures, path.stem
     for page in built.rglob("*.html"):
+        loaded = re.findall(
+            r'<(?:script|link|img)\b[^>]+(?:src|href)="(https?://[^"]+)', read(page)
+        )
+        assert not loaded, f"{page.name} loads from the network: {loaded}"
         for target in re.findall(r'(?:src|href)="([^"#?]+)', read(page)):
             if not re.match(r"\w+:", target):
                 assert (page.parent / unquote(target)).exists(), f"{page.name}: {target}"
