@@ -391,6 +391,9 @@ or X for figures that are only ours. The sources:
 - `real`: computed here from a pretrained model;
 - `paper`: numbers that a paper prints.
 
+Names that begin with `B_` say which kind of figure it is. Paper B ranks heads by RAM; where one of
+these figures ranks them by paper A's calibrated score, its description says so.
+
 Terms are defined in the [glossary](glossary.md). What was not run is in
 [limitations](limitations.md).
 
