@@ -40,7 +40,12 @@ def live() -> list[str]:
     """Returns what the tiny model says that we train and run here."""
     ablated = data("B_fig6_ablation_live").query("fraction == 0.05").set_index(["ablation", "task"])
     score, draws = ablated["score"], ablated["draws"]
-    selected = ", ".join(f"{score['selected', task]:.0%} ({TASKS[task]})" for task in TASKS)
+    cards = pd.concat(map(pd.read_csv, sorted(paths.MODELS.glob("*/accuracy.csv"))))
+    chance = cards.groupby("task")["chance"].max()
+    selected = ", ".join(
+        f"{score['selected', task]:.0%} ({name}; chance {chance[task]:.0%})"
+        for task, name in TASKS.items()
+    )
     control = "random, same layers"
     ram = data("X_cause_sets_live").query("task == 'text' and fraction == 0.05")
     ram_score = ram.set_index("ablation")["score"]["RAM mass"]
