@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -37,9 +38,13 @@ def parse(kind: type[T], content: object) -> T:
     """
     text = content if isinstance(content, str | bytes) else json.dumps(content)
     try:
-        return TypeAdapter(kind).validate_json(text, strict=True)
+        value: T = _adapter(kind).validate_json(text, strict=True)
     except ValidationError as error:
         raise ValueError(first_problem(error, kind)) from error
+    return value
+
+
+_adapter: Callable[[Any], TypeAdapter[Any]] = lru_cache(TypeAdapter)
 
 
 def first_problem(error: ValidationError, kind: type[Any]) -> str:
@@ -51,7 +56,8 @@ def first_problem(error: ValidationError, kind: type[Any]) -> str:
             names = getattr(kind, "model_fields", None) or getattr(kind, "__dataclass_fields__", {})
             return f"unknown field {field!r}; expected some of {', '.join(names)}"
         case "missing":
-            return f"the field {field!r} is missing"
+            names = ", ".join(map(str, about["input"]))
+            return f"the field {field!r} is missing; there are {names:.300}"
         case "json_invalid":
             return f"{about['msg']}; expected one JSON object"
     message = about["msg"].removeprefix("Value error, ")

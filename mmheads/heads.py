@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from mmheads import paths
 from mmheads.checks import ONLY_KNOWN_FIELDS, parse
 
+
 class Head(NamedTuple):
     """One attention head, 0-based."""
 
@@ -235,7 +236,9 @@ class HeadSet:
                 tuple(Head(layer, head) for layer, head, _ in content.heads),
                 content.geometry,
                 content.model,
-                Origin(content.revision, content.task, content.length, content.rule, content.source),
+                Origin(
+                    content.revision, content.task, content.length, content.rule, content.source
+                ),
                 {head: score for head, score in scores.items() if score is not None},
             )
         except ValueError as error:

@@ -9,6 +9,8 @@ import string
 from collections import Counter
 from collections.abc import Callable
 
+from mmheads.checks import expect_one_of
+
 Metric = Callable[[str, str], float]
 """(answer, gold) -> a number in [0, 1]."""
 
@@ -76,8 +78,7 @@ def document_answer(answer: str, gold: str, kind: str = "String") -> float:
     Raises:
         ValueError: An unknown kind, or a gold answer that is not of its kind.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}; expected one of {KINDS}")
+    expect_one_of("kind", kind, KINDS)
     if kind == "List":
         items = _items(gold)
         return sum(document_answer(answer, item, of) for item, of in items) / len(items)

@@ -20,6 +20,7 @@ import pooch
 from tqdm import tqdm
 
 from mmheads import paths
+from mmheads.checks import expect
 from mmheads.heads import Head, HeadGeometry, format_heads
 from mmheads.provenance import Provenance
 from mmheads.scores import HeadScores
@@ -128,10 +129,8 @@ def load(
         ImpossibleScoreWarning: a score outside [-1, 1] of a model that is known to have some.
     """
     name = MODELS.get(model, model.removeprefix("Qwen/").removeprefix("google/"))
-    if name not in GEOMETRIES:
-        raise ValueError(f"model is {model!r}, expected one of {', '.join(MODELS)}")
-    if task not in TASKS:
-        raise ValueError(f"task is {task!r}, expected one of {', '.join(TASKS)}")
+    expect(name in GEOMETRIES, "model", model, f"one of {', '.join(MODELS)}")
+    expect(task in TASKS, "task", task, f"one of {', '.join(TASKS)}")
     tokens = _tokens(length)
     key = (
         f"results/detection/{name}/{TASKS[task]}_test_K{tokens // 1024}_dep6_in{tokens}"
@@ -246,8 +245,7 @@ def paper(table: str) -> pd.DataFrame:
 
 def _tokens(length: int | str) -> int:
     named = {f"{n // 1024}K": n for n in LENGTHS} | {n: n for n in LENGTHS}
-    if length not in named:
-        raise ValueError(f"length is {length!r}, expected one of {', '.join(map(str, named))}")
+    expect(length in named, "length", length, f"one of {', '.join(map(str, named))}")
     return named[length]
 
 

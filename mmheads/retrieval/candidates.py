@@ -129,12 +129,6 @@ def spread(count: int, window: int, overlap: int) -> list[range]:
     return [range(start, start + size) for start in starts.tolist()]
 
 
-def expect_one_of(name: str, value: object, known: Sequence[str]) -> None:
-    """Raise ValueError if an option has an unknown value."""
-    if value not in known:
-        raise ValueError(f"{name} is {value!r}; expected one of {tuple(known)}")
-
-
 def _is_file_name(text: str) -> bool:
     line = text.strip()
     return "\n" not in text and any(line.lower().endswith(end) for end in FILE_SUFFIXES)

@@ -16,8 +16,8 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from annotated_types import Ge, Le, MinLen
 from PIL import Image
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import DynamicCache
@@ -44,8 +44,8 @@ _BROKEN = (
 )
 """What Python and its libraries raise when a file does not hold what it should."""
 
-_Count = Annotated[int, Ge(0), Le(2**31 - 1)]
-_Size = Annotated[int, Ge(1), Le(2**31 - 1)]
+_Count = Annotated[int, Field(ge=0, lt=2**31)]
+_Size = Annotated[int, Field(ge=1, lt=2**31)]
 _Tensors = Mapping[str, torch.Tensor]
 
 
@@ -57,7 +57,7 @@ class _Window:
     """
 
     first: _Count
-    parts: list[Annotated[tuple[_Count, ...], MinLen(1)]]
+    parts: list[Annotated[tuple[_Count, ...], Field(min_length=1)]]
     sizes: dict[_Count, tuple[_Size, _Size]]
     context: list[str | None]
     replacements: list[str]
@@ -70,12 +70,12 @@ class _About:
     """What a file says about itself; see `IndexedDocument` for the fields."""
 
     provenance: Provenance
-    heads: Annotated[list[tuple[int, int]], MinLen(1)]
+    heads: Annotated[list[tuple[int, int]], Field(min_length=1)]
     heads_revision: str
     overlap: _Count
     instruction: str
     max_tokens: _Count
-    windows: Annotated[list[_Window], MinLen(1)]
+    windows: Annotated[list[_Window], Field(min_length=1)]
     checksum: str = ""
 
 

@@ -21,6 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from mmheads.checks import expect_one_of
 from mmheads.examples import Example
 from mmheads.metrics import Metric, same
 from mmheads.tasks import mm_niah, mmdocir, mmlongbench_docs, needles, reasoning, videos
@@ -201,8 +202,7 @@ def benchmarks(
     Raises:
         ValueError: As for the loaders.
     """
-    if mode not in reasoning.MODES:
-        raise ValueError(f"mode is {mode!r}; expected one of {reasoning.MODES}")
+    expect_one_of("mode", mode, reasoning.MODES)
     sets: dict[str, tuple[list[Example], Metric]] = {}
     for name, benchmark in reasoning.BENCHMARKS.items():
         if place := folder(data, name):

@@ -11,19 +11,20 @@ The records do not say when a needle is shown, so no example has evidence: paper
 from __future__ import annotations
 
 import importlib
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from PIL import Image
+from pydantic import Field, FiniteFloat
 
+from mmheads.checks import expect
 from mmheads.examples import Example, Video
 from mmheads.images import open_image
-from mmheads.tasks.records import Kind, Record, read_records
+from mmheads.tasks.records import Columns, Record, Text, read_records
 
 FRAMES = 16
 """Frames per video, as in MLVU's own evaluation."""
@@ -45,22 +46,22 @@ FOLDERS = {
     "topic_reasoning": "7_topic_reasoning",
 }
 """Folder of the videos of each question type."""
-_COLUMNS: Mapping[str, Kind] = {
-    "video": str,
-    "duration": (int, float),
-    "question": str,
-    "candidates": list,
-    "answer": (str, int),
-    "question_type": str,
-}
 _IMAGES = (".jpg", ".jpeg", ".png")
+
+
+class _Columns(Columns):
+    video: Text
+    duration: Annotated[FiniteFloat, Field(gt=0)]
+    question: Text
+    candidates: Annotated[list[Any], Field(min_length=2, max_length=len(LETTERS))]
+    answer: str | int
+    question_type: Text
 
 
 def mlvu(
     source: str | Path,
     frames: str | Path,
     *,
-    files: str = "[1-7]_*.json",
     count: int = FRAMES,
     limit: int | None = None,
 ) -> Iterator[Example]:
@@ -73,7 +74,6 @@ def mlvu(
         source: Folder of the JSON files.
         frames: Folder of the videos, or of folders of their frames, directly or in `FOLDERS`. The
             frames may be thinned out; they must be spread evenly over the video.
-        files: Which files of `source`.
         count: Frames per video, spread evenly over it; all frames if it has fewer.
         limit: Largest number of examples; None for all.
 
@@ -82,7 +82,7 @@ def mlvu(
             its candidates, or a video cannot be read.
     """
     check_count(count)
-    records = read_records(source, _COLUMNS, files=files)
+    records = read_records(source, _Columns, files="[1-7]_*.json")
     return islice((_question(record, Path(frames), count) for record in records), limit)
 
 
@@ -183,34 +183,29 @@ def clip(frames: Path, *names: str, first: int = 0) -> Clip:
 
 def check_count(count: int) -> None:
     """Raise a ValueError unless it is a number of frames."""
-    if count < 1:
-        raise ValueError(f"count is {count}; expected 1 frame or more")
+    expect(count >= 1, "count", count, "1 frame or more")
 
 
-def _question(record: Record, frames: Path, count: int) -> Example:
+def _question(record: Record[_Columns], frames: Path, count: int) -> Example:
     values = record.values
-    name, kind, duration = record.text("video"), record.text("question_type"), values["duration"]
-    options = [str(option) for option in values["candidates"]]
-    if not 2 <= len(options) <= len(LETTERS):
-        raise record.error(f"{len(options)} candidates; expected 2 to {len(LETTERS)}")
-    if options.count(str(values["answer"])) != 1:
-        raise record.error(f"the answer {values['answer']!r} is not one of {options}")
-    if not 0 < duration < math.inf:
-        raise record.error(f"duration is {duration}; expected seconds")
+    options = [str(option) for option in values.candidates]
+    if options.count(str(values.answer)) != 1:
+        raise record.error(f"the answer {values.answer!r} is not one of {options}")
+    folders = (FOLDERS.get(values.question_type, "."), ".")
     try:
-        video = clip(frames, *(f"{folder}/{name}" for folder in (FOLDERS.get(kind, "."), ".")))
+        video = clip(frames, *(f"{folder}/{values.video}" for folder in folders))
         numbers = [video.numbers[i] for i in spread(0, len(video.numbers), count)]
         pictures = video.read(numbers)
     except ValueError as error:
         raise record.error(str(error)) from error
     listed = [f"({letter}) {option}" for letter, option in zip(LETTERS, options, strict=False)]
     return Example(
-        context=(Video(frames=pictures, fps=len(pictures) / duration),),
-        question=("\n".join([f"Question: {record.text('question')}", "Options:", *listed]),),
-        answer=LETTERS[options.index(str(values["answer"]))],
+        context=(Video(frames=pictures, fps=len(pictures) / values.duration),),
+        question=("\n".join([f"Question: {values.question}", "Options:", *listed]),),
+        answer=LETTERS[options.index(str(values.answer))],
         choices=tuple(LETTERS[: len(options)]),
         instruction=INSTRUCTION,
-        task=f"mlvu-{kind}",
+        task=f"mlvu-{values.question_type}",
     )
 
 

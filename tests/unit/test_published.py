@@ -84,9 +84,9 @@ def test_the_setting_names_the_folder(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("Gemma4", "text", 8192), "model is 'Gemma4', expected one of Qwen2.5-VL-7B"),
-        (("Gemma3-12B", "video", 8192), "task is 'video', expected one of text, image"),
-        (("Gemma3-12B", "text", 8000), "length is 8000, expected one of 8K"),
+        (("Gemma4", "text", 8192), "model is 'Gemma4'; expected one of Qwen2.5-VL-7B"),
+        (("Gemma3-12B", "video", 8192), "task is 'video'; expected one of text, image"),
+        (("Gemma3-12B", "text", 8000), "length is 8000; expected one of 8K"),
     ],
 )
 def test_what_was_not_released_is_named(arguments, message):
