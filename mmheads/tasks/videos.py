@@ -10,7 +10,6 @@ The records do not say when a needle is shown, so no example has evidence: paper
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Annotated, Any
 
 from PIL import Image
 from pydantic import Field, FiniteFloat
+from transformers.video_utils import load_video
 
 from mmheads.checks import expect
 from mmheads.examples import Example, Video
@@ -143,7 +143,7 @@ class Clip:
         pictures = (
             tuple(open_image(self.files[number]) for number in numbers)
             if self.files
-            else _decoded(self.path, numbers)
+            else _decoded(self.path, numbers)[0]
         )
         if len(sizes := {picture.size for picture in pictures}) > 1:
             raise ValueError(f"the frames of {self.path} differ in size: {sorted(sizes)}")
@@ -210,39 +210,26 @@ def _question(record: Record[_Columns], frames: Path, count: int) -> Example:
 
 
 def _frame_count(path: Path) -> int:
-    av = _av(path)
-    try:
-        with av.open(str(path)) as file:
-            count = int(file.streams.video[0].frames)
-    except (OSError, IndexError, ValueError) as error:
-        raise ValueError(f"{path} cannot be opened as a video: {error}") from error
+    _, count = _decoded(path, [0])
     if not count:
         raise ValueError(f"{path} does not say how many frames it has; give a folder of its frames")
     return count
 
 
-def _decoded(path: Path, numbers: Sequence[int]) -> tuple[Image.Image, ...]:
-    """Frames of a video file, decoded from its start: its numbers are the annotators'."""
-    found: dict[int, Image.Image] = {}
+def _decoded(path: Path, numbers: Sequence[int]) -> tuple[tuple[Image.Image, ...], int]:
+    """Frames of a video file, decoded from its start, and how many frames it says it has."""
+    ordered = sorted(numbers)
+    source: Any = str(path)
     try:
-        with _av(path).open(str(path)) as file:
-            for number, frame in enumerate(file.decode(video=0)):
-                if number in numbers:
-                    found[number] = frame.to_image()
-                if number >= max(numbers):
-                    break
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be decoded: {error}") from error
-    if missing := [number for number in numbers if number not in found]:
-        raise ValueError(f"{path} ends before its frames {missing[:5]}; is the file whole?")
-    return tuple(found[number] for number in numbers)
-
-
-def _av(path: Path) -> Any:
-    try:
-        return importlib.import_module("av")
+        loaded: Any = load_video(source, backend="pyav", sample_indices_fn=lambda **_: ordered)
     except ImportError as error:
         raise ValueError(
             f"{path} is a video file, which only PyAV can read here: pip install av, or put its "
             f"frames as images into the folder {path.with_suffix('')}"
         ) from error
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be opened as a video: {error}") from error
+    pictures = dict(zip(ordered, map(Image.fromarray, loaded[0]), strict=False))
+    if len(pictures) < len(ordered):
+        raise ValueError(f"{path} ends before its frame {ordered[-1]}; is the file whole?")
+    return tuple(pictures[number] for number in numbers), loaded[1].total_num_frames
