@@ -154,13 +154,13 @@ def file_sha256(path: Path) -> str:
     if known and [size, changed] == entry:
         return known
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     with suppress(OSError):  # a cache that cannot be written costs time and nothing else
         listing.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{listing}.lock"), paths.write_whole(listing) as temporary:
-            hashes = _known_hashes(listing) | {str(path): (*entry, found)}
+            hashes = _known_hashes(listing) | {str(path): (*entry, digest)}
             temporary.write_text(json.dumps(hashes), encoding="utf-8")
-    return found
+    return digest
 
 
 def _known_hashes(listing: Path) -> dict[str, tuple[int, int, str]]:

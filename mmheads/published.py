@@ -1,6 +1,6 @@
 """Per-head scores that the authors of paper A released, as `HeadScores`; and printed numbers.
 
-120 files, one a (model, task, context length), of the null-calibrated retrieval score averaged
+120 files, one per model, task and context length, of the null-calibrated retrieval score averaged
 over 120 prompts (arXiv 2605.27243). They are downloaded from the source at a fixed commit, or
 read from a folder, and always checked against their SHA-256. They are never copied into this
 repository.
@@ -122,8 +122,8 @@ def load(
 
     Raises:
         NotAvailableError: the file is missing in the folder, or cannot be downloaded.
-        DefectiveFileError: wrong checksum, no valid JSON, a head twice or missing, a score that
-            is not a number in [-1, 1].
+        DefectiveFileError: wrong checksum, invalid JSON, a head that is missing or given twice, or
+            a score that is not a number in [-1, 1].
 
     Warns:
         ImpossibleScoreWarning: a score outside [-1, 1] of a model that is known to have some.
@@ -168,10 +168,10 @@ def impossible_heads(
     released: Mapping[tuple[str, str, int], HeadScores],
 ) -> dict[str, list[Head]]:
     """Heads of each model with a score outside [-1, 1] in any of its files, by (layer, head)."""
-    found: dict[str, set[Head]] = {}
+    impossible: dict[str, set[Head]] = {}
     for (model, _, _), scores in released.items():
-        found.setdefault(model, set()).update(scores.out_of_range(-1, 1))
-    return {model: sorted(heads) for model, heads in found.items()}
+        impossible.setdefault(model, set()).update(scores.out_of_range(-1, 1))
+    return {model: sorted(heads) for model, heads in impossible.items()}
 
 
 def parse(raw: bytes, name: str, *, task: str, length: int) -> HeadScores:
@@ -190,7 +190,7 @@ def parse(raw: bytes, name: str, *, task: str, length: int) -> HeadScores:
         model_id, seed = str(content["args"]["model_name_or_path"]), int(content["args"]["seed"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DefectiveFileError(
-            f"{name} is no released score file: {type(error).__name__} {error}"
+            f"{name} is not a released score file: {type(error).__name__} {error}"
         ) from error
 
     counts = Counter(head for head, _ in scores)
@@ -278,10 +278,10 @@ def _fetch(key: str, folder: str | Path, cache: str | Path) -> bytes:
             f"{path} does not exist; complete that folder, or unset MMHEADS_PUBLISHED to download"
         )
     raw = path.read_bytes()
-    found = hashlib.sha256(raw).hexdigest()
-    if found != sha256:
+    digest = hashlib.sha256(raw).hexdigest()
+    if digest != sha256:
         raise DefectiveFileError(
-            f"{path} has SHA-256 {found[:12]}..., the released file has {sha256[:12]}...: "
+            f"{path} has SHA-256 {digest[:12]}..., the released file has {sha256[:12]}...: "
             "it is truncated or changed, get it again"
         )
     return raw

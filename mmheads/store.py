@@ -242,21 +242,21 @@ def known(
         now: Kept results must agree with its `code` and `versions`.
         folder: See `open`.
     """
-    found: dict[str, tuple[dict[str, Any], Provenance, Path | None, list[Path]]] = {}
+    results: dict[str, tuple[dict[str, Any], Provenance, Path | None, list[Path]]] = {}
     for path in sorted(kept_folder(kind, folder).glob(f"*/{_ABOUT}")):
         about = _read(path, dict[str, Any])
         made = _provenance(about, path)
         current = made.code == now.code and dict(made.versions) == dict(now.versions)
         if Path(made.model).name == model and current and about.get("format") == FORMAT:
             stable = dataclasses.replace(made, code="", versions={})
-            found[stable.key] = (about, made, path.parent, [])
+            results[stable.key] = (about, made, path.parent, [])
     for path, made, number in _shipped(kind, model):
         if number == version:
             stable = dataclasses.replace(made, code="", versions={})
-            found.setdefault(stable.key, (read_about(path), made, None, []))[3].append(path)
+            results.setdefault(stable.key, (read_about(path), made, None, []))[3].append(path)
     return [
         Results(kind, made, {"geometry": about.get("geometry")}, place, shipped)
-        for about, made, place, shipped in found.values()
+        for about, made, place, shipped in results.values()
     ]
 
 

@@ -117,8 +117,8 @@ def spread(count: int, window: int, overlap: int) -> list[range]:
     Raises:
         ValueError: The window is below 1, or the overlap is not smaller than it.
     """
-    whole = all(isinstance(value, (int, np.integer)) for value in (window, overlap))
-    if not whole or window < 1 or not 0 <= overlap < window:
+    are_integers = all(isinstance(value, (int, np.integer)) for value in (window, overlap))
+    if not are_integers or window < 1 or not 0 <= overlap < window:
         raise ValueError(
             f"windows of {window!r} candidates that overlap by {overlap!r}: expected whole "
             "numbers, a window of at least 1, and an overlap from 0 to less than the window"

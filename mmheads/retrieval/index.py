@@ -216,7 +216,7 @@ class DocumentIndex:
         """Rank candidates, or regions of them, for a question.
 
         Args:
-            question: See `masses`, as for the arguments up to `normalize`.
+            question: See `masses`.
             regions: See `masses`.
             calibrated: See `masses`.
             null: See `masses`.

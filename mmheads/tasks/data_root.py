@@ -234,18 +234,18 @@ def prompts(
     """
     depths = getattr(source, "depths", needles.DEPTHS)
     apart = 1 if source is needles else len(depths)
-    wanted = ["no", "yes"] if task == "identical_image" else [None]
+    answers = ["no", "yes"] if task == "identical_image" else [None]
 
-    def one(i: int) -> Example:
-        made: Example = source.make(
+    def make(i: int) -> Example:
+        example: Example = source.make(
             task,
             length,
             depths[i % len(depths)],
             pair=i // apart,
             split=split,
-            answer=wanted[(i if apart == 1 else i + i // apart) % len(wanted)],
+            answer=answers[(i if apart == 1 else i + i // apart) % len(answers)],
             **settings,
         )
-        return made
+        return example
 
-    return Examples(lambda: map(one, range(count)))
+    return Examples(lambda: map(make, range(count)))

@@ -194,17 +194,17 @@ class Needles:
         units = mm_niah_records.units_of(record)
         needle = needle and answer != "no"
         if file.kind == "retrieval-text":
-            at, chars = mm_niah_records.place_sentence(record, units, task, needle)
+            index, chars = mm_niah_records.place_sentence(record, units, task, needle)
             question: tuple[Part, ...] = (record.values.question,)
             choices: tuple[str, ...] = ()
             right = record.values.answer
         else:
-            at, chars = mm_niah_records.place_image(record, units, task, needle), None
+            index, chars = mm_niah_records.place_image(record, units, task, needle), None
             question, choices, right = mm_niah_records.question_of(record, task, needle)
         context, starts = mm_niah_records.join_units(record, units)
         region = None
         if needle:
-            part, first = starts[at]
+            part, first = starts[index]
             region = Region(part=part, chars=chars and (first + chars[0], first + chars[1]))
         return Example(
             context=context,
@@ -239,10 +239,10 @@ class Needles:
     def _file(self, task: str, length: int) -> _File:
         expect_one_of("task", task, TASKS)
         if (KINDS[task], length) not in self.opened:
-            there = [long for kind, long in self.opened if kind == KINDS[task]]
+            lengths = [long for kind, long in self.opened if kind == KINDS[task]]
             raise ValueError(
                 f"{self.folder} holds no records of {KINDS[task]} at length {length}; it has the "
-                f"lengths {sorted(there)}"
+                f"lengths {sorted(lengths)}"
             )
         return self.opened[KINDS[task], length]
 

@@ -139,17 +139,17 @@ def place_sentence(
     counts = [unit.count(sentence) if isinstance(unit, str) else 0 for unit in units]
     if sum(counts) != 1:
         raise record.error(f"the needle {sentence!r} is {sum(counts)} times in ctxs; expected once")
-    at = counts.index(1)
-    text = str(units[at])
+    index = counts.index(1)
+    text = str(units[index])
     first = text.index(sentence)
     if needle and task == "text":
-        return at, (first, first + len(sentence))
+        return index, (first, first + len(sentence))
     before, after = text[:first].rstrip(), text[first + len(sentence) :].lstrip()
     if needle:
-        units[at : at + 1] = [*filter(None, (before,)), draw(sentence), *filter(None, (after,))]
-        return at + bool(before), None
-    units[at : at + 1] = [" ".join(filter(None, (before, after)))]
-    return at, None
+        units[index : index + 1] = [unit for unit in (before, draw(sentence), after) if unit]
+        return index + bool(before), None
+    units[index : index + 1] = [" ".join(filter(None, (before, after)))]
+    return index, None
 
 
 def place_image(record: Record[ImageNeedle], units: list[Unit], task: str, needle: bool) -> int:

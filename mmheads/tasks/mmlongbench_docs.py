@@ -138,7 +138,7 @@ class DocumentQuestions:
         record = records[row]
         kind, gold = _answer(record)
         pages = [_page(record, path, subset) for path in record.values.page_list]
-        at = [] if kind == "None" else _gold_pages(record, pages, _PAGE[subset][1])
+        gold_pages = [] if kind == "None" else _gold_pages(record, pages, _PAGE[subset][1])
         context: list[Part] = []
         for (name, number), path in zip(pages, record.values.page_list, strict=True):
             apart = "\n\n" if context else ""
@@ -152,12 +152,12 @@ class DocumentQuestions:
             context=(*context, BEFORE_QUESTION),
             question=(question,),
             answer=f"{kind}: {gold}",
-            evidence=tuple(regions[page] for page in at) or None,
+            evidence=tuple(regions[page] for page in gold_pages) or None,
             candidates={"page": regions},
             instruction=INSTRUCTION,
             task=subset,
             length=length,
-            depth=at[0] / max(1, len(pages) - 1) if at else None,
+            depth=gold_pages[0] / max(1, len(pages) - 1) if gold_pages else None,
             haystack=(list(SUBSETS).index(subset), length, row),
         )
 

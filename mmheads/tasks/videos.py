@@ -101,8 +101,8 @@ def choice_answer(answer: str, gold: str) -> float:
     text = answer.strip()
     text = text.upper() if len(text) == 1 else text
     letter = rf"(?<!\w)([{LETTERS}])"
-    found = re.search(rf"{letter}\)", text) or re.search(rf"{letter}(?![\w'])", text)
-    return float(found is not None and found[1] == gold)
+    match = re.search(rf"{letter}\)", text) or re.search(rf"{letter}(?![\w'])", text)
+    return float(match is not None and match[1] == gold)
 
 
 def spread(first: int, last: int, count: int) -> list[int]:
