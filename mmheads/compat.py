@@ -1,7 +1,7 @@
 """Every private or version-dependent name of transformers and torch that the package uses.
 
-A new release of either library can break this file, and no other one. `mmheads.streaming`, and
-`mmheads.latency` until it becomes a benchmark, still use some private names by themselves.
+A new release of either library can break only this file and `mmheads.streaming`, which still uses
+some private names itself.
 """
 
 from __future__ import annotations

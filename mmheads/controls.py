@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 from numpy.typing import NDArray
 
+from mmheads.checks import expect_one_of
 from mmheads.heads import Head, HeadSet
 
 MATCHES = ("", "layer", "kv_group")
@@ -38,8 +39,7 @@ def random_controls(
         ValueError: An unknown match, no draw, an empty selection, or fewer heads left than it has.
     """
     pool = eligible & ~selected.mask
-    if match not in MATCHES:
-        raise ValueError(f"match is {match!r}; expected one of {MATCHES}")
+    expect_one_of("match", match, MATCHES)
     if draws < 1 or not 1 <= len(selected) <= pool.sum():
         raise ValueError(
             f"{draws} draws beside {len(selected)} selected heads: expected at least one draw and "

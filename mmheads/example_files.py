@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Annotated, Any, overload
 
 from PIL import Image
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat
 
+from mmheads.checks import parse
 from mmheads.examples import Example, Part, Region
 from mmheads.images import MAX_PIXELS, image_size, open_image
 
@@ -200,7 +201,7 @@ def read_examples(path: str | Path) -> ExampleFile:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             with _place(path, number):
-                record = _Record.model_validate_json(line)
+                record = parse(_Record, line)
                 record.example(lambda name: _stand_in(path.parent / name))
             lines.append(number)
             records.append(record)
@@ -214,26 +215,8 @@ def _place(path: Path, line: int) -> Iterator[None]:
     """Let an error inside name the file and the line."""
     try:
         yield
-    except ValidationError as error:
-        raise ValueError(f"{path}, line {line}: {_first(error)}") from error
     except ValueError as error:
         raise ValueError(f"{path}, line {line}: {error}") from error
-
-
-def _first(error: ValidationError) -> str:
-    """The first thing that is wrong with a line, as a sentence."""
-    about = error.errors(include_url=False)[0]
-    field = ".".join(map(str, about["loc"]))
-    match about["type"]:
-        case "extra_forbidden":
-            return f"unknown field {field!r}; expected some of {', '.join(_Record.model_fields)}"
-        case "missing":
-            return f"the field {field!r} is missing"
-        case "json_invalid":
-            return f"{about['msg']}; expected one JSON object per line"
-    message = about["msg"].removeprefix("Value error, ")
-    value = str(about["input"])[:80]
-    return f"{field} is {value}: {message}" if field else f"{value}: {message}"
 
 
 def _stand_in(path: Path) -> Image.Image:

@@ -19,8 +19,8 @@ class Video:
     """Frames of one size.
 
     Attributes:
-        frames: In order.
-        fps: Frames a second.
+        frames: The frames, in order of time.
+        fps: Frames per second.
     """
 
     frames: tuple[Image.Image, ...]
@@ -53,16 +53,16 @@ class Example:
 
     Attributes:
         context: Text and images, in reading order (the haystack, or the pages of a document).
-        question: Text and images of the question alone, asked after the context.
+        question: Text and images of only the question, which is asked after the context.
         answer: The right answer.
         choices: All answers that the question allows; their number gives the chance level.
-        evidence: Where the answer stands. None marks an example that has no evidence: it can be
+        evidence: Where the answer is. None marks an example that has no evidence: it can be
             answered, not scored.
         candidates: Regions to rank, by kind ("page", "layout"); empty where nothing is ranked.
-        instruction: Said after the question, how to answer it; no part of the question.
+        instruction: How to answer, written after the question; it is not part of the question.
         task: Name of the task.
         length: Nominal context length in tokens of a grid of needles; 0 outside such grids.
-        depth: Where the evidence stands (or stood, before it was removed), 0 (start of the
+        depth: Where the evidence is (or was, before it was removed), from 0 (start of the
             context) to 1 (its end); None for a task without evidence.
         haystack: What identifies the pair of question and evidence; examples that share it differ
             only in depth. Empty: the example is a unit by itself.
@@ -115,20 +115,18 @@ class Example:
             parts += part.frames if isinstance(part, Video) else (part,)
 
         def moved(regions: tuple[Region, ...]) -> tuple[Region, ...]:
-            found = []
-            for region in regions:
-                part = self.context[region.part]
-                count = len(part.frames) if isinstance(part, Video) else 1
-                for frame in range(*(region.frames or (0, count))):
-                    at = starts[region.part] + frame
-                    found.append(replace(region, part=at, frames=None))
-            return tuple(found)
+            counts = [len(p.frames) if isinstance(p, Video) else 1 for p in self.context]
+            return tuple(
+                replace(region, part=starts[region.part] + frame, frames=None)
+                for region in regions
+                for frame in range(*(region.frames or (0, counts[region.part])))
+            )
 
-        asked = (part.frames if isinstance(part, Video) else (part,) for part in self.question)
+        question = (part.frames if isinstance(part, Video) else (part,) for part in self.question)
         return replace(
             self,
             context=tuple(parts),
-            question=tuple(chain.from_iterable(asked)),
+            question=tuple(chain.from_iterable(question)),
             evidence=None if self.evidence is None else moved(self.evidence),
             candidates={kind: moved(regions) for kind, regions in self.candidates.items()},
         )
@@ -147,9 +145,25 @@ class Example:
         }
         return hash_json(content)
 
-    def picture(self, width: int = 640, scale: int = 2) -> Image.Image:
-        """Lay the example out as a page to look at: evidence outlined, the question below."""
-        return _draw(self, width, scale)
+    def picture(self, width: int = 640) -> Image.Image:
+        """The example as a page to look at: the evidence in colour, the question below a line.
+
+        Images are shown at twice their size.
+        """
+        regions: list[list[Region]] = [[] for _ in self.context]
+        for region in self.evidence or ():
+            regions[region.part].append(region)
+        context = map(_drawn, self.context, regions)
+        question = (_drawn(part, []) for part in (*self.question, f"= {self.answer}"))
+        above, below = (
+            _flow(list(chain.from_iterable(parts)), width) for parts in (context, question)
+        )
+        page = Image.new("RGB", (width, above.height + below.height), "white")
+        page.paste(above, (0, 0))
+        page.paste(below, (0, above.height))
+        line = (_MARGIN, above.height, width - _MARGIN, above.height)
+        ImageDraw.Draw(page).line(line, fill="grey")
+        return page
 
 
 def _as_seen(part: Part) -> Part:
@@ -203,69 +217,53 @@ _EVIDENCE = (213, 94, 0)
 _MARGIN = 12
 
 
-def _draw(example: Example, width: int, scale: int) -> Image.Image:
-    font = ImageFont.load_default(size=15)
-    marked: dict[int, list[Region]] = {}
-    for region in example.evidence or ():
-        marked.setdefault(region.part, []).append(region)
-
-    pieces: list[tuple[Image.Image | str, bool]] = []
-    for index, part in enumerate(example.context):
-        regions = marked.get(index, [])
-        if isinstance(part, str):
-            spans = [region.chars or (0, len(part)) for region in regions]
-            for word in re.finditer(r"\S+", part):
-                hit = any(first < word.end() and word.start() < last for first, last in spans)
-                pieces.append((word.group(), hit))
-        else:
-            pieces += [(picture, False) for picture in _pictures(part, scale, regions)]
-    rule = len(pieces)
-    for part in (*example.question, f"= {example.answer}"):
-        if isinstance(part, str):
-            pieces += [(word, False) for word in part.split()]
-        else:
-            pieces += [(picture, False) for picture in _pictures(part, scale, [])]
-
-    places, x, y, row = [], _MARGIN, _MARGIN, 0
-    for index, (piece, _) in enumerate(pieces):
-        size = (round(font.getlength(piece)), 18) if isinstance(piece, str) else piece.size
-        if index == rule or (x > _MARGIN and x + size[0] > width - _MARGIN):
-            x, y, row = _MARGIN, y + row + (2 * _MARGIN if index == rule else _MARGIN // 2), 0
-        places.append((x, y))
-        x, row = x + size[0] + _MARGIN // 2, max(row, size[1])
-
-    canvas = Image.new("RGB", (width, y + row + _MARGIN), "white")
-    draw = ImageDraw.Draw(canvas)
-    for (piece, hit), place in zip(pieces, places, strict=True):
-        if isinstance(piece, str):
-            draw.text(place, piece, fill=_EVIDENCE if hit else "black", font=font)
-        else:
-            canvas.paste(piece, place)
-    above = places[rule][1] - _MARGIN
-    draw.line((_MARGIN, above, width - _MARGIN, above), fill="grey")
-    return canvas
-
-
-def _pictures(part: Image.Image | Video, scale: int, regions: list[Region]) -> list[Image.Image]:
-    if isinstance(part, Image.Image):
-        return [_enlarged(part, scale, regions)]
+def _drawn(part: Part, regions: list[Region]) -> list[Image.Image]:
+    """The words of a text, or an image or its frames, with these regions in colour."""
+    if isinstance(part, str):
+        spans = [region.chars or (0, len(part)) for region in regions]
+        return [
+            _word(
+                word.group(),
+                any(first < word.end() and word.start() < last for first, last in spans),
+            )
+            for word in re.finditer(r"\S+", part)
+        ]
+    frames = part.frames if isinstance(part, Video) else (part,)
     return [
-        _enlarged(
-            frame,
-            scale,
-            [r for r in regions if index in range(*(r.frames or (0, len(part.frames))))],
-        )
-        for index, frame in enumerate(part.frames)
+        _enlarged(frame, [r for r in regions if index in range(*(r.frames or (0, len(frames))))])
+        for index, frame in enumerate(frames)
     ]
 
 
-def _enlarged(image: Image.Image, scale: int, regions: list[Region]) -> Image.Image:
-    """The image in a thin frame, the regions' boxes outlined."""
-    size = (image.width * scale, image.height * scale)
+def _word(text: str, is_evidence: bool) -> Image.Image:
+    font = ImageFont.load_default(size=15)
+    word = Image.new("RGB", (round(font.getlength(text)), 20), "white")
+    color = _EVIDENCE if is_evidence else "black"
+    ImageDraw.Draw(word).text((0, 0), text, fill=color, font=font)
+    return word
+
+
+def _flow(pieces: list[Image.Image], width: int) -> Image.Image:
+    """Pieces from left to right, in as many rows as they need."""
+    places, x, y, height, gap = [], _MARGIN, _MARGIN, 0, _MARGIN // 2
+    for piece in pieces:
+        if x > _MARGIN and x + piece.width > width - _MARGIN:
+            x, y, height = _MARGIN, y + height + gap, 0
+        places.append((x, y))
+        x, height = x + piece.width + gap, max(height, piece.height)
+    page = Image.new("RGB", (width, y + height + _MARGIN), "white")
+    for piece, place in zip(pieces, places, strict=True):
+        page.paste(piece, place)
+    return page
+
+
+def _enlarged(image: Image.Image, regions: list[Region]) -> Image.Image:
+    """The image at twice its size in a thin frame, with the boxes of regions outlined."""
+    size = (2 * image.width, 2 * image.height)
     large = image.convert("RGB").resize(size, Image.Resampling.NEAREST)
     draw = ImageDraw.Draw(large)
     draw.rectangle((0, 0, size[0] - 1, size[1] - 1), outline="lightgrey")
     for region in regions:
-        left, top, right, bottom = (scale * edge for edge in region.box or (0, 0, *image.size))
+        left, top, right, bottom = (2 * edge for edge in region.box or (0, 0, *image.size))
         draw.rectangle((left, top, right - 1, bottom - 1), outline=_EVIDENCE, width=3)
     return large

@@ -77,33 +77,33 @@ def token_boxes(
     assert not isinstance(part, str)
     frames = part.frames if isinstance(part, Video) else (part,)
     width, height = frames[0].size
-    whole = (0.0, 0.0, float(width), float(height))
+    full_box = (0.0, 0.0, float(width), float(height))
     earlier = sum(isinstance(p, type(part)) for p in example.context[:index])
     family, processor = vlm.family, vlm.processor
     if family.startswith(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")):
         name = "video_grid_thw" if isinstance(part, Video) else "image_grid_thw"
         slots, rows, columns = inputs[name][earlier].tolist()
         merge = vlm.model.config.vision_config.spatial_merge_size
-        boxes = np.tile(_grid(rows // merge, columns // merge, whole), (slots, 1))
+        boxes = np.tile(_grid(rows // merge, columns // merge, full_box), (slots, 1))
     elif isinstance(part, Video):
         return None
     elif family == "internvl":
         side = math.isqrt(processor.image_seq_length)
         columns, rows = compat.internvl_tiles(processor.image_processor, part)
         grids = _tiles(rows, columns, side, width, height)
-        boxes = np.concatenate([*grids, _grid(side, side, whole)] if len(grids) > 1 else grids)
+        boxes = np.concatenate([*grids, _grid(side, side, full_box)] if len(grids) > 1 else grids)
     elif family == "gemma3":
         if getattr(processor.image_processor, "do_pan_and_scan", False):
             return None
         side = math.isqrt(processor.image_seq_length)
-        boxes = _grid(side, side, whole)
+        boxes = _grid(side, side, full_box)
     elif family in ("idefics3", "smolvlm"):
         side = math.isqrt(processor.image_seq_len)
         names = re.findall(r"<row_(\d+)_col_(\d+)>", replacement)
         rows = max((int(row) for row, _ in names), default=0)
         columns = max((int(column) for _, column in names), default=0)
         grids = _tiles(rows, columns, side, width, height) if names else []
-        boxes = np.concatenate([*grids, _grid(side, side, whole)])
+        boxes = np.concatenate([*grids, _grid(side, side, full_box)])
     elif family == "llava_onevision":
         boxes = _llava_boxes(vlm, example, part)
     else:

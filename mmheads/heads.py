@@ -12,15 +12,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmheads import paths
-
-_FORMAT = 1
-"""Version of the files of head sets."""
+from mmheads.checks import ONLY_KNOWN_FIELDS, parse
 
 
 class Head(NamedTuple):
@@ -53,6 +51,8 @@ class HeadGeometry:
     heads: int
     kv_groups: int
     global_layers: tuple[int, ...] | None = None
+
+    __pydantic_config__ = ONLY_KNOWN_FIELDS
 
     def __post_init__(self) -> None:
         if min(self.layers, self.heads, self.kv_groups) < 1 or self.heads % self.kv_groups:
@@ -87,14 +87,7 @@ class HeadGeometry:
         Raises:
             ValueError: A field is missing, unknown, or not a whole number.
         """
-        if not isinstance(fields, Mapping):
-            raise ValueError(f"the geometry is {fields!r}, expected a JSON object")
-        sizes: dict[str, Any] = {n: fields.get(n) for n in ("layers", "heads", "kv_groups")}
-        layers = fields.get("global_layers")
-        known = {*fields} == {*sizes, "global_layers"} and isinstance(layers, list | tuple | None)
-        if not known or any(type(n) is not int for n in (*sizes.values(), *(layers or ()))):
-            raise ValueError(f"the geometry is {dict(fields)}, expected numbers for {[*sizes]}")
-        return cls(**sizes, global_layers=None if layers is None else tuple(layers))
+        return parse(cls, fields)
 
 
 @dataclass(frozen=True)
@@ -216,7 +209,7 @@ class HeadSet:
         The score is null where it is not known.
         """
         content = {
-            "format": _FORMAT,
+            "format": 1,
             "model": self.model,
             **dataclasses.asdict(self.origin),
             "geometry": dataclasses.asdict(self.geometry),
@@ -237,25 +230,36 @@ class HeadSet:
         if not path.is_file():
             raise FileNotFoundError(f"{path} is not a file; expected a JSON file of heads")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content["format"] != _FORMAT:
-                raise ValueError(f"its format is {content['format']!r}, expected {_FORMAT}")
-            scored = [(Head(layer, head), score) for layer, head, score in content["heads"]]
-            if any(type(number) is not int for head, _ in scored for number in head):
-                raise ValueError("a layer or head is not a whole number")
-            names = [entry.name for entry in dataclasses.fields(Origin)]
+            content = parse(_File, path.read_bytes())
+            scores = {Head(layer, head): score for layer, head, score in content.heads}
             return cls(
-                tuple(head for head, _ in scored),
-                HeadGeometry.parse(content["geometry"]),
-                str(content["model"]),
-                Origin(**{name: str(content[name]) for name in names}),
-                {head: float(score) for head, score in scored if score is not None},
+                tuple(Head(layer, head) for layer, head, _ in content.heads),
+                content.geometry,
+                content.model,
+                Origin(
+                    content.revision, content.task, content.length, content.rule, content.source
+                ),
+                {head: score for head, score in scores.items() if score is not None},
             )
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except ValueError as error:
             raise ValueError(
-                f"{path} is not a file of heads ({type(error).__name__}: {error}); expected what "
-                "`HeadSet.save` writes"
+                f"{path} is not a file of heads ({error}); expected what `HeadSet.save` writes"
             ) from error
+
+
+@dataclass(frozen=True)
+class _File:
+    """The content of a file of heads; `heads` holds layer, head, and score where it is known."""
+
+    format: Literal[1]
+    model: str
+    revision: str
+    task: str
+    length: str
+    rule: str
+    source: str
+    geometry: HeadGeometry
+    heads: list[tuple[int, int, float | None]]
 
 
 def head_count(fraction: float, size: int) -> int:

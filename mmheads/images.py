@@ -37,19 +37,17 @@ class _RefusedError(ValueError):
     """What is wrong with an image, as the end of a sentence that begins with its name."""
 
 
-def open_image(source: Source, name: str = "", *, frames: str = "error") -> Image.Image:
+def open_image(source: Source, name: str = "") -> Image.Image:
     """Open one image and return it as people see it, in RGB.
 
     The EXIF orientation is applied first, so boxes refer to the upright picture. Transparent
     pixels are composited on white. Greyscale of more than 8 bits is scaled from the range of its
-    format (0 to 65,535 for 16 bits) to 0 to 255; mode "I" counts as 16 bits.
+    format (0 to 65,535 for 16 bits) to 0 to 255; mode "I" counts as 16 bits. The further pictures
+    in photos of phones and stereo cameras (MPO: previews, brightness maps) are not frames.
 
     Args:
         source: A path, the bytes of a file, or an image of Pillow.
         name: What error messages call the image; by default the path.
-        frames: "error" refuses a file with several frames, "first" takes the first frame. The
-            further pictures in photos of phones and stereo cameras (MPO: previews, brightness
-            maps) do not count as frames.
 
     Raises:
         ValueError: The image is missing, empty, cut, broken, larger than `MAX_PIXELS`, of another
@@ -58,10 +56,8 @@ def open_image(source: Source, name: str = "", *, frames: str = "error") -> Imag
             name.
         TypeError: The source is of another type.
     """
-    if frames not in ("error", "first"):
-        raise ValueError(f'frames is {frames!r}; expected "error" or "first"')
     with _opened(source, name) as image:
-        if frames == "error" and (count := _frame_count(image)) > 1:
+        if (count := _frame_count(image)) > 1:
             raise _RefusedError(
                 f"has {count} frames where one image is expected; save the one that you mean as "
                 "a file of its own, or read all of them as pages with "

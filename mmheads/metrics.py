@@ -9,6 +9,8 @@ import string
 from collections import Counter
 from collections.abc import Callable
 
+from mmheads.checks import expect_one_of
+
 Metric = Callable[[str, str], float]
 """(answer, gold) -> a number in [0, 1]."""
 
@@ -47,9 +49,9 @@ def normalised(text: str) -> str:
 
 def token_f1(answer: str, gold: str) -> float:
     """Return the F1 score of the words of the normalised answers (SlideVQA)."""
-    given, wanted = normalised(answer).split(), normalised(gold).split()
-    shared = (Counter(given) & Counter(wanted)).total()
-    return 2 * shared / (len(given) + len(wanted)) if shared else 0.0
+    given, expected = normalised(answer).split(), normalised(gold).split()
+    shared = (Counter(given) & Counter(expected)).total()
+    return 2 * shared / (len(given) + len(expected)) if shared else 0.0
 
 
 def document_answer(answer: str, gold: str, kind: str = "String") -> float:
@@ -76,20 +78,19 @@ def document_answer(answer: str, gold: str, kind: str = "String") -> float:
     Raises:
         ValueError: An unknown kind, or a gold answer that is not of its kind.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}; expected one of {KINDS}")
+    expect_one_of("kind", kind, KINDS)
     if kind == "List":
         items = _items(gold)
         return sum(document_answer(answer, item, of) for item, of in items) / len(items)
     if kind in ("String", "None"):
         return float(gold in answer) if _EXACT.search(gold) else token_f1(answer, gold)
-    wanted = _number(gold)
-    if wanted is None or (kind == "Integer" and wanted != int(wanted)):
+    expected = _number(gold)
+    if expected is None or (kind == "Integer" and expected != int(expected)):
         raise ValueError(f"the gold answer {gold!r} is not of the kind {kind}")
     numbers = [float(number) for number in _NUMBER.findall(_bare(answer))]
     if kind == "Integer":
-        return float(wanted in numbers)
-    close = (wanted / 100, wanted, wanted * 100)
+        return float(expected in numbers)
+    close = (expected / 100, expected, expected * 100)
     return float(any(math.isclose(w, n, rel_tol=TOLERANCE) for w in close for n in numbers))
 
 

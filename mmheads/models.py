@@ -41,12 +41,12 @@ class VLM:
     """A stock model with its processor; text-only causal models too.
 
     Attributes:
-        model: In evaluation mode.
-        processor: Of images and text; a text-only model has its tokenizer here.
+        model: The model, in evaluation mode.
+        processor: Its processor of images and text; the tokenizer of a text-only model.
         model_id: Folder or name on the hub.
         revision: Commit on the hub, a hash of the folder's weights, or the SHA-256 of a GGUF file;
             empty for a model that was made in memory.
-        loaded: Hash of a sample of the weights at first; later changes are told by it.
+        loaded: Hash of a sample of the weights when they were loaded; it shows later changes.
     """
 
     model: Any
@@ -60,7 +60,7 @@ class VLM:
         if not getattr(self.tokenizer, "is_fast", False):
             raise ValueError(
                 f"{self.model_id} has the slow tokenizer {type(self.tokenizer).__name__}; evidence "
-                "is found by character offsets, which fast tokenizers alone give"
+                "is found by character offsets, which only fast tokenizers give"
             )
 
     def __str__(self) -> str:
@@ -108,19 +108,19 @@ class VLM:
     @cached_property
     def attentions(self) -> dict[int, Any]:
         """The attention modules of the decoder by layer; layers without heads are not in it."""
-        found = {
+        modules = {
             module.layer_idx: module
             for name, module in self.decoder.named_modules()
             if hasattr(module, "o_proj")
             and isinstance(getattr(module, "layer_idx", None), int)
             and not name.endswith("cross_attn")
         }
-        if not found:
+        if not modules:
             raise ValueError(
                 f"{self} has no attention layer with an `o_proj` and a "
                 "`layer_idx`; heads of such a model cannot be told apart"
             )
-        return dict(sorted(found.items()))
+        return dict(sorted(modules.items()))
 
     @cached_property
     def geometry(self) -> HeadGeometry:
@@ -163,7 +163,7 @@ class VLM:
         if len(set(counts.values())) > 1:
             raise ValueError(
                 f"layers of {self} have different numbers of heads ({name} {counts}); heads are "
-                "compared across layers, which need the same number"
+                "compared across layers, which is possible only where the numbers are equal"
             )
         return counts[layers[0]]
 
@@ -413,5 +413,5 @@ def load_processor(model_id: str | Path, *, revision: str | None = None) -> Any:
 
 
 def _name(folder: Path) -> str:
-    """A folder's model by its name alone, wherever it lies: a path says nothing on its weights."""
+    """The name of a folder's model without the path, which says nothing about its weights."""
     return folder.resolve().name if folder.is_dir() else str(folder)

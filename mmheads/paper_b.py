@@ -51,12 +51,12 @@ def find_by_tags(
 
 
 def _scan(vlm: VLM, ids: list[int], tag: str) -> tuple[int, int]:
-    wanted = vlm.tokenizer(tag, add_special_tokens=False)["input_ids"]
-    width = len(wanted)
-    hits = [i for i in range(len(ids) - width + 1) if ids[i : i + width] == wanted]
+    marker_ids = vlm.tokenizer(tag, add_special_tokens=False)["input_ids"]
+    width = len(marker_ids)
+    hits = [i for i in range(len(ids) - width + 1) if ids[i : i + width] == marker_ids]
     if len(hits) != 1:
         raise ValueError(
-            f"the marker {tag!r} (token ids {wanted}) stands {len(hits)} times in the prompt, "
+            f"the marker {tag!r} (token ids {marker_ids}) occurs {len(hits)} times in the prompt, "
             "expected once; choose a marker that this tokenizer keeps apart"
         )
     return hits[0], hits[0] + width
@@ -66,7 +66,7 @@ def find_by_slicing(vlm: VLM, prompt: Prompt, part: int) -> NDArray[np.int64]:
     """Uniform expansion: all visual tokens in as many equal slices as images -> [n] tokens.
 
     Raises:
-        ValueError: The part is no image, or the images have unequal numbers of tokens.
+        ValueError: The part is not an image, or the images have unequal numbers of tokens.
     """
     everywhere = _all_visual(vlm, prompt)
     sizes = [_count(vlm, text) for text in prompt.replacements]
@@ -85,7 +85,7 @@ def find_by_offsets(vlm: VLM, prompt: Prompt, part: int) -> NDArray[np.int64]:
     """Dynamic patches: tokens of each image from its size, added up -> [n] tokens.
 
     Raises:
-        ValueError: The part is no image, or the model does not tell an image's tokens from its
+        ValueError: The part is not an image, or the model does not tell an image's tokens from its
             size.
     """
     everywhere = _all_visual(vlm, prompt)

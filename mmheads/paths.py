@@ -42,7 +42,7 @@ def published(folder: str | Path = "") -> Path | None:
 def real_docs(folder: str | Path = "") -> Path | None:
     """Folder that holds `pdfs/` and `MMDocIR_annotations.jsonl`, or None if there is none.
 
-    The first of: `folder`, the setting `MMHEADS_REAL_DOCS`, `../shared/real_docs` if it is there.
+    The first of: `folder`, the setting `MMHEADS_REAL_DOCS`, `../shared/real_docs` if it exists.
     """
     return _given_or_beside(folder, "MMHEADS_REAL_DOCS", "real_docs", "pdfs")
 
@@ -79,7 +79,7 @@ def write_whole(path: Path) -> Iterator[Path]:
     points to is replaced. What killed processes have left in the folder is removed.
 
     Args:
-        path: The file; its folder is made if it is not there.
+        path: The file; its folder is made if it does not exist.
 
     Raises:
         OSError: The folder or the file cannot be written.

@@ -21,8 +21,8 @@ DPI = 144
 MAX_DPI = 2400
 MAX_PROBLEMS = 1000
 
-# For every form with a second version in XFA, pypdfium2 advises another build of itself. The
-# first version is drawn without it.
+# For every form that has a second version in XFA, pypdfium2 advises a different build of itself.
+# The first version is drawn without that build.
 logging.getLogger("pypdfium2").setLevel(logging.ERROR)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from filelock import FileLock
 
 from mmheads import paths
+from mmheads.checks import ONLY_KNOWN_FIELDS, parse
 
 _LIBRARIES = ("mmheads", "torch", "transformers")
 _PACKAGE = Path(__file__).parent
@@ -52,6 +53,8 @@ class Provenance:
     code: str = ""
     source: str = ""
 
+    __pydantic_config__ = ONLY_KNOWN_FIELDS
+
     @property
     def key(self) -> str:
         """Hash of all fields."""
@@ -80,14 +83,7 @@ class Provenance:
         Raises:
             ValueError: A field is unknown or has the wrong type.
         """
-        kinds = {"versions": Mapping, "settings": Mapping}
-        names = [entry.name for entry in dataclasses.fields(cls) if entry.name != "_"]
-        if not isinstance(fields, Mapping):
-            raise ValueError(f"the provenance is {fields!r}, expected a JSON object")
-        for name, value in fields.items():
-            if name not in names or not isinstance(value, kinds.get(name, str)):
-                raise ValueError(f"the provenance holds {name!r}: {value!r}, expected {names}")
-        return cls(**fields)
+        return parse(cls, fields)
 
 
 def _flat(provenance: Provenance, ignore: Iterable[str]) -> Iterator[tuple[str, object]]:
@@ -158,13 +154,13 @@ def file_sha256(path: Path) -> str:
     if known and [size, changed] == entry:
         return known
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     with suppress(OSError):  # a cache that cannot be written costs time and nothing else
         listing.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{listing}.lock"), paths.write_whole(listing) as temporary:
-            hashes = _known_hashes(listing) | {str(path): (*entry, found)}
+            hashes = _known_hashes(listing) | {str(path): (*entry, digest)}
             temporary.write_text(json.dumps(hashes), encoding="utf-8")
-    return found
+    return digest
 
 
 def _known_hashes(listing: Path) -> dict[str, tuple[int, int, str]]:

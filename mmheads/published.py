@@ -1,6 +1,6 @@
 """Per-head scores that the authors of paper A released, as `HeadScores`; and printed numbers.
 
-120 files, one a (model, task, context length), of the null-calibrated retrieval score averaged
+120 files, one per model, task and context length, of the null-calibrated retrieval score averaged
 over 120 prompts (arXiv 2605.27243). They are downloaded from the source at a fixed commit, or
 read from a folder, and always checked against their SHA-256. They are never copied into this
 repository.
@@ -20,6 +20,7 @@ import pooch
 from tqdm import tqdm
 
 from mmheads import paths
+from mmheads.checks import expect
 from mmheads.heads import Head, HeadGeometry, format_heads
 from mmheads.provenance import Provenance
 from mmheads.scores import HeadScores
@@ -121,17 +122,15 @@ def load(
 
     Raises:
         NotAvailableError: the file is missing in the folder, or cannot be downloaded.
-        DefectiveFileError: wrong checksum, no valid JSON, a head twice or missing, a score that
-            is not a number in [-1, 1].
+        DefectiveFileError: wrong checksum, invalid JSON, a head that is missing or given twice, or
+            a score that is not a number in [-1, 1].
 
     Warns:
         ImpossibleScoreWarning: a score outside [-1, 1] of a model that is known to have some.
     """
     name = MODELS.get(model, model.removeprefix("Qwen/").removeprefix("google/"))
-    if name not in GEOMETRIES:
-        raise ValueError(f"model is {model!r}, expected one of {', '.join(MODELS)}")
-    if task not in TASKS:
-        raise ValueError(f"task is {task!r}, expected one of {', '.join(TASKS)}")
+    expect(name in GEOMETRIES, "model", model, f"one of {', '.join(MODELS)}")
+    expect(task in TASKS, "task", task, f"one of {', '.join(TASKS)}")
     tokens = _tokens(length)
     key = (
         f"results/detection/{name}/{TASKS[task]}_test_K{tokens // 1024}_dep6_in{tokens}"
@@ -169,10 +168,10 @@ def impossible_heads(
     released: Mapping[tuple[str, str, int], HeadScores],
 ) -> dict[str, list[Head]]:
     """Heads of each model with a score outside [-1, 1] in any of its files, by (layer, head)."""
-    found: dict[str, set[Head]] = {}
+    impossible: dict[str, set[Head]] = {}
     for (model, _, _), scores in released.items():
-        found.setdefault(model, set()).update(scores.out_of_range(-1, 1))
-    return {model: sorted(heads) for model, heads in found.items()}
+        impossible.setdefault(model, set()).update(scores.out_of_range(-1, 1))
+    return {model: sorted(heads) for model, heads in impossible.items()}
 
 
 def parse(raw: bytes, name: str, *, task: str, length: int) -> HeadScores:
@@ -191,7 +190,7 @@ def parse(raw: bytes, name: str, *, task: str, length: int) -> HeadScores:
         model_id, seed = str(content["args"]["model_name_or_path"]), int(content["args"]["seed"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DefectiveFileError(
-            f"{name} is no released score file: {type(error).__name__} {error}"
+            f"{name} is not a released score file: {type(error).__name__} {error}"
         ) from error
 
     counts = Counter(head for head, _ in scores)
@@ -246,8 +245,7 @@ def paper(table: str) -> pd.DataFrame:
 
 def _tokens(length: int | str) -> int:
     named = {f"{n // 1024}K": n for n in LENGTHS} | {n: n for n in LENGTHS}
-    if length not in named:
-        raise ValueError(f"length is {length!r}, expected one of {', '.join(map(str, named))}")
+    expect(length in named, "length", length, f"one of {', '.join(map(str, named))}")
     return named[length]
 
 
@@ -280,10 +278,10 @@ def _fetch(key: str, folder: str | Path, cache: str | Path) -> bytes:
             f"{path} does not exist; complete that folder, or unset MMHEADS_PUBLISHED to download"
         )
     raw = path.read_bytes()
-    found = hashlib.sha256(raw).hexdigest()
-    if found != sha256:
+    digest = hashlib.sha256(raw).hexdigest()
+    if digest != sha256:
         raise DefectiveFileError(
-            f"{path} has SHA-256 {found[:12]}..., the released file has {sha256[:12]}...: "
+            f"{path} has SHA-256 {digest[:12]}..., the released file has {sha256[:12]}...: "
             "it is truncated or changed, get it again"
         )
     return raw

@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from mmheads.checks import parse
 from mmheads.heads import HeadGeometry
 from mmheads.provenance import Provenance
 from mmheads.tables import read_table, write_table
@@ -22,7 +23,6 @@ from mmheads.tables import read_table, write_table
 SHORT = ("raw", "null")
 """What shipped files hold for every example; of other quantities they hold means."""
 
-_KIND = "head scores"
 _SCORES = "scores"
 _CONDITION = ("task", "length")
 
@@ -41,7 +41,7 @@ def write(
 ) -> None:
     """Write the fields of one `HeadScores` as a parquet file with one row per example."""
     about = {
-        "kind": _KIND,
+        "kind": "head scores",
         "geometry": dataclasses.asdict(geometry),
         "eligible": eligible.tolist(),
         "provenance": dataclasses.asdict(provenance),
@@ -61,25 +61,32 @@ def read(path: str | Path, model: str | None = None) -> dict[str, Any]:
     path = Path(path)
     about, scalars, arrays = read_table(path)
     try:
-        if about["kind"] != _KIND:
-            raise ValueError(f"it holds {about['kind']}")
-        provenance = Provenance.parse(about["provenance"])
-        fields = {
-            "values": arrays.pop(_SCORES),
-            "geometry": HeadGeometry.parse(about["geometry"]),
-            "eligible": np.array(about["eligible"], dtype=bool),
-            "metadata": scalars.to_pandas(),
-            "quantities": arrays,
-            "provenance": provenance,
-        }
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        described = parse(_About, about)
+        values = arrays.pop(_SCORES)
+    except (KeyError, ValueError) as error:
         raise ValueError(
-            f"{path} is not a file of head scores ({type(error).__name__}: {error}); expected what "
-            "`HeadScores.save` writes"
+            f"{path} is not a file of head scores ({error}); expected what `HeadScores.save` writes"
         ) from error
-    if model is not None and provenance.model != model:
-        raise ValueError(f"{path} holds scores of {provenance.model!r}, not of {model!r}")
-    return fields
+    if model not in (None, described.provenance.model):
+        raise ValueError(f"{path} holds scores of {described.provenance.model!r}, not of {model!r}")
+    return {
+        "values": values,
+        "geometry": described.geometry,
+        "eligible": np.array(described.eligible),
+        "metadata": scalars.to_pandas(),
+        "quantities": arrays,
+        "provenance": described.provenance,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _About:
+    """What a file of scores says about itself."""
+
+    kind: Literal["head scores"]
+    geometry: HeadGeometry
+    eligible: list[list[bool]]
+    provenance: Provenance
 
 
 def to_frame(

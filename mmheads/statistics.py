@@ -42,7 +42,7 @@ def bootstrap_interval(
     """Percentile bootstrap interval of `statistic(values)`.
 
     Args:
-        values: [unit, ...]; whole units (examples, models) are drawn with replacement.
+        values: [unit, ...]; units (examples, models) are drawn with replacement.
         statistic: Takes an array like `values` and returns one number.
         seed: Seed of the resampling.
         confidence: Coverage of the interval.
@@ -71,7 +71,7 @@ def stratified_interval(
     """Percentile bootstrap interval of `statistic(strata)`, units drawn within each stratum.
 
     Args:
-        strata: [unit, ...] each, a condition that was measured as often as planned.
+        strata: One array [unit, ...] per condition.
         statistic: Takes such a list and returns one number.
         seed: Seed of the resampling.
         confidence: Coverage of the interval.

@@ -16,15 +16,17 @@ import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import pyarrow as pa
 from filelock import FileLock
 
 from mmheads import paths
+from mmheads.checks import parse
 from mmheads.provenance import Provenance, canonical, hash_json
 from mmheads.tables import FORMAT, read_about, read_keys, read_table, write_table
 
@@ -32,6 +34,8 @@ SHIPPED = paths.ROOT / "data" / "results"
 
 SAVE_EVERY = 5.0
 """Seconds between two saves of a long run: what a killed process may lose."""
+
+_T = TypeVar("_T")
 
 Row = dict[str, Any]
 """Values of one result by name: texts, numbers, and arrays of one shape in all rows."""
@@ -133,11 +137,11 @@ class Results:
             return
         path = self._folder / f"{hash_json(about)[:16]}.json"
         with FileLock(self._folder / ".lock"):
-            before = _read_note(path)["rows"] if path.exists() else []
+            before = _read(path, _Note).rows if path.exists() else []
             merged = {canonical(row): dict(row) for row in (*before, *rows)}
             with paths.write_whole(path) as temporary:
-                note = {"about": dict(about), "rows": list(merged.values())}
-                temporary.write_text(json.dumps(note), encoding="utf-8")
+                note = _Note(dict(about), list(merged.values()))
+                temporary.write_text(json.dumps(dataclasses.asdict(note)), encoding="utf-8")
 
     def notes(self) -> list[dict[str, Any]]:
         """All conditions: `about`, and the metadata of the `rows`, each with its `key`.
@@ -145,16 +149,15 @@ class Results:
         Rows whose results are missing are left out.
         """
         kept = sorted(self._folder.glob("*.json")) if self._folder else []
-        found = [_read_note(path) for path in kept if path.name != _ABOUT]
+        notes = [_read(path, _Note) for path in kept if path.name != _ABOUT]
         for path in self._shipped:
             about, scalars, _ = read_table(path)
             rows = scalars.to_pylist()
             for number, condition in enumerate(about.get("conditions", [])):
-                part = [row for row in rows if row["condition"] == number]
-                found.append({"about": condition, "rows": part})
+                notes.append(_Note(condition, [row for row in rows if row["condition"] == number]))
         return [
-            {"about": note["about"], "rows": [row for row in note["rows"] if row["key"] in self]}
-            for note in found
+            {"about": note.about, "rows": [row for row in note.rows if row["key"] in self]}
+            for note in notes
         ]
 
     def __enter__(self) -> Self:
@@ -239,21 +242,21 @@ def known(
         now: Kept results must agree with its `code` and `versions`.
         folder: See `open`.
     """
-    found: dict[str, tuple[dict[str, Any], Provenance, Path | None, list[Path]]] = {}
+    results: dict[str, tuple[dict[str, Any], Provenance, Path | None, list[Path]]] = {}
     for path in sorted(kept_folder(kind, folder).glob(f"*/{_ABOUT}")):
-        about = _read_json(path)
+        about = _read(path, dict[str, Any])
         made = _provenance(about, path)
         current = made.code == now.code and dict(made.versions) == dict(now.versions)
         if Path(made.model).name == model and current and about.get("format") == FORMAT:
             stable = dataclasses.replace(made, code="", versions={})
-            found[stable.key] = (about, made, path.parent, [])
+            results[stable.key] = (about, made, path.parent, [])
     for path, made, number in _shipped(kind, model):
         if number == version:
             stable = dataclasses.replace(made, code="", versions={})
-            found.setdefault(stable.key, (read_about(path), made, None, []))[3].append(path)
+            results.setdefault(stable.key, (read_about(path), made, None, []))[3].append(path)
     return [
         Results(kind, made, {"geometry": about.get("geometry")}, place, shipped)
-        for about, made, place, shipped in found.values()
+        for about, made, place, shipped in results.values()
     ]
 
 
@@ -279,20 +282,21 @@ def _provenance(about: Mapping[str, Any], path: Path) -> Provenance:
         raise ValueError(f"{path}: {error}; delete it and compute its results again") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read(path: Path, kind: type[_T]) -> _T:
+    """What a JSON file of a folder of results holds."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return parse(kind, path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); delete it") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {type(content).__name__}, expected an object; delete it")
-    return content
+        raise ValueError(f"{path} cannot be read ({error}); delete it") from error
 
 
-def _read_note(path: Path) -> dict[str, Any]:
-    note = _read_json(path)
-    rows = note.get("rows")
-    whole = isinstance(rows, list) and all(isinstance(row, dict) and "key" in row for row in rows)
-    if not isinstance(note.get("about"), dict) or not whole:
-        raise ValueError(f"{path} does not say which results a condition has; delete it")
-    return note
+@dataclass(frozen=True)
+class _Note:
+    """A condition by the names of its settings, and metadata of its rows, each with its `key`."""
+
+    about: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+    def __post_init__(self) -> None:
+        if not all("key" in row for row in self.rows):
+            raise ValueError("a row has no key")

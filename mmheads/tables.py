@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def read_table(path: Path) -> tuple[dict[str, Any], pa.Table, dict[str, NDArray[
         ValueError: The file is damaged, of another program, or has another format.
     """
     about = read_about(path)
-    try:
+    with _readable(path):
         table = pq.read_table(path, page_checksum_verification=True, partitioning=None)
         stored: dict[str, NDArray[Any]] = {
             name: table.column(name).combine_chunks().flatten().to_numpy().reshape(-1, *shape)
@@ -80,8 +81,6 @@ def read_table(path: Path) -> tuple[dict[str, Any], pa.Table, dict[str, NDArray[
         scalars = table.drop_columns(list(stored)).replace_schema_metadata(None)
         if _digest(about, scalars, stored) != about.pop("sha256"):
             raise ValueError("its content does not have the checksum that was written")
-    except Exception as error:  # pyarrow raises many kinds of errors for damaged files
-        raise _unreadable(path, error) from error
     arrays: dict[str, NDArray[np.float32]] = {
         name: array.astype(np.float32) / np.float32(STEPS) if array.dtype == np.uint16 else array
         for name, array in stored.items()
@@ -93,11 +92,9 @@ def read_about(path: Path) -> dict[str, Any]:
     """What a file of `write_table` says about itself. Raises as `read_table` does."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; expected a parquet file of results")
-    try:
+    with _readable(path):
         about: dict[str, Any] = json.loads(pq.read_metadata(path).metadata[_ABOUT])
         number = about.get("format")
-    except Exception as error:
-        raise _unreadable(path, error) from error
     if number != FORMAT:
         raise ValueError(
             f"{path} has format {number!r}, this version reads {FORMAT}: compute its results again"
@@ -108,23 +105,24 @@ def read_about(path: Path) -> dict[str, Any]:
 def read_keys(path: Path) -> list[str]:
     """The column `key` of a file, without the rest. Raises as `read_table` does."""
     read_about(path)
-    try:
+    with _readable(path):
         column = pq.read_table(path, columns=["key"], partitioning=None)["key"]
         return [str(key) for key in column.to_pylist()]
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn every error of reading a file that exists into one ValueError that names it."""
+    try:
+        yield
     except FileNotFoundError:
         raise
-    except Exception as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> Exception:
-    if isinstance(error, FileNotFoundError):
-        return error
-    reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    return ValueError(
-        f"{path} is not a readable parquet file of results ({reason}); it is damaged or was "
-        "written by another program: delete it and compute its results again"
-    )
+    except Exception as error:  # pyarrow raises many kinds of errors for damaged files
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(
+            f"{path} is not a readable parquet file of results ({reason}); it is damaged or was "
+            "written by another program: delete it and compute its results again"
+        ) from error
 
 
 def _digest(about: Mapping[str, Any], table: pa.Table, arrays: Mapping[str, NDArray[Any]]) -> str:

@@ -20,13 +20,8 @@ from mmheads.models import VLM
 from mmheads.prompts import encode
 from mmheads.scores import HeadScores, spearman
 from mmheads.scoring import score_heads
-from mmheads.tasks.generated_needles import (
-    CONTROL,
-    DEPTHS,
-    LENGTHS,
-    TASKS,
-    GeneratedNeedles,
-)
+from mmheads.tasks.generated_needles import CONTROL, LENGTHS, GeneratedNeedles
+from mmheads.tasks.grids import DEPTHS, TASKS
 
 FRACTIONS = (0.05, 0.10)
 """Sizes of the top sets whose overlap and ablation are measured."""

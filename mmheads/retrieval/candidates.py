@@ -117,8 +117,8 @@ def spread(count: int, window: int, overlap: int) -> list[range]:
     Raises:
         ValueError: The window is below 1, or the overlap is not smaller than it.
     """
-    whole = all(isinstance(value, (int, np.integer)) for value in (window, overlap))
-    if not whole or window < 1 or not 0 <= overlap < window:
+    are_integers = all(isinstance(value, (int, np.integer)) for value in (window, overlap))
+    if not are_integers or window < 1 or not 0 <= overlap < window:
         raise ValueError(
             f"windows of {window!r} candidates that overlap by {overlap!r}: expected whole "
             "numbers, a window of at least 1, and an overlap from 0 to less than the window"
@@ -127,12 +127,6 @@ def spread(count: int, window: int, overlap: int) -> list[range]:
     size = ceil((count + (windows - 1) * overlap) / windows)
     starts = np.linspace(0, count - size, windows).round().astype(int)
     return [range(start, start + size) for start in starts.tolist()]
-
-
-def expect_one_of(name: str, value: object, known: Sequence[str]) -> None:
-    """Raise ValueError if an option has an unknown value."""
-    if value not in known:
-        raise ValueError(f"{name} is {value!r}; expected one of {tuple(known)}")
 
 
 def _is_file_name(text: str) -> bool:

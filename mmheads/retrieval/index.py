@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmheads.attention.hook import check_heads
+from mmheads.checks import expect_one_of
 from mmheads.heads import HeadSet
 from mmheads.models import VLM
 from mmheads.pdfs import PageBox
@@ -24,7 +25,6 @@ from mmheads.retrieval.candidates import (
     Part,
     check_candidates,
     check_regions,
-    expect_one_of,
     question_parts,
     spread,
 )
@@ -216,7 +216,7 @@ class DocumentIndex:
         """Rank candidates, or regions of them, for a question.
 
         Args:
-            question: See `masses`, as for the arguments up to `normalize`.
+            question: See `masses`.
             regions: See `masses`.
             calibrated: See `masses`.
             null: See `masses`.

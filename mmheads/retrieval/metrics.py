@@ -66,14 +66,14 @@ def layout_recall(ranking: Sequence[PageBox], gold: Sequence[PageBox], k: int) -
     Raises:
         ValueError: The gold boxes have no area, or `k` is less than 1.
     """
-    found = list(ranking[:k])
+    first = list(ranking[:k])
     covered = total = 0.0
     for page in {box.page for box in gold}:
-        here = [box for box in gold if box.page == page]
-        wanted = [_points(box) for box in here]
-        shown = [_points(box, here[0].size) for box in found if box.page == page]
-        total += _area(wanted)
-        covered += _area(wanted, shown)
+        on_page = [box for box in gold if box.page == page]
+        gold_boxes = [_points(box) for box in on_page]
+        covering = [_points(box, on_page[0].size) for box in first if box.page == page]
+        total += _area(gold_boxes)
+        covered += _area(gold_boxes, covering)
     if not total or k < 1:
         raise ValueError(f"recall at {k} of gold boxes of area {total}: expected both above 0")
     return covered / total

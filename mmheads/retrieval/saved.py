@@ -8,41 +8,75 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import DynamicCache
 
 from mmheads import paths
+from mmheads.checks import parse
 from mmheads.examples import Example
 from mmheads.heads import Head, HeadSet, Origin
 from mmheads.models import VLM
 from mmheads.prefix import Prefix
-from mmheads.prompts import Prompt, restore
+from mmheads.prompts import restore
+from mmheads.provenance import Provenance
 from mmheads.retrieval.windows import NULL_QUESTION, IndexedDocument, Window
-from mmheads.scores import Provenance
 
-FORMAT = 2
+FORMAT = 3
 """Version of the file; raised when its content or what an index computes changes."""
-
 
 _KEY = "mmheads"
 """Key of our text in the metadata."""
-
 
 _BROKEN = (
     *(AttributeError, IndexError, KeyError, OverflowError, RecursionError, RuntimeError),
     *(SafetensorError, TypeError, ValueError),
 )
 """What Python and its libraries raise when a file does not hold what it should."""
+
+_Count = Annotated[int, Field(ge=0, lt=2**31)]
+_Size = Annotated[int, Field(ge=1, lt=2**31)]
+_Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class _Window:
+    """What a window needs besides tensors; see `Window`, `Prompt` and `Prefix` for the fields.
+
+    In `context`, None stands for an image.
+    """
+
+    first: _Count
+    parts: list[Annotated[tuple[_Count, ...], Field(min_length=1)]]
+    sizes: dict[_Count, tuple[_Size, _Size]]
+    context: list[str | None]
+    replacements: list[str]
+    length: _Size
+    masked: bool
+
+
+@dataclass(frozen=True)
+class _About:
+    """What a file says about itself; see `IndexedDocument` for the fields."""
+
+    provenance: Provenance
+    heads: Annotated[list[tuple[int, int]], Field(min_length=1)]
+    heads_revision: str
+    overlap: _Count
+    instruction: str
+    max_tokens: _Count
+    windows: Annotated[list[_Window], Field(min_length=1)]
+    checksum: str = ""
 
 
 def write_index(path: Path, vlm: VLM, document: IndexedDocument) -> None:
@@ -56,19 +90,19 @@ def write_index(path: Path, vlm: VLM, document: IndexedDocument) -> None:
         for number, window in enumerate(document.windows)
         for name, tensor in _tensors(window)
     }
-    about = {
-        "provenance": asdict(_provenance(vlm)),
-        "heads": list(document.heads),
-        "heads_revision": document.heads.origin.revision,
-        "overlap": document.overlap,
-        "instruction": document.instruction,
-        "max_tokens": document.max_tokens,
-        "windows": [_described(window) for window in document.windows],
-    }
-    about["checksum"] = _checksum(about, tensors)
+    about = _About(
+        provenance=_provenance(vlm),
+        heads=list(document.heads),
+        heads_revision=document.heads.origin.revision,
+        overlap=document.overlap,
+        instruction=document.instruction,
+        max_tokens=document.max_tokens,
+        windows=[_described(window) for window in document.windows],
+    )
+    text = json.dumps(asdict(replace(about, checksum=_checksum(asdict(about), tensors))))
     try:
         with paths.write_whole(path) as temporary:
-            save_file(tensors, temporary, metadata={_KEY: json.dumps(about)})
+            save_file(tensors, temporary, metadata={_KEY: text})
     except SafetensorError as error:
         raise OSError(f"{path} could not be written: {error}") from error
 
@@ -88,20 +122,17 @@ def read_index(path: Path, vlm: VLM, *, keep: str) -> IndexedDocument:
     if not path.is_file():
         raise ValueError(f"{path} is not a file; expected one that DocumentIndex.save wrote")
     try:
-        about, tensors = _load(path)
-        made = Provenance(**about["provenance"])
-        now = Provenance(**json.loads(json.dumps(asdict(_provenance(vlm)))))
-        different = made.differences(now)
+        content, tensors = _load(path)
+        made = parse(Provenance, content["provenance"])
+        different = made.differences(_provenance(vlm))
+        document = None if different else _document(vlm, content, tensors)
     except (*_BROKEN, OSError) as error:
-        raise _refusal(path, error) from error
-    if different:
+        raise ValueError(
+            f"{path} is not a whole index that DocumentIndex.save wrote "
+            f"({type(error).__name__}: {error}); index the document again"
+        ) from error
+    if document is None:
         raise ValueError(f"{path} was indexed differently: {different}; index the document again")
-    try:
-        checksum = about.pop("checksum")
-        _expect(checksum == _checksum(about, tensors), "its content does not fit its checksum")
-        document = _document(vlm, about, tensors)
-    except _BROKEN as error:
-        raise _refusal(path, error) from error
     return document if keep == "cpu" else _on_device(document)
 
 
@@ -112,27 +143,21 @@ def _on_device(document: IndexedDocument) -> IndexedDocument:
     return replace(document, windows=tuple(windows))
 
 
-def _refusal(path: Path, error: BaseException) -> ValueError:
-    return ValueError(
-        f"{path} is not a whole index that DocumentIndex.save wrote "
-        f"({type(error).__name__}: {error}); index the document again"
-    )
-
-
 def _provenance(vlm: VLM) -> Provenance:
     return vlm.provenance("mmheads.retrieval", NULL_QUESTION, format=FORMAT)
 
 
 def _load(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     with safe_open(path, framework="pt") as file:
-        about = json.loads((file.metadata() or {})[_KEY])
+        content = json.loads((file.metadata() or {})[_KEY])
         names = list(file.keys())
-        return about, {name: file.get_tensor(name) for name in names}
+        return content, {name: file.get_tensor(name) for name in names}
 
 
-def _checksum(about: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
+def _checksum(about: Mapping[str, Any], tensors: _Tensors) -> str:
     """SHA-256 of the description and of the names, types, shapes and bytes of all tensors."""
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    content = json.dumps({**about, "checksum": ""}, sort_keys=True)
+    digest = hashlib.sha256(content.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
@@ -140,7 +165,7 @@ def _checksum(about: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> 
     return digest.hexdigest()
 
 
-def _tensors(window: Window) -> Iterable[tuple[str, torch.Tensor]]:
+def _tensors(window: Window) -> Iterator[tuple[str, torch.Tensor]]:
     prompt = window.prompt
     yield "null", torch.from_numpy(window.null_attention)
     for name, value in prompt.inputs.items():
@@ -154,129 +179,103 @@ def _tensors(window: Window) -> Iterable[tuple[str, torch.Tensor]]:
         yield f"values.{number}", layer.values
 
 
-def _described(window: Window) -> dict[str, Any]:
-    """What a window needs besides tensors."""
+def _described(window: Window) -> _Window:
     context = window.prompt.example.context
-    return {
-        "first": window.first,
-        "parts": [list(parts) for parts in window.parts],
-        "sizes": {str(part): list(size) for part, size in window.sizes.items()},
-        "context": [part if isinstance(part, str) else None for part in context],
-        "replacements": list(window.prompt.replacements),
-        "length": window.prefix.length,
-        "masked": window.prefix.masked,
-    }
+    return _Window(
+        first=window.first,
+        parts=list(window.parts),
+        sizes=dict(window.sizes),
+        context=[part if isinstance(part, str) else None for part in context],
+        replacements=list(window.prompt.replacements),
+        length=window.prefix.length,
+        masked=window.prefix.masked,
+    )
 
 
-def _document(
-    vlm: VLM, about: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
-) -> IndexedDocument:
-    """The index that a file describes, on the CPU; the schema of the file is read only here.
+def _document(vlm: VLM, content: Mapping[str, Any], tensors: _Tensors) -> IndexedDocument:
+    """The index that a file describes, on the CPU.
 
     Raises one of `_BROKEN` if anything has another type, shape or value than `write_index` writes.
     """
+    about = parse(_About, content)
+    _expect(about.checksum == _checksum(content, tensors), "its content does not fit its checksum")
     heads = HeadSet(
-        tuple(Head(*map(_whole, head)) for head in about["heads"]),
+        tuple(Head(*head) for head in about.heads),
         vlm.geometry,
         vlm.model_id,
-        origin=Origin(revision=_text(about["heads_revision"])),
+        origin=Origin(revision=about.heads_revision),
     )
-    _expect(len(heads) > 0, "it has no heads")
-    instruction, described = _text(about["instruction"]), about["windows"]
-    max_tokens = _whole(about["max_tokens"])
-    _expect(isinstance(described, list) and len(described) > 0, "it has no windows")
-    pieces: list[dict[str, torch.Tensor]] = [{} for _ in described]
+    pieces: list[dict[str, torch.Tensor]] = [{} for _ in about.windows]
     for name, tensor in tensors.items():
         number, _, rest = name.partition(".")
         pieces[int(number)][rest] = tensor
     windows = [
-        _window(vlm, heads, instruction, max_tokens, window, piece)
-        for window, piece in zip(described, pieces, strict=True)
+        Window(
+            window.first,
+            tuple(window.parts),
+            window.sizes,
+            _prefix(vlm, heads, about, window, piece),
+            _null_attention(piece["null"], (len(heads), window.length)),
+        )
+        for window, piece in zip(about.windows, pieces, strict=True)
     ]
-    overlap = _whole(about["overlap"])
-    document = IndexedDocument(heads, tuple(windows), overlap, instruction, max_tokens)
-    sizes = {len(window.parts) for window in windows}
+    (size,) = {len(window.parts) for window in windows}
     steps = [second.first - first.first for first, second in pairwise(windows)]
-    (size,) = sizes
     _expect(
-        windows[0].first == 0 and all(0 < step <= size - document.overlap for step in steps),
+        windows[0].first == 0 and all(0 < step <= size - about.overlap for step in steps),
         "its windows do not cover its candidates",
     )
-    return document
-
-
-def _window(
-    vlm: VLM,
-    heads: HeadSet,
-    instruction: str,
-    max_tokens: int,
-    about: Mapping[str, Any],
-    tensors: Mapping[str, torch.Tensor],
-) -> Window:
-    length, masked = _whole(about["length"]), about["masked"]
-    _expect(isinstance(masked, bool), f"{masked!r:.40} is given where true or false is expected")
-    parts = tuple(tuple(map(_whole, each)) for each in about["parts"])
-    prompt = _prompt(vlm, instruction, max_tokens, about, tensors)
-    flat = [part for each in parts for part in each]
-    _expect(
-        flat == list(range(len(prompt.parts))) and all(parts), "its candidates are not in order"
+    return IndexedDocument(
+        heads, tuple(windows), about.overlap, about.instruction, about.max_tokens
     )
-    _expect(0 < length <= int(prompt.question[0]), "its context ends elsewhere")
-    sizes = {
-        int(part): (_whole(width), _whole(height))
-        for part, (width, height) in about["sizes"].items()
-    }
-    visuals = [number for number, part in enumerate(about["context"]) if part is None]
-    _expect(sorted(sizes) == visuals, "its images have no sizes")
-    _expect(all(min(size) > 0 for size in sizes.values()), "an image is empty")
-    null = tensors["null"]
-    _expect(
-        null.shape == (len(heads), length) and bool(null.isfinite().all()),
-        "the null question's attention has another shape, or is not finite",
-    )
-    prefix = Prefix(vlm, prompt, length, _cache(heads, length, tensors), masked=masked)
-    return Window(_whole(about["first"]), parts, sizes, prefix, null.float().numpy())
 
 
-def _prompt(
-    vlm: VLM,
-    instruction: str,
-    max_tokens: int,
-    about: Mapping[str, Any],
-    tensors: Mapping[str, torch.Tensor],
-) -> Prompt:
+def _prefix(vlm: VLM, heads: HeadSet, about: _About, window: _Window, tensors: _Tensors) -> Prefix:
     """The window's candidates with the null question, as the model reads them now."""
     blank = Image.new("L", (1, 1))
-    boxes = {int(part): tensor.numpy() for part, tensor in _under(tensors, "boxes.").items()}
-    inputs = _under(tensors, "inputs.")
     example = Example(
-        context=tuple(blank if part is None else _text(part) for part in about["context"]),
+        context=tuple(blank if part is None else part for part in window.context),
         question=(NULL_QUESTION,),
-        instruction=instruction,
+        instruction=about.instruction,
     )
-    replacements = tuple(map(_text, about["replacements"]))
-    prompt = restore(vlm, example, inputs, replacements, boxes, max_tokens)
+    boxes = {int(part): tensor.numpy() for part, tensor in _under(tensors, "boxes.").items()}
+    replacements = tuple(window.replacements)
+    inputs = _under(tensors, "inputs.")
+    prompt = restore(vlm, example, inputs, replacements, boxes, about.max_tokens)
     for part, grid in boxes.items():
         span = prompt.parts[part]
         _expect(
             span is not None and grid.shape == (len(span), 4) and grid.dtype == np.float64,
             "the places of an image's tokens have another shape",
         )
-    return prompt
+    flat = [part for parts in window.parts for part in parts]
+    images = [number for number, part in enumerate(window.context) if part is None]
+    _expect(flat == list(range(len(prompt.parts))), "its candidates are not in order")
+    _expect(sorted(window.sizes) == images, "its images have no sizes")
+    _expect(window.length <= int(prompt.question[0]), "its context ends elsewhere")
+    cache = _cache(heads.layers[-1] + 1, window.length, tensors)
+    return Prefix(vlm, prompt, window.length, cache, masked=window.masked)
 
 
-def _cache(heads: HeadSet, length: int, tensors: Mapping[str, torch.Tensor]) -> DynamicCache:
-    """The cache up to the deepest head."""
+def _null_attention(attention: torch.Tensor, shape: Sequence[int]) -> np.ndarray:
+    _expect(
+        tuple(attention.shape) == shape and bool(attention.isfinite().all()),
+        "the null question's attention has another shape, or is not finite",
+    )
+    return attention.float().numpy()
+
+
+def _cache(depth: int, length: int, tensors: _Tensors) -> DynamicCache:
+    """The cache of the first layers."""
     keys, values = _under(tensors, "keys."), _under(tensors, "values.")
-    layers = [str(layer) for layer in range(heads.layers[-1] + 1)]
+    layers = [str(layer) for layer in range(depth)]
     _expect(sorted(keys) == sorted(layers) == sorted(values), "its cache has other layers")
     cache = DynamicCache()
     for layer in layers:
         for states in (keys[layer], values[layer]):
             _expect(
                 states.ndim == 4
-                and (states.shape[0], states.shape[2]) == (1, length)
-                and states.shape[1] == keys[layer].shape[1]
+                and states.shape[:3] == (1, keys[layer].shape[1], length)
                 and states.is_floating_point()
                 and bool(states.isfinite().all()),
                 f"the cache of layer {layer} has another shape or type, or is not finite",
@@ -285,7 +284,7 @@ def _cache(heads: HeadSet, length: int, tensors: Mapping[str, torch.Tensor]) -> 
     return cache
 
 
-def _under(tensors: Mapping[str, torch.Tensor], start: str) -> dict[str, torch.Tensor]:
+def _under(tensors: _Tensors, start: str) -> dict[str, torch.Tensor]:
     """Tensors whose names begin with `start`, by the rest of their names."""
     return {
         name.removeprefix(start): tensor
@@ -297,15 +296,3 @@ def _under(tensors: Mapping[str, torch.Tensor], start: str) -> dict[str, torch.T
 def _expect(holds: object, problem: str) -> None:
     if not holds:
         raise ValueError(problem)
-
-
-def _whole(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
-        raise ValueError(f"{value!r:.40} is given where a whole number is expected")
-    return value
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{value!r:.40} is given where a text is expected")
-    return value

@@ -177,8 +177,8 @@ def question_attention(
         ValueError: The question is too long, cannot be asked of a cached context in this family, or
             gives attention that is not finite.
     """
-    asked = ask(window.prefix.vlm, window.prompt, question)
-    return _attention(document.heads, window.prefix, asked, pixels=pixels)
+    encoded = ask(window.prefix.vlm, window.prompt, question)
+    return _attention(document.heads, window.prefix, encoded, pixels=pixels)
 
 
 def _attention(

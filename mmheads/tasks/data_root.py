@@ -21,6 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from mmheads.checks import expect_one_of
 from mmheads.examples import Example
 from mmheads.metrics import Metric, same
 from mmheads.tasks import mm_niah, mmdocir, mmlongbench_docs, needles, reasoning, videos
@@ -201,8 +202,7 @@ def benchmarks(
     Raises:
         ValueError: As for the loaders.
     """
-    if mode not in reasoning.MODES:
-        raise ValueError(f"mode is {mode!r}; expected one of {reasoning.MODES}")
+    expect_one_of("mode", mode, reasoning.MODES)
     sets: dict[str, tuple[list[Example], Metric]] = {}
     for name, benchmark in reasoning.BENCHMARKS.items():
         if place := folder(data, name):
@@ -234,18 +234,18 @@ def prompts(
     """
     depths = getattr(source, "depths", needles.DEPTHS)
     apart = 1 if source is needles else len(depths)
-    wanted = ["no", "yes"] if task == "identical_image" else [None]
+    answers = ["no", "yes"] if task == "identical_image" else [None]
 
-    def one(i: int) -> Example:
-        made: Example = source.make(
+    def make(i: int) -> Example:
+        example: Example = source.make(
             task,
             length,
             depths[i % len(depths)],
             pair=i // apart,
             split=split,
-            answer=wanted[(i if apart == 1 else i + i // apart) % len(wanted)],
+            answer=answers[(i if apart == 1 else i + i // apart) % len(answers)],
             **settings,
         )
-        return made
+        return example
 
-    return Examples(lambda: map(one, range(count)))
+    return Examples(lambda: map(make, range(count)))

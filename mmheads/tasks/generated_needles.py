@@ -9,15 +9,18 @@ per condition.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import ceil
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
 
+from mmheads.checks import expect, expect_one_of
 from mmheads.examples import Example, Part, Region
+from mmheads.tasks.grids import SPLITS, TASKS, Grid, check_answer
 from mmheads.tasks.line_pages import (
     CELL,
     CODES,
@@ -34,14 +37,9 @@ from mmheads.tasks.line_pages import (
     option,
 )
 
-TASKS = ("text", "image", "rendered_text", "identical_image")
 CONTROL = "successor"
 """Needs no evidence: "after J" is answered by K, which the model knows."""
 LENGTHS = (128, 256, 512, 1024, 2048)
-DEPTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-HAYSTACKS = 20
-"""Question-evidence pairs per condition, by default."""
-SPLITS = ("detection", "heldout", "test")
 OPTIONS = ("a", "b", "c", "d")
 ANSWERS = {
     "text": VALUES,
@@ -60,7 +58,7 @@ _QUESTION_TOKENS = {"text": 2, "image": 18, "rendered_text": 2, "identical_image
 
 
 @dataclass(frozen=True)
-class GeneratedNeedles:
+class GeneratedNeedles(Grid):
     """Makes the needle tasks and the control.
 
     Attributes:
@@ -69,25 +67,16 @@ class GeneratedNeedles:
     """
 
     image_ratio: float = 0.5
+    lengths: ClassVar[Sequence[int]] = LENGTHS
 
     def __post_init__(self) -> None:
         ratio = self.image_ratio
-        _expect(0 <= ratio <= 1, "image_ratio", ratio, "a number from 0 to 1")
+        expect(0 <= ratio <= 1, "image_ratio", ratio, "a number from 0 to 1")
 
     @property
     def name(self) -> str:
         """Name of these haystacks in the names of files."""
         return f"lines-{self.image_ratio:g}"
-
-    @property
-    def depths(self) -> tuple[float, ...]:
-        """Depths of the needle."""
-        return DEPTHS
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """Nominal lengths in tokens of the tiny models."""
-        return LENGTHS
 
     def make(
         self,
@@ -123,7 +112,8 @@ class GeneratedNeedles:
         Raises:
             ValueError: A setting is unknown, out of range, or too small for the needle.
         """
-        _check(task, length, depth, haystack, split, needle, answer)
+        _check(task, length, depth, haystack, split)
+        check_answer(answer, ANSWERS[task], task, needle=needle and task != CONTROL)
         share = round(1000 * self.image_ratio)
         seed = (_SEED, _KINDS.index(task), SPLITS.index(split), length, haystack, share)
         rng = np.random.default_rng(seed)
@@ -165,40 +155,6 @@ class GeneratedNeedles:
             tokens=tokens(context, (region,)) if needle else (),
         )
 
-    def generate(
-        self,
-        tasks: Sequence[str] = TASKS,
-        lengths: Sequence[int] = LENGTHS,
-        depths: Sequence[float] = DEPTHS,
-        haystacks: int = HAYSTACKS,
-        *,
-        split: str = "detection",
-        needle: bool = True,
-        both_answers: bool = False,
-    ) -> Iterator[Example]:
-        """Make every example of a grid, haystacks innermost.
-
-        Args:
-            tasks: Of `TASKS` and `CONTROL`.
-            lengths: See `make`.
-            depths: See `make`.
-            haystacks: How many haystacks per condition.
-            split: One of `SPLITS`.
-            needle: See `make`.
-            both_answers: After each example of identical_image, whose answer is "yes", give the
-                same without the needle, whose answer is "no" and which has no evidence. So the
-                answer is crossed with depth, length and haystack: neither predicts it.
-
-        Raises:
-            ValueError: As `make` does.
-        """
-        for task, length, depth, haystack in product(tasks, lengths, depths, range(haystacks)):
-            present = (True, False) if both_answers and task == "identical_image" else (needle,)
-            for has_needle in present:
-                yield self.make(
-                    task, length, depth, haystack=haystack, split=split, needle=has_needle
-                )
-
 
 def document(
     pages: int,
@@ -227,11 +183,11 @@ def document(
     Raises:
         ValueError: A setting is unknown or out of range.
     """
-    _expect(pages >= 1, "pages", pages, "1 or more")
-    _expect(question in ("rendered_text", "icon"), "question", question, "rendered_text or icon")
-    _expect(split in SPLITS, "split", split, f"one of {SPLITS}")
-    _expect(index >= 0, "index", index, "0 or more")
-    _expect(distractors in DISTRACTORS, "distractors", distractors, f"one of {DISTRACTORS}")
+    expect(pages >= 1, "pages", pages, "1 or more")
+    expect_one_of("question", question, ("rendered_text", "icon"))
+    expect_one_of("split", split, SPLITS)
+    expect(index >= 0, "index", index, "0 or more")
+    expect_one_of("distractors", distractors, DISTRACTORS)
     kind = (question == "icon", DISTRACTORS.index(distractors))
     seed = (_SEED, len(_KINDS), *map(int, kind), SPLITS.index(split), pages, index)
     rng = np.random.default_rng(seed)
@@ -400,27 +356,10 @@ def _make_room(is_page: np.ndarray, position: int, wants_page: bool) -> None:
         is_page[position] = wants_page
 
 
-def _check(
-    task: str,
-    length: int,
-    depth: float,
-    haystack: int,
-    split: str,
-    needle: bool,
-    answer: str | None,
-) -> None:
-    _expect(task in _KINDS, "task", task, f"one of {_KINDS}")
-    _expect(split in SPLITS, "split", split, f"one of {SPLITS}")
-    _expect(0 <= depth <= 1, "depth", depth, "a number from 0 to 1")
+def _check(task: str, length: int, depth: float, haystack: int, split: str) -> None:
+    expect_one_of("task", task, _KINDS)
+    expect_one_of("split", split, SPLITS)
+    expect(0 <= depth <= 1, "depth", depth, "a number from 0 to 1")
     least = 1 + UNIT_TOKENS + _QUESTION_TOKENS[task]
-    _expect(length >= least, "length", length, f"at least {least} tokens for the task {task}")
-    _expect(haystack >= 0, "haystack", haystack, "0 or more")
-    _expect(answer in (None, *ANSWERS[task]), "answer", answer, f"one of {ANSWERS[task]}")
-    says_no = (task, answer) == ("identical_image", "no")
-    fits = answer is None or (task != CONTROL and (needle or says_no))
-    _expect(fits, "answer", answer, "None where the needle cannot change it")
-
-
-def _expect(holds: bool, name: str, value: object, expected: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} is {value!r}; expected {expected}")
+    expect(length >= least, "length", length, f"at least {least} tokens for the task {task}")
+    expect(haystack >= 0, "haystack", haystack, "0 or more")

@@ -11,7 +11,7 @@ from itertools import product
 
 import numpy as np
 
-from mmheads.tasks.needles import SPLITS
+from mmheads.tasks.grids import SPLITS
 
 KINDS: Mapping[str, Sequence[str]] = {
     "number": (

@@ -28,11 +28,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from mmheads.checks import expect, expect_one_of
 from mmheads.examples import Example, Part, Region
 from mmheads.metrics import normalised
 from mmheads.tasks import mm_niah_records
-from mmheads.tasks.needles import PAIRS, SPLITS, TASKS
-from mmheads.tasks.records import Kind, Record, parse_line
+from mmheads.tasks.grids import HAYSTACKS, SPLITS, TASKS
+from mmheads.tasks.mm_niah_records import ImageNeedle, TextNeedle
+from mmheads.tasks.records import Record, check_record, parse_line
 
 DATA, IMAGES = "mmlb_data", "mmlb_image"
 LENGTHS = (8192, 16384, 32768, 65536, 131072)
@@ -50,17 +52,9 @@ INSTRUCTIONS = {
     "identical_image": "\nAnswer with yes or no alone.",
 }
 
-_COLUMNS: dict[str, Kind] = {
-    "id": str,
-    "depth": (int, float),
-    "ctxs": list,
-    "positive_ctxs": list,
-    "image_list": list[str],
-    "question": str,
-}
-_MORE: dict[str, dict[str, Kind]] = {
-    "retrieval-text": {"answer": (str, list)},
-    "retrieval-image": {"answer": int, "choices_image": list[str]},
+_COLUMNS: Mapping[str, type[TextNeedle] | type[ImageNeedle]] = {
+    "retrieval-text": TextNeedle,
+    "retrieval-image": ImageNeedle,
 }
 
 
@@ -73,19 +67,15 @@ class _File:
     length: int
     images: Path
 
-    def parse(self, line: bytes, where: str) -> Record:
+    def parse(self, line: bytes, where: str) -> Record[Any]:
         where = f"{self.path}, {where}"
         try:
             values = parse_line(line)
         except ValueError as error:
             raise ValueError(f"{where}: {error}; expected a JSON object") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{where} is {values!r:.100}; expected a JSON object")
-        record = Record(values, where, self.images)
-        record.expect(_COLUMNS | _MORE[self.kind])
-        return record
+        return check_record(_COLUMNS[self.kind], values, where, self.images)
 
-    def first(self) -> Record:
+    def first(self) -> Record[Any]:
         with self.path.open("rb") as lines:
             return self.parse(lines.readline(), "row 0")
 
@@ -95,19 +85,19 @@ class _File:
 
         A file has up to 1.5 GB, so it is read once to find the records, and never kept.
         """
-        found: dict[float, dict[int, int]] = {}
+        places: dict[float, dict[int, int]] = {}
         with self.path.open("rb") as lines:
-            at = 0
+            start = 0
             for row, line in enumerate(lines):
                 if line.strip():
                     record = self.parse(line, f"row {row}")
-                    pairs = found.setdefault(mm_niah_records.depth_of(record), {})
-                    if pairs.setdefault(mm_niah_records.number_of(record), at) != at:
-                        raise record.error(f"{record.values['id']} has two records of one depth")
-                at += len(line)
-        return {depth: dict(sorted(pairs.items())) for depth, pairs in sorted(found.items())}
+                    pairs = places.setdefault(record.values.tenth, {})
+                    if pairs.setdefault(record.values.number, start) != start:
+                        raise record.error(f"{record.values.id} has two records of one depth")
+                start += len(line)
+        return {depth: dict(sorted(pairs.items())) for depth, pairs in sorted(places.items())}
 
-    def read(self, depth: float, number: int) -> Record:
+    def read(self, depth: float, number: int) -> Record[Any]:
         with self.path.open("rb") as lines:
             lines.seek(self.places[depth][number])
             return self.parse(lines.readline(), f"pair {number} at depth {depth:g}")
@@ -187,8 +177,7 @@ class Needles:
         """
         file = self._file(task, length)
         near = [each for each in self.depths if abs(each - depth) < 0.05]
-        if not near:
-            raise ValueError(f"depth is {depth!r}; expected one of {self.depths}")
+        expect(near, "depth", depth, f"one of {self.depths}")
         numbers = self._pairs(file, near[0], split)
         if not 0 <= pair < len(numbers):
             raise ValueError(
@@ -205,17 +194,17 @@ class Needles:
         units = mm_niah_records.units_of(record)
         needle = needle and answer != "no"
         if file.kind == "retrieval-text":
-            at, chars = mm_niah_records.place_sentence(record, units, task, needle)
-            question: tuple[Part, ...] = (record.text("question"),)
+            index, chars = mm_niah_records.place_sentence(record, units, task, needle)
+            question: tuple[Part, ...] = (record.values.question,)
             choices: tuple[str, ...] = ()
-            right = mm_niah_records.one_answer(record)
+            right = record.values.answer
         else:
-            at, chars = mm_niah_records.place_image(record, units, task, needle), None
+            index, chars = mm_niah_records.place_image(record, units, task, needle), None
             question, choices, right = mm_niah_records.question_of(record, task, needle)
         context, starts = mm_niah_records.join_units(record, units)
         region = None
         if needle:
-            part, first = starts[at]
+            part, first = starts[index]
             region = Region(part=part, chars=chars and (first + chars[0], first + chars[1]))
         return Example(
             context=context,
@@ -235,7 +224,7 @@ class Needles:
         tasks: Sequence[str] = TASKS,
         lengths: Sequence[int] | None = None,
         depths: Sequence[float] | None = None,
-        pairs: int = PAIRS,
+        pairs: int = HAYSTACKS,
         **settings: Any,
     ) -> Iterator[Example]:
         """Make every example of a grid, pairs innermost; `settings` go to `make`.
@@ -248,23 +237,21 @@ class Needles:
             yield self.make(task, length, depth, pair=pair, **settings)
 
     def _file(self, task: str, length: int) -> _File:
-        if task not in KINDS:
-            raise ValueError(f"task is {task!r}; expected one of {TASKS}")
+        expect_one_of("task", task, TASKS)
         if (KINDS[task], length) not in self.opened:
-            there = [long for kind, long in self.opened if kind == KINDS[task]]
+            lengths = [long for kind, long in self.opened if kind == KINDS[task]]
             raise ValueError(
                 f"{self.folder} holds no records of {KINDS[task]} at length {length}; it has the "
-                f"lengths {sorted(there)}"
+                f"lengths {sorted(lengths)}"
             )
         return self.opened[KINDS[task], length]
 
     def _pairs(self, file: _File, depth: float, split: str) -> list[int]:
-        if split not in SPLITS:
-            raise ValueError(f"split is {split!r}; expected one of {SPLITS}")
+        expect_one_of("split", split, SPLITS)
         if depth not in file.places:
             raise ValueError(f"{file.path} has no record at depth {depth:g}")
-        first = PAIRS * SPLITS.index(split)
-        return list(file.places[depth])[first : None if split == SPLITS[-1] else first + PAIRS]
+        first = HAYSTACKS * SPLITS.index(split)
+        return list(file.places[depth])[first : None if split == SPLITS[-1] else first + HAYSTACKS]
 
 
 def read_mm_niah(folder: str | Path) -> Needles:

@@ -9,15 +9,74 @@ import re
 from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
 from PIL import Image, ImageDraw, ImageFont
+from pydantic import Field, model_validator
 
 from mmheads.examples import Part
-from mmheads.tasks.records import Record
+from mmheads.tasks.records import Columns, OneText, Record, Text
 
 BEFORE_QUESTION = "\n\nQuestion: "
 """The end of the context, before the question."""
 _FONT, _WIDTH, _MARGIN = 24, 448, 16
+
+
+class _Unit(Columns):
+    type: Literal["text", "image"]
+    text: str = ""
+
+
+class _TextPlace(Columns):
+    text: Text
+
+
+class _ImagePlace(Columns):
+    image: Text
+
+
+class _Haystack(Columns):
+    id: Annotated[str, Field(pattern=r"(^|\D)\d{1,9}$")]
+    depth: Annotated[float, Field(ge=0, le=1)]
+    ctxs: list[_Unit]
+    image_list: list[str]
+    question: Text
+
+    @property
+    def number(self) -> int:
+        """The number at the end of the id, which all depths of a pair share."""
+        return int(re.findall(r"\d+$", self.id)[0])
+
+    @property
+    def tenth(self) -> float:
+        """The depth, rounded up to one digit as in MMLongBench (0.1999 is 0.2)."""
+        return ceil(10 * self.depth - 1e-6) / 10 + 0.0
+
+
+class TextNeedle(_Haystack):
+    """Columns of a record of retrieval-text."""
+
+    positive_ctxs: Annotated[list[_TextPlace], Field(min_length=1, max_length=1)]
+    answer: OneText
+
+
+class ImageNeedle(_Haystack):
+    """Columns of a record of retrieval-image."""
+
+    positive_ctxs: Annotated[list[_ImagePlace], Field(min_length=1, max_length=1)]
+    choices_image: list[str]
+    answer: int
+
+    @model_validator(mode="after")
+    def _options_differ(self) -> Self:
+        options = self.choices_image
+        if len({*options}) < max(2, len(options)) or not 0 <= self.answer < len(options):
+            raise ValueError(
+                f"answer is {self.answer} of the choices_image {options}; expected the index of "
+                "one, from 0, of at least two that differ"
+            )
+        return self
+
 
 Unit = str | Path | Image.Image
 """A unit of a haystack: a text, the path of an image, or an image."""
@@ -44,77 +103,22 @@ def draw(text: str) -> Image.Image:
     return image
 
 
-def depth_of(record: Record) -> float:
-    """Return the depth of the needle, rounded up to one digit as in MMLongBench (0.1999 is 0.2).
-
-    Raises:
-        ValueError: The depth is not between 0 and 1.
-    """
-    depth = float(record.values["depth"])
-    if not 0 <= depth <= 1:
-        raise record.error(f"depth is {depth}; expected 0 to 1")
-    return ceil(10 * depth - 1e-6) / 10 + 0.0
-
-
-def number_of(record: Record) -> int:
-    """Return the number at the end of the record's id, which all depths of a pair share.
-
-    Raises:
-        ValueError: The id does not end with a number.
-    """
-    number = re.search(r"(?<!\d)\d{1,9}$", record.values["id"])
-    if not number:
-        raise record.error(f"id is {record.values['id']!r}; expected one such as 'mm-niah-23'")
-    return int(number.group())
-
-
-def one_answer(record: Record) -> str:
-    """Return the only answer to a question about a text needle.
-
-    Raises:
-        ValueError: There are several answers, or none.
-    """
-    given = record.values["answer"]
-    answers = given if isinstance(given, list) else [given]
-    if len(answers) != 1 or not isinstance(answers[0], str) or not answers[0].strip():
-        raise record.error(f"answer is {given!r:.200}; expected one text")
-    return answers[0]
-
-
-def units_of(record: Record) -> list[Unit]:
+def units_of(record: Record[TextNeedle] | Record[ImageNeedle]) -> list[Unit]:
     """Return the units of the haystack in their order.
 
     Raises:
-        ValueError: A unit is neither a text nor an image, or there are more or fewer images in the
-            haystack than paths.
+        ValueError: There are more or fewer images in the haystack than paths.
     """
-    paths = [Path(path) for path in record.values["image_list"]]
-    images = iter(paths)
-    units: list[Unit] = []
-    for unit in record.values["ctxs"]:
-        match unit:
-            case {"type": "image"}:
-                units.append(next(images, Path()))
-            case {"type": "text", "text": str(text)}:
-                units.append(text)
-            case _:
-                raise record.error(f"a unit of ctxs is {unit!r:.200}; expected a text or an image")
-    places = sum(isinstance(unit, Path) for unit in units)
+    units, paths = record.values.ctxs, record.values.image_list
+    places = sum(unit.type == "image" for unit in units)
     if places != len(paths):
         raise record.error(f"ctxs has {places} images, but image_list {len(paths)}")
-    return units
-
-
-def _needle(record: Record, name: str) -> str:
-    given = record.values["positive_ctxs"]
-    value = given[0].get(name) if len(given) == 1 and isinstance(given[0], dict) else None
-    if not isinstance(value, str) or not value.strip():
-        raise record.error(f"positive_ctxs is {given!r:.200}; expected one unit with {name!r}")
-    return value.strip()
+    images = map(Path, paths)
+    return [next(images) if unit.type == "image" else unit.text for unit in units]
 
 
 def place_sentence(
-    record: Record, units: list[Unit], task: str, needle: bool
+    record: Record[TextNeedle], units: list[Unit], task: str, needle: bool
 ) -> tuple[int, tuple[int, int] | None]:
     """Leave the needle's sentence in the haystack, draw it as an image, or take it out.
 
@@ -131,24 +135,24 @@ def place_sentence(
     Raises:
         ValueError: The sentence is not in the haystack exactly once.
     """
-    sentence = _needle(record, "text")
+    sentence = record.values.positive_ctxs[0].text.strip()
     counts = [unit.count(sentence) if isinstance(unit, str) else 0 for unit in units]
     if sum(counts) != 1:
         raise record.error(f"the needle {sentence!r} is {sum(counts)} times in ctxs; expected once")
-    at = counts.index(1)
-    text = str(units[at])
+    index = counts.index(1)
+    text = str(units[index])
     first = text.index(sentence)
     if needle and task == "text":
-        return at, (first, first + len(sentence))
+        return index, (first, first + len(sentence))
     before, after = text[:first].rstrip(), text[first + len(sentence) :].lstrip()
     if needle:
-        units[at : at + 1] = [*filter(None, (before,)), draw(sentence), *filter(None, (after,))]
-        return at + bool(before), None
-    units[at : at + 1] = [" ".join(filter(None, (before, after)))]
-    return at, None
+        units[index : index + 1] = [unit for unit in (before, draw(sentence), after) if unit]
+        return index + bool(before), None
+    units[index : index + 1] = [" ".join(filter(None, (before, after)))]
+    return index, None
 
 
-def place_image(record: Record, units: list[Unit], task: str, needle: bool) -> int:
+def place_image(record: Record[ImageNeedle], units: list[Unit], task: str, needle: bool) -> int:
     """Leave the image that holds the needle, put an option in its place, or take it out.
 
     Args:
@@ -163,51 +167,40 @@ def place_image(record: Record, units: list[Unit], task: str, needle: bool) -> i
     Raises:
         ValueError: The image is not in the haystack exactly once.
     """
-    name = _needle(record, "image")
-    found = [i for i, unit in enumerate(units) if unit in (Path(name), Path("mm-niah", name))]
-    if len(found) != 1:
-        raise record.error(f"the image {name!r} is {len(found)} times in ctxs; expected once")
+    name = record.values.positive_ctxs[0].image.strip()
+    places = [i for i, unit in enumerate(units) if unit in (Path(name), Path("mm-niah", name))]
+    if len(places) != 1:
+        raise record.error(f"the image {name!r} is {len(places)} times in ctxs; expected once")
     if task == "identical_image":
-        options, right = _options(record)
-        units[found[0]] = Path(options[right if needle else (right + 1) % len(options)])
+        options, right = record.values.choices_image, record.values.answer
+        units[places[0]] = Path(options[right if needle else (right + 1) % len(options)])
     elif not needle:
-        del units[found[0]]
-    return found[0]
-
-
-def _options(record: Record) -> tuple[list[str], int]:
-    options, right = record.values["choices_image"], record.values["answer"]
-    if len(options) < 2 or len({*options}) < len(options) or not 0 <= right < len(options):
-        raise record.error(
-            f"answer is {right} of the choices_image {options}; expected the index of one, from 0, "
-            "of at least two that differ"
-        )
-    return options, right
+        del units[places[0]]
+    return places[0]
 
 
 def question_of(
-    record: Record, task: str, needle: bool
+    record: Record[ImageNeedle], task: str, needle: bool
 ) -> tuple[tuple[Part, ...], tuple[str, ...], str]:
     """Return question, choices and right answer of a task with image needles.
 
     Raises:
-        ValueError: The options are not at least two different images, the answer is not the index
-            of one of them, or an image cannot be read.
+        ValueError: An image cannot be read.
     """
-    options, right = _options(record)
+    options, right = record.values.choices_image, record.values.answer
     if task == "identical_image":
         image = record.image(options[right], "choices_image")
         text = "Does this image appear anywhere in the document? "
         return (text, image), ("yes", "no"), "yes" if needle else "no"
     letters = tuple(chr(ord("A") + index) for index in range(len(options)))
-    parts: list[Part] = [record.text("question")]
+    parts: list[Part] = [record.values.question]
     for letter, option in zip(letters, options, strict=True):
         parts += [f"\n{letter}. ", record.image(option, "choices_image")]
     return (f"{parts[0]}{parts[1]}", *parts[2:]), letters, letters[right]
 
 
 def join_units(
-    record: Record, units: Sequence[Unit]
+    record: Record[Any], units: Sequence[Unit]
 ) -> tuple[tuple[Part, ...], list[tuple[int, int]]]:
     """Return the context, and for each unit its part of the context and first character there.
 

@@ -8,30 +8,60 @@ candidates.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+from pydantic import BaseModel, Field, FiniteFloat
 
+from mmheads.checks import parse
 from mmheads.examples import Example, Region
 from mmheads.images import open_image
 from mmheads.pdfs import DPI, Document, Page, PageBox, open_pdf
+from mmheads.tasks.records import Text
 
 ANNOTATIONS = "MMDocIR_annotations.jsonl"
 PAGES, LAYOUTS = "MMDocIR_pages.parquet", "MMDocIR_layouts.parquet"
-_QUESTION = {"Q", "A", "page_id", "type", "layout_mapping"}
-_GOLD = {"page", "bbox", "page_size"}
-_LINE = {"doc_name", "domain", "page_indices", "layout_indices", "questions"}
 _PAGE_COLUMNS = {"doc_name", "image_binary", "ocr_text"}
 _LAYOUT_COLUMNS = {"doc_name", "type", "page_id", "image_binary", "bbox", "page_size"}
+
+
+class _Place(BaseModel):
+    """A box as the annotations and the table of layouts have it."""
+
+    bbox: tuple[FiniteFloat, FiniteFloat, FiniteFloat, FiniteFloat]
+    page_size: tuple[FiniteFloat, FiniteFloat]
+
+    def on(self, page: int) -> PageBox:
+        return PageBox(page, self.bbox, self.page_size)
+
+
+class _Gold(_Place):
+    page: int
+
+
+class _Question(BaseModel):
+    Q: Text
+    A: Any
+    page_id: Annotated[list[int], Field(min_length=1)]
+    type: str
+    layout_mapping: list[_Gold]
+
+
+class _Line(BaseModel):
+    """A line of the annotations; the two pairs of indices are the first and the last row."""
+
+    doc_name: str
+    domain: str
+    page_indices: tuple[int, int]
+    layout_indices: tuple[int, int]
+    questions: list[_Question]
 
 
 @dataclass(frozen=True)
@@ -128,8 +158,8 @@ def read_mmdocir(folder: str | Path, *, dpi: int = DPI) -> Collection:
         if not line.strip():
             continue
         try:
-            document = _document(json.loads(line), folder, tables, dpi)
-        except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
+            document = _document(parse(_Line, line), folder, tables, dpi)
+        except (ValueError, OSError) as error:
             problems.append(f"{ANNOTATIONS}, line {number}: {error}")
         else:
             documents.append(document)
@@ -137,27 +167,35 @@ def read_mmdocir(folder: str | Path, *, dpi: int = DPI) -> Collection:
 
 
 def _document(
-    row: dict[str, Any], folder: Path, tables: tuple[_Table, _Table] | None, dpi: int
+    line: _Line, folder: Path, tables: tuple[_Table, _Table] | None, dpi: int
 ) -> AnnotatedDocument:
     """The document of one line of annotations."""
-    _expect_keys(row, _LINE)
-    name = str(row["doc_name"])
+    name = line.doc_name
     pages: Sequence[Page]
     layouts: list[Layout] = []
     if tables:
         of_pages, of_layouts = tables
         pages = [
             of_pages.page(index, number)
-            for number, index in enumerate(_rows(row, "page_indices", of_pages), 1)
+            for number, index in enumerate(of_pages.rows_of(name, *line.page_indices), 1)
         ]
-        layouts = [of_layouts.layout(index) for index in _rows(row, "layout_indices", of_layouts)]
+        layouts = [
+            of_layouts.layout(index) for index in of_layouts.rows_of(name, *line.layout_indices)
+        ]
     else:
         pages = open_pdf(folder / "pdfs" / name, dpi=dpi).pages
-    document = AnnotatedDocument(
-        name, pages, domain=row["domain"], questions=tuple(_questions(row)), layouts=layouts
-    )
-    _check_questions(document)
-    return document
+    questions = tuple(_question(entry, len(pages)) for entry in line.questions)
+    return AnnotatedDocument(name, pages, domain=line.domain, questions=questions, layouts=layouts)
+
+
+def _question(entry: _Question, pages: int) -> Question:
+    boxes = tuple(gold.on(gold.page) for gold in entry.layout_mapping)
+    named = {*entry.page_id, *(box.page for box in boxes)}
+    if wrong := sorted(page for page in named if not 0 <= page < pages):
+        raise ValueError(
+            f"{entry.Q!r} points to the pages {wrong}; the document has the pages 0 to {pages - 1}"
+        )
+    return Question(entry.Q, str(entry.A), tuple(entry.page_id), boxes, entry.type)
 
 
 def to_example(document: AnnotatedDocument, question: Question, *, pages: int = 20) -> Example:
@@ -220,12 +258,27 @@ class _Table:
         except (ValueError, OSError, pa.ArrowException) as error:
             raise ValueError(f"{self.path} {error}") from error
 
+    def rows_of(self, name: str, first: int, last: int) -> range:
+        """The rows of a document, from the numbers of its first and last row."""
+        if not 0 <= first <= last < len(self.rows):
+            raise ValueError(
+                f"{name}: {first} to {last} are no rows of {self.path}, which has {len(self.rows)}"
+            )
+        rows = range(first, last + 1)
+        if others := {self.rows[index]["doc_name"] for index in rows} - {name}:
+            raise ValueError(
+                f"{name}: rows {first} to {last} of {self.path} are of {sorted(others)}"
+            )
+        return rows
+
     def page(self, row: int, number: int) -> Page:
         return Page(number, lambda: self.rows[row]["ocr_text"] or "", lambda: self._image(row))
 
     def layout(self, row: int) -> Layout:
         values = self.rows[row]
-        where = _page_box(values["page_id"], values)
+        where = parse(_Place, {name: values[name] for name in ("bbox", "page_size")}).on(
+            values["page_id"]
+        )
         return Layout(where, values["type"], lambda: self._image(row))
 
     def _image(self, row: int) -> Image.Image:
@@ -238,72 +291,3 @@ class _Table:
         content = self.last_group[1][int(row - first)].as_py()
         name = f"The image in row {row} of {self.path} ({self.rows[row]['doc_name']})"
         return open_image(content or b"", name)
-
-
-def _page_box(page: Any, values: dict[str, Any]) -> PageBox:
-    box, size = tuple(values["bbox"]), tuple(values["page_size"])
-    if (len(box), len(size)) != (4, 2) or not all(map(math.isfinite, (*box, *size))):
-        raise ValueError(f"bbox {box} with page_size {size}; expected four numbers and two")
-    return PageBox(int(page), box, size)
-
-
-def _rows(row: dict[str, Any], name: str, table: _Table) -> range:
-    """The rows of a document in a table, from the numbers of its first and last row."""
-    first, last = _integers(row, name, 2)
-    if not 0 <= first <= last < len(table.rows):
-        raise ValueError(
-            f"{row['doc_name']}: {name} {first} to {last} are not rows of {table.path} "
-            f"({len(table.rows)} rows)"
-        )
-    rows = range(first, last + 1)
-    if others := {table.rows[index]["doc_name"] for index in rows} - {row["doc_name"]}:
-        raise ValueError(f"{row['doc_name']}: its {name} hold rows of {sorted(others)}")
-    return rows
-
-
-def _questions(row: dict[str, Any]) -> Iterator[Question]:
-    for entry in _list(row, "questions"):
-        _expect_keys(entry, _QUESTION)
-        pages = _integers(entry, "page_id")
-        boxes = []
-        for gold in _list(entry, "layout_mapping"):
-            _expect_keys(gold, _GOLD)
-            boxes.append(_page_box(gold["page"], gold))
-        question, answer = str(entry["Q"]), str(entry["A"])
-        yield Question(question, answer, tuple(pages), tuple(boxes), entry["type"])
-
-
-def _expect_keys(entry: Any, names: set[str]) -> None:
-    if not isinstance(entry, dict):
-        raise ValueError(f"{str(entry)[:50]!r} is not an object with {sorted(names)}")
-    if missing := names - set(entry):
-        raise ValueError(f"{entry.get('doc_name', 'a question or box')} lacks {sorted(missing)}")
-
-
-def _list(row: dict[str, Any], name: str) -> list[Any]:
-    values = row[name]
-    if not isinstance(values, list):
-        raise ValueError(f"{name} is {str(values)[:50]!r}; expected a list")
-    return values
-
-
-def _integers(row: dict[str, Any], name: str, count: int | None = None) -> list[int]:
-    values = _list(row, name)
-    if not all(type(value) is int for value in values) or count not in (None, len(values)):
-        raise ValueError(f"{name} is {values}; expected {count or 'a list of'} integers")
-    return values
-
-
-def _check_questions(document: AnnotatedDocument) -> None:
-    last = len(document.pages) - 1
-    for question in document.questions:
-        if not question.text.strip():
-            raise ValueError(f"{document.name}: a question is empty")
-        if not question.pages:
-            raise ValueError(f"{document.name}: {question.text!r} names no page")
-        named = {*question.pages, *(box.page for box in question.boxes)}
-        if wrong := sorted(page for page in named if not 0 <= page <= last):
-            raise ValueError(
-                f"{document.name}: {question.text!r} points to the pages {wrong}; the document "
-                f"has the pages 0 to {last}"
-            )

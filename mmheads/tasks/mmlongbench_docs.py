@@ -26,14 +26,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
 from mmheads import metrics
 from mmheads.examples import Example, Part, Region
 from mmheads.tasks.mm_niah import DATA, LENGTHS, image_folder
 from mmheads.tasks.mm_niah_records import BEFORE_QUESTION
-from mmheads.tasks.records import Kind, Record, read_records
+from mmheads.tasks.records import Columns, Record, Text, read_records
 
 SUBSETS = {"mmlongdoc": "MMLongBench-Doc", "slidevqa": "SlideVQA"}
 """The names of the data sets that the subsets are from."""
@@ -52,14 +54,16 @@ _PAGE = {
     "slidevqa": (re.compile(r"-(\d+)-\d+\.\w+$"), 1),
 }
 """The number in a page's file name, and the number of the first page."""
-_COLUMNS: dict[str, Kind] = {
-    "doc_name": str,
-    "question": str,
-    "answer": (str, int, float, list),
-    "answer_format": str,
-    "page_list": list[str],
-    "ans_page_list": (list[int], type(None)),
-}
+
+
+class _Columns(Columns):
+    doc_name: Text
+    question: Text
+    answer: str | int | float | list[Any]
+    answer_format: str
+    page_list: list[str]
+    ans_page_list: list[Annotated[int, Field(ge=0)]] | None
+    length: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,9 +72,9 @@ class _File:
     images: Path
 
     @cached_property
-    def records(self) -> list[Record]:
-        found = read_records(self.path.parent, _COLUMNS, files=self.path.name)
-        return [dataclasses.replace(record, folder=self.images) for record in found]
+    def records(self) -> list[Record[_Columns]]:
+        records = read_records(self.path.parent, _Columns, files=self.path.name)
+        return [dataclasses.replace(record, folder=self.images) for record in records]
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,31 +136,28 @@ class DocumentQuestions:
             )
         row = int(np.random.default_rng(_SEED).permutation(len(records))[index])
         record = records[row]
-        if record.values.get("length") is not None:
-            record.expect({"length": (int, float)})
         kind, gold = _answer(record)
-        pages = [_page(record, path, subset) for path in record.values["page_list"]]
-        at = [] if kind == "None" else _gold_pages(record, pages, _PAGE[subset][1])
+        pages = [_page(record, path, subset) for path in record.values.page_list]
+        gold_pages = [] if kind == "None" else _gold_pages(record, pages, _PAGE[subset][1])
         context: list[Part] = []
-        for (name, number), path in zip(pages, record.values["page_list"], strict=True):
+        for (name, number), path in zip(pages, record.values.page_list, strict=True):
             apart = "\n\n" if context else ""
             context += [f"{apart}Document {name[:_NAME]} (page {number}): ", record.image(path)]
-        document = record.text("doc_name")[:_NAME]
+        document = record.values.doc_name[:_NAME]
         question = (
-            f"Based on Document {document}, answer the following question. "
-            f"{record.text('question')}"
+            f"Based on Document {document}, answer the following question. {record.values.question}"
         )
         regions = tuple(Region(part=2 * page + 1) for page in range(len(pages)))
         return Example(
             context=(*context, BEFORE_QUESTION),
             question=(question,),
             answer=f"{kind}: {gold}",
-            evidence=tuple(regions[page] for page in at) or None,
+            evidence=tuple(regions[page] for page in gold_pages) or None,
             candidates={"page": regions},
             instruction=INSTRUCTION,
             task=subset,
             length=length,
-            depth=at[0] / max(1, len(pages) - 1) if at else None,
+            depth=gold_pages[0] / max(1, len(pages) - 1) if gold_pages else None,
             haystack=(list(SUBSETS).index(subset), length, row),
         )
 
@@ -173,7 +174,7 @@ class DocumentQuestions:
             for index in range(min(questions, self.count(subset, length))):
                 yield self.make(subset, length, index=index)
 
-    def _records(self, subset: str, length: int) -> list[Record]:
+    def _records(self, subset: str, length: int) -> list[Record[_Columns]]:
         if (subset, length) not in self.opened:
             raise ValueError(
                 f"{self.folder} holds no questions of {subset!r} at length {length!r}; it has the "
@@ -219,9 +220,9 @@ def question_answer(answer: str, gold: str) -> float:
     return metrics.document_answer(re.sub(r"(?is)^.*?answer:\s*", "", answer).strip(), right, kind)
 
 
-def _answer(record: Record) -> tuple[str, str]:
+def _answer(record: Record[_Columns]) -> tuple[str, str]:
     """Kind and gold answer; a question that cannot be answered is of the kind None."""
-    kind, given = record.values["answer_format"], record.values["answer"]
+    kind, given = record.values.answer_format, record.values.answer
     gold = given if isinstance(given, str) else json.dumps(given)
     if metrics.normalised(gold) == "not answerable":
         kind = "None"
@@ -232,7 +233,7 @@ def _answer(record: Record) -> tuple[str, str]:
     return kind, gold
 
 
-def _page(record: Record, path: str, subset: str) -> tuple[str, int]:
+def _page(record: Record[_Columns], path: str, subset: str) -> tuple[str, int]:
     """Folder of the document and number of the page, from the path of its image."""
     pattern, first = _PAGE[subset]
     number = pattern.search(path)
@@ -244,11 +245,9 @@ def _page(record: Record, path: str, subset: str) -> tuple[str, int]:
     return PurePosixPath(path).parent.name, int(number.group(1))
 
 
-def _gold_pages(record: Record, pages: list[tuple[str, int]], first: int) -> list[int]:
+def _gold_pages(record: Record[_Columns], pages: list[tuple[str, int]], first: int) -> list[int]:
     """Places of the gold pages among the pages of the context."""
-    gold, name = record.values["ans_page_list"] or [], record.text("doc_name")
-    if any(page < 0 for page in gold):
-        raise record.error(f"ans_page_list is {gold!r}; expected pages, numbered from 0")
+    gold, name = record.values.ans_page_list or [], record.values.doc_name
     folders = {folder for folder, _ in pages}
     own = folders & {name} or {each for each in folders if each[:_NAME] == name[:_NAME]}
     if len(own) != 1:

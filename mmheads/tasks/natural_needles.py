@@ -13,17 +13,20 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import count, product
+from itertools import count
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
 
+from mmheads.checks import expect, expect_one_of
 from mmheads.examples import Example, Part, Region
 from mmheads.metrics import normalised
 from mmheads.models import VLM
 from mmheads.prompts import encode
 from mmheads.tasks import corpus, inventions
+from mmheads.tasks.grids import SPLITS, TASKS, Grid, check_answer
 from mmheads.tasks.haystack_units import (
     Unit,
     endless,
@@ -33,14 +36,10 @@ from mmheads.tasks.haystack_units import (
     text_part,
 )
 from mmheads.tasks.mm_niah import needle_answer
-from mmheads.tasks.needles import DEPTHS, SPLITS
 from mmheads.tasks.rendered_pages import PICTURES, PageStyle, PictureName, draw_picture
 
-TASKS = ("text", "image", "rendered_text", "identical_image")
 LENGTHS = (256, 512, 1024, 2048)
 """Lengths by default, in tokens of the model."""
-HAYSTACKS = 20
-"""Haystacks per condition, by default."""
 OPTIONS = ("A", "B", "C", "D")
 BEFORE_QUESTION = "Question: "
 """Ends the context."""
@@ -76,7 +75,7 @@ class _Needle:
 
 
 @dataclass(frozen=True, eq=False)
-class NaturalNeedles:
+class NaturalNeedles(Grid):
     """Makes the needle tasks; use `for_model` to get one that fits a model.
 
     Attributes:
@@ -95,14 +94,15 @@ class NaturalNeedles:
     style: PageStyle = field(default_factory=PageStyle)
     seed: int = 0
     reads_images: bool = True
+    lengths: ClassVar[Sequence[int]] = LENGTHS
     _costs: dict[object, int] = field(default_factory=dict, repr=False, init=False)
 
     def __post_init__(self) -> None:
         ratio = self.image_ratio
         most = 1 if self.reads_images else 0
         expected = f"a number from 0 to {most}" if most else "0, since the model reads only text"
-        _expect(0 <= ratio <= most, "image_ratio", ratio, expected)
-        _expect(self.seed >= 0, "seed", self.seed, "0 or more")
+        expect(0 <= ratio <= most, "image_ratio", ratio, expected)
+        expect(self.seed >= 0, "seed", self.seed, "0 or more")
 
     @property
     def name(self) -> str:
@@ -114,16 +114,6 @@ class NaturalNeedles:
     def tasks(self) -> tuple[str, ...]:
         """The tasks that the model can read."""
         return TASKS if self.reads_images else TASKS[:1]
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """Lengths of prompts by default, in tokens of the model."""
-        return LENGTHS
-
-    @property
-    def depths(self) -> tuple[float, ...]:
-        """Depths of the needle."""
-        return DEPTHS
 
     def count(self, task: str, length: int, split: str = "detection") -> int:
         """Number of haystacks with different needles; the same for every task and length."""
@@ -169,7 +159,9 @@ class NaturalNeedles:
         Raises:
             ValueError: A setting is unknown, out of range, or too small for the needle.
         """
-        self._check(task, length, depth, haystack, split, needle, answer)
+        self._check(task, length, depth, haystack, split)
+        allowed = {"image": OPTIONS, "identical_image": ("yes", "no")}
+        check_answer(answer, allowed.get(task), task, needle=needle)
         own = self._ask(task, haystack, split, None)
         asked = self._ask(task, haystack, split, answer)
 
@@ -203,39 +195,6 @@ class NaturalNeedles:
         )
         return build(units, asked, needle and answer != "no")
 
-    def generate(
-        self,
-        tasks: Sequence[str] = (),
-        lengths: Sequence[int] = LENGTHS,
-        depths: Sequence[float] = DEPTHS,
-        haystacks: int = HAYSTACKS,
-        *,
-        split: str = "detection",
-        needle: bool = True,
-        both_answers: bool = False,
-    ) -> Iterator[Example]:
-        """Make every example of a grid, haystacks innermost.
-
-        Args:
-            tasks: Some of `tasks`; by default all of them.
-            lengths: See `make`.
-            depths: See `make`.
-            haystacks: How many haystacks per condition.
-            split: One of `SPLITS`.
-            needle: See `make`.
-            both_answers: After each example of identical_image, whose answer is "yes", give the
-                same without the needle, whose answer is "no" and which has no evidence. So the
-                answer is crossed with length, depth and haystack: none of them predicts it.
-
-        Raises:
-            ValueError: As `make` does.
-        """
-        conditions = product(tasks or self.tasks, lengths, depths, range(haystacks))
-        for task, length, depth, haystack in conditions:
-            both = both_answers and task == "identical_image"
-            for present in (True, False) if both else (needle,):
-                yield self.make(task, length, depth, haystack=haystack, split=split, needle=present)
-
     def another_answer(self, haystack: int, split: str = "detection") -> str:
         """A wrong answer to the question of a text haystack, of the kind of the right one."""
         given = inventions.fact(haystack, split, seed=self.seed)
@@ -246,32 +205,16 @@ class NaturalNeedles:
         """The texts of the source, cut into pieces that fill a page."""
         needle = inventions.fact(0, SPLITS[0], answer="m" * 20).sentence
         texts = page_texts(self.source.paragraphs, self.style, needle)
-        _expect(bool(texts), "style", self.style, "a page on which a sentence of the source fits")
+        expect(bool(texts), "style", self.style, "a page on which a sentence of the source fits")
         return texts
 
-    def _check(
-        self,
-        task: str,
-        length: int,
-        depth: float,
-        haystack: int,
-        split: str,
-        needle: bool,
-        answer: str | None,
-    ) -> None:
-        _expect(task in self.tasks, "task", task, f"one of {self.tasks}")
-        _expect(length >= 1, "length", length, "1 or more")
-        _expect(0 <= depth <= 1, "depth", depth, "a number from 0 to 1")
-        _expect(split in SPLITS, "split", split, f"one of {SPLITS}")
+    def _check(self, task: str, length: int, depth: float, haystack: int, split: str) -> None:
+        expect_one_of("task", task, self.tasks)
+        expect(length >= 1, "length", length, "1 or more")
+        expect(0 <= depth <= 1, "depth", depth, "a number from 0 to 1")
+        expect_one_of("split", split, SPLITS)
         most = inventions.THINGS - 1
-        _expect(0 <= haystack <= most, "haystack", haystack, f"a number from 0 to {most}")
-        allowed = {"image": OPTIONS, "identical_image": ("yes", "no")}.get(task)
-        if allowed:
-            _expect(answer in (None, *allowed), "answer", answer, f"one of {allowed}")
-        else:
-            _expect(answer is None or bool(answer.strip()), "answer", answer, "a text")
-        fits = answer is None or needle or (task, answer) == ("identical_image", "no")
-        _expect(fits, "answer", answer, "None where there is no needle to change")
+        expect(0 <= haystack <= most, "haystack", haystack, f"a number from 0 to {most}")
 
     def _ask(self, task: str, haystack: int, split: str, answer: str | None) -> _Needle:
         if task not in _WITH_PICTURES:
@@ -432,8 +375,3 @@ def _of_split(part: int) -> list[PictureName]:
     """The small pictures of one split."""
     order = np.random.default_rng(0).permutation(len(PICTURES))
     return [PICTURES[index] for index in order[part :: len(SPLITS)]]
-
-
-def _expect(holds: bool, name: str, value: object, expected: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} is {value!r}; expected {expected}")

@@ -4,7 +4,8 @@ MMMU (arXiv 2311.16502), MMMU-Pro (arXiv 2409.02813), MathVision (arXiv 2402.148
 (arXiv 2310.02255) are asked either only for an answer or for a chain of thought. Their examples
 have no evidence, so that they can be answered but not scored.
 
-Columns and files are those of the data sets on the hub that `BENCHMARKS` names. They are taken from
+Columns and files are those of MMMU/MMMU, MMMU/MMMU_Pro, MathLLMs/MathVision and
+AI4Math/MathVista on the hub. They are taken from
 the data cards and from the benchmarks' evaluation code, and were not checked against the hub.
 `mmheads.tasks.reasoning_answers` scores the answers by the rules of that code, except that:
 
@@ -32,12 +33,15 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import ConfigDict, Field
+
+from mmheads.checks import expect, expect_one_of
 from mmheads.examples import Example, Part
 from mmheads.metrics import Metric
 from mmheads.tasks import reasoning_answers as answers
-from mmheads.tasks.records import Kind, Record, read_records
+from mmheads.tasks.records import Columns, Record, Text, read_records
 
 MODES = ("direct", "cot")
 SUBJECTS = (
@@ -63,22 +67,59 @@ _IN_IMAGE = "Answer the multiple-choice question in the image."
 
 _PLACE = re.compile(r"<image ?(\d)>")
 _MMMU_ID = re.compile(r"([a-z]+)_(\w+)_(\d+)")
-_IMAGES = {f"image_{number}": object for number in range(1, 8)}
+
+
+class _Question(Columns):
+    id: str
+    options: str
+    answer: Text
+
+
+class _Mmmu(_Question):
+    model_config = ConfigDict(extra="allow")  # image_1 to image_7
+
+    question: Text
+
+
+class _MmmuOpen(_Mmmu):
+    question_type: Literal["multiple-choice", "open"]
+
+
+class _InImage(_Question):
+    image: Any
+
+
+_Digits = Annotated[str, Field(pattern=r"^\d+$")]
+
+
+class _MathVision(Columns):
+    id: _Digits
+    question: Text
+    answer: Text
+    options: list[Any]
+    decoded_image: Any
+
+
+class _MathVista(Columns):
+    pid: _Digits
+    question: Text
+    answer: Text
+    question_type: str
+    answer_type: str
+    decoded_image: Any
+    choices: list[str] | None
+    unit: str | None
+    precision: float | None
 
 
 def mmmu(
-    source: str | Path = "MMMU/MMMU",
-    *,
-    subjects: Sequence[str] = (),
-    split: str = "validation",
-    mode: str = "direct",
+    folder: str | Path, *, subjects: Sequence[str] = SUBJECTS, mode: str = "direct"
 ) -> Iterator[Example]:
-    """Yield examples of MMMU: college exams in 30 subjects, with up to seven images per question.
+    """Yield MMMU's validation split: college exams with up to seven images per question.
 
     Args:
-        source: Folder with the hub's files (`Accounting/validation-*`), or name on the hub.
-        subjects: Some of `SUBJECTS`; all by default.
-        split: "dev" or "validation".
+        folder: Folder with the hub's files (`Accounting/validation-*`).
+        subjects: Some of `SUBJECTS`.
         mode: One of `MODES`.
 
     Yields:
@@ -88,44 +129,33 @@ def mmmu(
     Raises:
         ValueError: A setting is unknown, or a record is not as published.
     """
-    _expect_mode(mode)
-    if split not in SPLITS[:2]:
-        raise ValueError(f"split is {split!r}; expected one of {SPLITS[:2]}, which have answers")
+    expect_one_of("mode", mode, MODES)
     if unknown := [subject for subject in subjects if subject not in SUBJECTS]:
         raise ValueError(f"subjects {unknown} are unknown; expected some of {SUBJECTS}")
-    columns: dict[str, Kind] = dict.fromkeys(
-        ("id", "question", "options", "answer", "question_type"), str
-    )
-    for subject in subjects or SUBJECTS:
-        for record in read_records(
-            source, columns | _IMAGES, files=f"{subject}/{split}-*", config=subject, split=split
-        ):
-            kind = record.values["question_type"]
-            if kind not in ("multiple-choice", "open"):
-                raise record.error(f"question_type is {kind!r}; expected multiple-choice or open")
-            options = _options(record) if kind == "multiple-choice" else []
+    for subject in subjects:
+        for record in read_records(folder, _MmmuOpen, files=f"{subject}/validation-*"):
+            values = record.values
+            options = _options(record) if values.question_type == "multiple-choice" else []
             yield _example(
                 record,
                 "mmmu",
-                _mmmu_seed(record),
+                _mmmu_haystack(record),
                 mode,
+                text=values.question,
                 pictures=_pictures(record),
                 options=options,
-                answer=record.text("answer") if options else _open_gold(record.text("answer")),
+                answer=values.answer if options else _open_gold(values.answer),
                 form="a single word, number or phrase",
             )
 
 
 def mmmu_pro(
-    source: str | Path = "MMMU/MMMU_Pro",
-    *,
-    config: str = "standard (10 options)",
-    mode: str = "direct",
+    folder: str | Path, *, config: str = "standard (10 options)", mode: str = "direct"
 ) -> Iterator[Example]:
     """Yield examples of MMMU-Pro, all of them multiple-choice questions.
 
     Args:
-        source: Folder with the hub's files (`vision/test-*`), or name on the hub.
+        folder: Folder with the hub's files (`vision/test-*`).
         config: One of `PRO`.
         mode: One of `MODES`.
 
@@ -136,38 +166,32 @@ def mmmu_pro(
     Raises:
         ValueError: A setting is unknown, or a record is not as published.
     """
-    _expect_mode(mode)
-    if config not in PRO:
-        raise ValueError(f"config is {config!r}; expected one of {PRO}")
-    seen = config == "vision"
-    columns: dict[str, Kind] = {"id": str, "options": str, "answer": str}
-    columns |= {"image": object} if seen else {"question": str, **_IMAGES}
-    for record in read_records(
-        source, columns, files=f"{config}/test-*", config=config, split="test"
-    ):
+    expect_one_of("mode", mode, MODES)
+    expect_one_of("config", config, PRO)
+    in_image = config == "vision"
+    columns: type[Columns] = _InImage if in_image else _Mmmu
+    records: Iterator[Record[Any]] = read_records(folder, columns, files=f"{config}/test-*")
+    for record in records:
         yield _example(
             record,
             "mmmu_pro",
-            (PRO.index(config), *_mmmu_seed(record)),
+            (PRO.index(config), *_mmmu_haystack(record)),
             mode,
-            pictures={0: record.values["image"]} if seen else _pictures(record),
+            text=_IN_IMAGE if in_image else record.values.question,
+            pictures={0: record.values.image} if in_image else _pictures(record),
             options=_options(record),
-            answer=record.text("answer"),
-            text=_IN_IMAGE if seen else "",
+            answer=record.values.answer,
         )
 
 
-def mathvision(
-    source: str | Path = "MathLLMs/MathVision", *, split: str = "test", mode: str = "direct"
-) -> Iterator[Example]:
-    """Yield examples of MathVision: problems of mathematics competitions, with one image each.
+def mathvision(folder: str | Path, *, mode: str = "direct") -> Iterator[Example]:
+    """Yield MathVision's test split: problems of mathematics competitions, with one image each.
 
     A question that names several images (`<image1>`, `<image2>`) has them all in its one image,
     which then comes first, and the names stay in the text.
 
     Args:
-        source: Folder with the hub's files (`data/test-*`), or name on the hub.
-        split: "test" or "testmini".
+        folder: Folder with the hub's files (`data/test-*`).
         mode: One of `MODES`.
 
     Yields:
@@ -176,33 +200,28 @@ def mathvision(
     Raises:
         ValueError: A setting is unknown, or a record is not as published.
     """
-    _expect_mode(mode)
-    if split not in ("test", "testmini"):
-        raise ValueError(f"split is {split!r}; expected test or testmini")
-    columns: dict[str, Kind] = {"id": str, "question": str, "answer": str}
-    columns |= {"options": list, "decoded_image": object}
-    for record in read_records(source, columns, files=f"data/{split}-*", split=split):
-        image = record.values["decoded_image"]
-        named = {int(number) for number in _PLACE.findall(record.values["question"])}
+    expect_one_of("mode", mode, MODES)
+    for record in read_records(folder, _MathVision, files="data/test-*"):
+        values = record.values
+        named = {int(number) for number in _PLACE.findall(values.question)}
         yield _example(
             record,
             "mathvision",
-            (_integer(record, "id"),),
+            (int(values.id),),
             mode,
-            pictures={named.pop() if len(named) == 1 else 0: image},
-            options=[str(option) for option in record.values["options"]],
-            answer=record.text("answer"),
+            text=values.question,
+            pictures={named.pop() if len(named) == 1 else 0: values.decoded_image},
+            options=[str(option) for option in values.options],
+            answer=values.answer,
             form="a number or an expression",
         )
 
 
-def mathvista(
-    source: str | Path = "AI4Math/MathVista", *, mode: str = "direct"
-) -> Iterator[Example]:
+def mathvista(folder: str | Path, *, mode: str = "direct") -> Iterator[Example]:
     """Yield examples of MathVista's split testmini; answers of the other split are not published.
 
     Args:
-        source: Folder with the hub's files (`data/testmini-*`), or name on the hub.
+        folder: Folder with the hub's files (`data/testmini-*`).
         mode: One of `MODES`.
 
     Yields:
@@ -211,51 +230,36 @@ def mathvista(
     Raises:
         ValueError: An unknown mode, or a record is not as published.
     """
-    _expect_mode(mode)
-    names = ("pid", "question", "answer", "question_type", "answer_type")
-    columns: dict[str, Kind] = {**dict.fromkeys(names, str), "decoded_image": object}
-    none = type(None)
-    columns |= {"choices": (list[str], none), "unit": (str, none), "precision": (int, float, none)}
-    for record in read_records(source, columns, files="data/testmini-*", split="testmini"):
-        unit, choices = record.values["unit"], record.values["choices"]
+    expect_one_of("mode", mode, MODES)
+    for record in read_records(folder, _MathVista, files="data/testmini-*"):
+        values = record.values
         answer, form = _vista_gold(record)
         yield _example(
             record,
             "mathvista",
-            (_integer(record, "pid"),),
+            (int(values.pid),),
             mode,
-            pictures={0: record.values["decoded_image"]},
-            options=choices if form == _LETTER else [],
+            text=values.question + (f" (Unit: {values.unit})" if values.unit else ""),
+            pictures={0: values.decoded_image},
+            options=values.choices or [] if form == _LETTER else [],
             answer=answer,
             form=form,
-            text=record.text("question") + (f" (Unit: {unit})" if unit else ""),
         )
 
 
-def _expect_mode(mode: str) -> None:
-    if mode not in MODES:
-        raise ValueError(f"mode is {mode!r}; expected one of {MODES}")
+def _mmmu_haystack(record: Record[Any]) -> tuple[int, ...]:
+    match = _MMMU_ID.fullmatch(record.values.id)
+    if not match or match[1] not in SPLITS or match[2] not in SUBJECTS:
+        raise record.error(f"id is {record.values.id!r}; expected such as validation_Art_1")
+    return SPLITS.index(match[1]), SUBJECTS.index(match[2]), int(match[3])
 
 
-def _integer(record: Record, name: str) -> int:
-    if not record.text(name).isdecimal():
-        raise record.error(f"{name} is {record.values[name]!r}; expected a number")
-    return int(record.values[name])
-
-
-def _mmmu_seed(record: Record) -> tuple[int, ...]:
-    found = _MMMU_ID.fullmatch(record.values["id"])
-    if not found or found[1] not in SPLITS or found[2] not in SUBJECTS:
-        raise record.error(f"id is {record.values['id']!r}; expected such as validation_Art_1")
-    return SPLITS.index(found[1]), SUBJECTS.index(found[2]), int(found[3])
-
-
-def _options(record: Record) -> list[str]:
+def _options(record: Record[Any]) -> list[str]:
     """MMMU's options: a text that holds a Python list of texts."""
-    options = _listed(record.values["options"])
+    options = _listed(record.values.options)
     if options is None or len(options) < 2:
         raise record.error(
-            f"options is {record.values['options']!r}; expected a Python list of two texts or more"
+            f"options is {record.values.options!r}; expected a Python list of two texts or more"
         )
     return options
 
@@ -277,11 +281,11 @@ def _open_gold(answer: str) -> str:
     return json.dumps(several, ensure_ascii=False) if several else answer
 
 
-def _vista_gold(record: Record) -> tuple[str, str]:
+def _vista_gold(record: Record[_MathVista]) -> tuple[str, str]:
     """The answer as `reasoning_answers.mathvista_answer` takes it, and its form."""
-    answer, kind = record.text("answer"), record.values["answer_type"]
-    if record.values["question_type"] == "multi_choice":
-        choices = record.values["choices"] or []
+    answer, kind = record.values.answer, record.values.answer_type
+    if record.values.question_type == "multi_choice":
+        choices = record.values.choices or []
         if answer not in choices:
             raise record.error(f"the answer {answer!r} is none of the choices {choices}")
         return ascii_uppercase[choices.index(answer)], _LETTER
@@ -297,7 +301,7 @@ def _vista_gold(record: Record) -> tuple[str, str]:
         raise record.error(f"the answer {answer!r} is not a number; answer_type is {kind!r}")
     if kind == "integer":
         return str(int(number)), "an integer"
-    places = record.values["precision"]
+    places = record.values.precision
     if kind != "float" or not places or not 0 < places < 20:
         raise record.error(
             f"answer_type is {kind!r} with precision {places}; expected float with 1 to 19"
@@ -305,23 +309,24 @@ def _vista_gold(record: Record) -> tuple[str, str]:
     return f"{number:.{int(places)}f}", f"a number with decimal places: {int(places)}"
 
 
-def _pictures(record: Record) -> dict[int, Any]:
+def _pictures(record: Record[Any]) -> dict[int, Any]:
     """MMMU's images by number."""
-    columns = {number: record.values[f"image_{number}"] for number in range(1, 8)}
-    return {number: value for number, value in columns.items() if value is not None}
+    columns = record.values.model_extra or {}
+    images = {number: columns.get(f"image_{number}") for number in range(1, 8)}
+    return {number: value for number, value in images.items() if value is not None}
 
 
 def _example(
-    record: Record,
+    record: Record[Any],
     task: str,
     haystack: tuple[int, ...],
     mode: str,
     *,
+    text: str,
     pictures: Mapping[int, Any],
     options: Sequence[str],
     answer: str,
     form: str = "",
-    text: str = "",
 ) -> Example:
     """One question, images where the text names them, those it does not name first.
 
@@ -333,11 +338,11 @@ def _example(
         task: Name of the benchmark.
         haystack: Numbers that identify the question.
         mode: One of `MODES`.
+        text: The question.
         pictures: Images by their number in the text; with 0, one that the text does not place.
         options: Texts; none for an open question.
         answer: The right letter, or the answer to an open question.
         form: What an open question is to be answered with.
-        text: The question, by default that of the record.
     """
     letters = tuple(ascii_uppercase[: len(options)])
     if options and answer not in letters:
@@ -345,7 +350,6 @@ def _example(
     listed = "".join(f"\n({a}) {o}" for a, o in zip(letters, options, strict=True))
     if text == _IN_IMAGE:
         listed = ""
-    text = text or record.text("question")
     named = {int(number) for number in _PLACE.findall(text + listed)}
     first = [
         record.image(value, f"image {number}" if number else "the image")
@@ -367,7 +371,7 @@ def _example(
     )
 
 
-def _interleaved(record: Record, text: str, pictures: Mapping[int, Any]) -> list[Part]:
+def _interleaved(record: Record[Any], text: str, pictures: Mapping[int, Any]) -> list[Part]:
     if 0 in pictures:
         return [text] if text.strip() else []
     parts: list[Part] = []
@@ -397,32 +401,26 @@ class Benchmark:
     """A benchmark.
 
     Attributes:
-        load: Function of (source, mode=..., further settings) that yields its examples.
+        load: Function of (folder, mode=..., further settings) that yields its examples.
         metric: Function of (answer, gold answer) that returns a score in [0, 1].
-        hub: Name of the data set on the hub.
     """
 
     load: Callable[..., Iterator[Example]]
     metric: Metric
-    hub: str
 
 
 BENCHMARKS: Mapping[str, Benchmark] = {
-    "mmmu": Benchmark(load=mmmu, metric=answers.mmmu_answer, hub="MMMU/MMMU"),
-    "mmmu_pro": Benchmark(load=mmmu_pro, metric=answers.choice, hub="MMMU/MMMU_Pro"),
-    "mathvision": Benchmark(
-        load=mathvision, metric=answers.mathvision_answer, hub="MathLLMs/MathVision"
-    ),
-    "mathvista": Benchmark(
-        load=mathvista, metric=answers.mathvista_answer, hub="AI4Math/MathVista"
-    ),
+    "mmmu": Benchmark(load=mmmu, metric=answers.mmmu_answer),
+    "mmmu_pro": Benchmark(load=mmmu_pro, metric=answers.choice),
+    "mathvision": Benchmark(load=mathvision, metric=answers.mathvision_answer),
+    "mathvista": Benchmark(load=mathvista, metric=answers.mathvista_answer),
 }
 """Their chance level depends on the examples: see `chance`."""
 
 
 def read_benchmark(
     name: str,
-    source: str | Path = "",
+    folder: str | Path,
     *,
     mode: str = "direct",
     limit: int | None = None,
@@ -432,17 +430,14 @@ def read_benchmark(
 
     Args:
         name: One of `BENCHMARKS`.
-        source: Folder with the hub's files; by default the hub.
+        folder: Folder with the hub's files.
         mode: One of `MODES`.
         limit: Largest number of examples; None for all.
-        settings: Arguments of the benchmark's own function (subjects, split, config).
+        settings: Arguments of the benchmark's own function (subjects, config).
 
     Raises:
         ValueError: An unknown name, a limit below 1, or as that function does.
     """
-    if name not in BENCHMARKS:
-        raise ValueError(f"benchmark is {name!r}; expected one of {', '.join(BENCHMARKS)}")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}; expected 1 or more, or None for all")
-    benchmark = BENCHMARKS[name]
-    return list(islice(benchmark.load(source or benchmark.hub, mode=mode, **settings), limit))
+    expect_one_of("benchmark", name, BENCHMARKS)
+    expect(limit is None or limit >= 1, "limit", limit, "1 or more, or None for all")
+    return list(islice(BENCHMARKS[name].load(folder, mode=mode, **settings), limit))

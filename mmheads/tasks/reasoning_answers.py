@@ -90,12 +90,12 @@ def mathvista_answer(answer: str, gold: str) -> float:
     """
     if _letter(gold)[0]:
         return choice(answer, gold)
-    if (wanted := _items(gold)) is not None:
+    if (gold_items := _items(gold)) is not None:
         given = _items(_final(answer))
         return float(
             given is not None
-            and len(given) == len(wanted)
-            and all(_same(a, b) for a, b in zip(given, wanted, strict=True))
+            and len(given) == len(gold_items)
+            and all(_same(a, b) for a, b in zip(given, gold_items, strict=True))
         )
     if not _NUMBER.fullmatch(gold):
         raise ValueError(f"the gold answer {gold!r} is not an option, number or JSON list")
@@ -132,15 +132,15 @@ def mathvision_answer(answer: str, gold: str) -> float:
 
 def _letter(gold: str) -> tuple[str, list[str]]:
     """Letter and options of a gold answer; empty where it lacks them."""
-    found = re.fullmatch(r"([A-Z])(?: (\[.*\]))?", gold.strip(), re.DOTALL)
-    if not found:
+    match = re.fullmatch(r"([A-Z])(?: (\[.*\]))?", gold.strip(), re.DOTALL)
+    if not match:
         return "", []
     try:
-        options = json.loads(found[2] or "[]")
+        options = json.loads(match[2] or "[]")
     except json.JSONDecodeError:
         return "", []
-    inside = found[1] in ascii_uppercase[: len(options) or _MANY]
-    return (found[1], [str(option) for option in options]) if inside else ("", [])
+    inside = match[1] in ascii_uppercase[: len(options) or _MANY]
+    return (match[1], [str(option) for option in options]) if inside else ("", [])
 
 
 def _conclusion(answer: str) -> str | None:
@@ -178,14 +178,14 @@ def _picked(answer: str, options: Sequence[str]) -> str:
     """The letter of the option that an answer picks, or ""."""
     text = _final(answer)
     letters = ascii_uppercase[: len(options) or _MANY]
-    if found := re.fullmatch(r"\W*([a-z])\W*", text):
-        return found[1].upper() if found[1].upper() in letters else ""
+    if match := re.fullmatch(r"\W*([a-z])\W*", text):
+        return match[1].upper() if match[1].upper() in letters else ""
     one = rf"[(\[*]*\b[{letters}]\b[)\]*]*"
     several = rf"{one}(?:\s*(?:,\s*(?:and|or)?|/|&|\band\b|\bor\b)\s*{one})+"
     alone = re.sub(several, " ", text)
     end = r"(?:\s*$|[.,):\]*_$\"'`\\]|\s*\n|\s+[-\N{EN DASH}\N{EM DASH}]\s)"
-    if alone == text and (found := re.match(rf"[\W_]*([{letters}]){end}", text)):
-        return found[1]
+    if alone == text and (match := re.match(rf"[\W_]*([{letters}]){end}", text)):
+        return match[1]
     marked = rf"(?:[(\[{{]|\*\*|(?<!\S))([{letters}])(?:[)\]}}.:]|\*\*)(?=\W|$)"
     article = r"(?!(?:A|I)\s+(?!(?:is|as|because|since)\b)[a-z])"
     bare = rf"(?<![\w'.]){article}([{letters}])(?![\w'])"

@@ -1,80 +1,68 @@
-"""Records of published data sets, read from a folder with the hub's files or streamed from the hub.
+"""Records of published data sets, read from a folder with the hub's files.
 
-Files are read with their own values. `datasets` gives the columns of a JSON file one type instead:
-it turns the answer "2013-05-01" into a date and 5 beside 5.5 into 5.0.
+Files are read with their own values. Libraries for tables give the columns of a JSON file one type
+instead: they turn the answer "2013-05-01" into a date and 5 beside 5.5 into 5.0.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from types import GenericAlias
-from typing import Any, get_args, get_origin
+from typing import Annotated, Any, Generic, TypeVar
 
-import datasets
 import pyarrow.parquet as pq
 from PIL import Image
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 
+from mmheads.checks import first_problem
 from mmheads.images import open_image
 
-Kind = type | GenericAlias | tuple[type | GenericAlias, ...]
-"""A type, a list of a type such as `list[str]`, or several of both."""
+
+class Columns(BaseModel):
+    """The columns that a record must have, with their types; further columns are left out."""
+
+    model_config = ConfigDict(strict=True, frozen=True, protected_namespaces=())
+
+
+C = TypeVar("C", bound=Columns)
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("expected a text that is not empty")
+    return text
+
+
+def _only(value: object) -> object:
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
+Text = Annotated[str, AfterValidator(_not_blank)]
+"""A text that holds more than white space."""
+OneText = Annotated[Text, BeforeValidator(_only)]
+"""A text, or a list of one text."""
 
 
 @dataclass(frozen=True, eq=False)
-class Record:
+class Record(Generic[C]):
     """A row of a data set.
 
     Attributes:
         values: The values by column.
         where: File and row, for error messages.
-        folder: The folder that paths in the record are relative to; None on the hub.
+        folder: The folder that paths in the record are relative to.
     """
 
-    values: Mapping[str, Any]
+    values: C
     where: str
-    folder: Path | None = None
+    folder: Path
 
     def error(self, message: str) -> ValueError:
         """Return the error to raise, with file and row before the message."""
         return ValueError(f"{self.where}: {message}")
-
-    def expect(self, columns: Mapping[str, Kind]) -> None:
-        """Check that the record has these columns, with values of these types.
-
-        True and False do not count as numbers.
-
-        Raises:
-            ValueError: A column is missing, or a value has another type.
-        """
-        if missing := [name for name in columns if name not in self.values]:
-            raise self.error(
-                f"no column {', '.join(missing)}; it has {', '.join(self.values)}. The data set's "
-                "schema has changed, or this is another data set"
-            )
-        for name, kind in columns.items():
-            value, kinds = self.values[name], kind if isinstance(kind, tuple) else (kind,)
-            if not any(_is(value, each) for each in kinds):
-                expected = " or ".join(
-                    str(each) if isinstance(each, GenericAlias) else each.__name__ for each in kinds
-                )
-                raise self.error(
-                    f"{name} is {value!r:.200}, a {type(value).__name__}; expected {expected}"
-                )
-
-    def text(self, name: str) -> str:
-        """Return a column's text, which must not be empty.
-
-        Raises:
-            ValueError: The value is not a text, or is empty.
-        """
-        value = self.values[name]
-        if not isinstance(value, str) or not value.strip():
-            raise self.error(f"{name} is {value!r:.200}; expected a text")
-        return value
 
     def image(self, value: Any, name: str = "image") -> Image.Image:
         """Return the image that a column holds, in RGB.
@@ -89,7 +77,7 @@ class Record:
         """
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
-        if isinstance(value, str) and value and self.folder is not None:
+        if isinstance(value, str) and value:
             value = self.folder / value
             name = f"{name} ({value})"
         if not isinstance(value, bytes | Path | Image.Image):
@@ -100,38 +88,58 @@ class Record:
             raise self.error(str(error)) from error
 
 
-def read_records(
-    source: str | Path,
-    columns: Mapping[str, Kind],
-    *,
-    files: str = "*",
-    config: str = "",
-    split: str = "",
-) -> Iterator[Record]:
+def check_record(columns: type[C], values: object, where: str, folder: Path) -> Record[C]:
+    """Return a record after its columns are checked.
+
+    Args:
+        columns: The columns that it must have.
+        values: The row as it was read.
+        where: File and row, for error messages.
+        folder: The folder that paths in the record are relative to.
+
+    Raises:
+        ValueError: The row is not a record, lacks a column, or holds a value of another type.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} is {values!r:.100}; expected a record with named columns")
+    try:
+        return Record(columns.model_validate(values), where, folder)
+    except ValidationError as error:
+        raise ValueError(f"{where}: {first_problem(error, columns)}") from error
+
+
+def read_records(folder: str | Path, columns: type[C], *, files: str = "*") -> Iterator[Record[C]]:
     """Yield the records of a data set in order, each read when it is asked for.
 
     Args:
-        source: A folder, or the name of a data set on the hub, which is streamed.
-        columns: Names that every record must have, and the types of their values; `object` stands
-            for any. None is accepted as a value where `type(None)` is among the types.
+        folder: Where the files are.
+        columns: The columns that every record must have.
         files: Which files of the folder are read, as a pattern; they are .parquet, .jsonl or
             .json (a list of records).
-        config: Configuration on the hub.
-        split: Split on the hub.
 
     Raises:
         ValueError: There is no record, a file cannot be read, or a record lacks a column or holds
             a value of another type.
     """
-    records = (
-        _folder(Path(source), files) if Path(source).is_dir() else _hub(str(source), config, split)
-    )
+    folder, kinds = Path(folder), (".parquet", ".jsonl", ".json")
+    paths = [path for path in sorted(folder.glob(files)) if path.suffix in kinds]
+    if not paths:
+        raise ValueError(f"{folder} holds no file {files!r} ending in {', '.join(kinds)}")
     record = None
-    for record in records:
-        record.expect(columns)
-        yield record
+    for path in paths:
+        rows = _rows(path)
+        for number in count():
+            where = f"{path}, row {number}"
+            try:
+                values = next(rows)
+            except StopIteration:
+                break
+            except Exception as error:  # pyarrow raises a dozen kinds of exceptions.
+                raise ValueError(f"{where}, cannot be read: {error}") from error
+            record = check_record(columns, values, where, folder)
+            yield record
     if record is None:
-        raise ValueError(f"{source} holds no record in files {files!r}")
+        raise ValueError(f"{folder} holds no record in files {files!r}")
 
 
 def parse_line(line: bytes) -> Any:
@@ -151,23 +159,6 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"it holds {name}, which is not a number in JSON")
 
 
-def _is(value: Any, kind: Any) -> bool:
-    if get_origin(kind) is list:
-        (of,) = get_args(kind)
-        return isinstance(value, list) and all(_is(item, of) for item in value)
-    kind = get_origin(kind) or kind
-    return isinstance(value, kind) and not (isinstance(value, bool) and kind in (int, float))
-
-
-def _folder(folder: Path, files: str) -> Iterator[Record]:
-    kinds = (".parquet", ".jsonl", ".json")
-    paths = [path for path in sorted(folder.glob(files)) if path.suffix in kinds]
-    if not paths:
-        raise ValueError(f"{folder} holds no file {files!r} ending in {', '.join(kinds)}")
-    for path in paths:
-        yield from _numbered(_rows(path), str(path), folder)
-
-
 def _rows(path: Path) -> Iterator[Any]:
     if path.suffix == ".parquet":
         for batch in pq.ParquetFile(path).iter_batches(batch_size=64):
@@ -178,32 +169,3 @@ def _rows(path: Path) -> Iterator[Any]:
     else:
         content = parse_line(path.read_bytes())
         yield from content if isinstance(content, list) else [content]
-
-
-def _hub(name: str, config: str, split: str) -> Iterator[Record]:
-    try:
-        rows = datasets.load_dataset(name, config or None, split=split or None, streaming=True)
-        if rows.features:  # Images stay bytes, so that they are opened in one place.
-            rows = rows.decode(False)
-    except Exception as error:  # The hub's libraries raise a dozen kinds of exceptions.
-        raise ValueError(
-            f"{name} is not a folder here and cannot be read from the hub ({error}); give a folder "
-            "with its files"
-        ) from error
-    yield from _numbered(rows, " ".join(filter(None, (name, config, split))))
-
-
-def _numbered(rows: Iterable[Any], place: str, folder: Path | None = None) -> Iterator[Record]:
-    """Yield the records in rows; whatever goes wrong in reading a row is an error that names it."""
-    left = iter(rows)
-    for number in count():
-        where = f"{place}, row {number}"
-        try:
-            values = next(left)
-        except StopIteration:
-            return
-        except Exception as error:  # pyarrow and the hub's libraries raise a dozen kinds.
-            raise ValueError(f"{where}, cannot be read: {error}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{where} is {values!r:.100}; expected a record with named columns")
-        yield Record(values, where, folder)

@@ -10,20 +10,21 @@ The records do not say when a needle is shown, so no example has evidence: paper
 
 from __future__ import annotations
 
-import importlib
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from PIL import Image
+from pydantic import Field, FiniteFloat
+from transformers.video_utils import load_video
 
+from mmheads.checks import expect
 from mmheads.examples import Example, Video
 from mmheads.images import open_image
-from mmheads.tasks.records import Kind, Record, read_records
+from mmheads.tasks.records import Columns, Record, Text, read_records
 
 FRAMES = 16
 """Frames per video, as in MLVU's own evaluation."""
@@ -45,22 +46,22 @@ FOLDERS = {
     "topic_reasoning": "7_topic_reasoning",
 }
 """Folder of the videos of each question type."""
-_COLUMNS: Mapping[str, Kind] = {
-    "video": str,
-    "duration": (int, float),
-    "question": str,
-    "candidates": list,
-    "answer": (str, int),
-    "question_type": str,
-}
 _IMAGES = (".jpg", ".jpeg", ".png")
+
+
+class _Columns(Columns):
+    video: Text
+    duration: Annotated[FiniteFloat, Field(gt=0)]
+    question: Text
+    candidates: Annotated[list[Any], Field(min_length=2, max_length=len(LETTERS))]
+    answer: str | int
+    question_type: Text
 
 
 def mlvu(
     source: str | Path,
     frames: str | Path,
     *,
-    files: str = "[1-7]_*.json",
     count: int = FRAMES,
     limit: int | None = None,
 ) -> Iterator[Example]:
@@ -73,7 +74,6 @@ def mlvu(
         source: Folder of the JSON files.
         frames: Folder of the videos, or of folders of their frames, directly or in `FOLDERS`. The
             frames may be thinned out; they must be spread evenly over the video.
-        files: Which files of `source`.
         count: Frames per video, spread evenly over it; all frames if it has fewer.
         limit: Largest number of examples; None for all.
 
@@ -82,7 +82,7 @@ def mlvu(
             its candidates, or a video cannot be read.
     """
     check_count(count)
-    records = read_records(source, _COLUMNS, files=files)
+    records = read_records(source, _Columns, files="[1-7]_*.json")
     return islice((_question(record, Path(frames), count) for record in records), limit)
 
 
@@ -101,8 +101,8 @@ def choice_answer(answer: str, gold: str) -> float:
     text = answer.strip()
     text = text.upper() if len(text) == 1 else text
     letter = rf"(?<!\w)([{LETTERS}])"
-    found = re.search(rf"{letter}\)", text) or re.search(rf"{letter}(?![\w'])", text)
-    return float(found is not None and found[1] == gold)
+    match = re.search(rf"{letter}\)", text) or re.search(rf"{letter}(?![\w'])", text)
+    return float(match is not None and match[1] == gold)
 
 
 def spread(first: int, last: int, count: int) -> list[int]:
@@ -143,7 +143,7 @@ class Clip:
         pictures = (
             tuple(open_image(self.files[number]) for number in numbers)
             if self.files
-            else _decoded(self.path, numbers)
+            else _decoded(self.path, numbers)[0]
         )
         if len(sizes := {picture.size for picture in pictures}) > 1:
             raise ValueError(f"the frames of {self.path} differ in size: {sorted(sizes)}")
@@ -183,71 +183,53 @@ def clip(frames: Path, *names: str, first: int = 0) -> Clip:
 
 def check_count(count: int) -> None:
     """Raise a ValueError unless it is a number of frames."""
-    if count < 1:
-        raise ValueError(f"count is {count}; expected 1 frame or more")
+    expect(count >= 1, "count", count, "1 frame or more")
 
 
-def _question(record: Record, frames: Path, count: int) -> Example:
+def _question(record: Record[_Columns], frames: Path, count: int) -> Example:
     values = record.values
-    name, kind, duration = record.text("video"), record.text("question_type"), values["duration"]
-    options = [str(option) for option in values["candidates"]]
-    if not 2 <= len(options) <= len(LETTERS):
-        raise record.error(f"{len(options)} candidates; expected 2 to {len(LETTERS)}")
-    if options.count(str(values["answer"])) != 1:
-        raise record.error(f"the answer {values['answer']!r} is not one of {options}")
-    if not 0 < duration < math.inf:
-        raise record.error(f"duration is {duration}; expected seconds")
+    options = [str(option) for option in values.candidates]
+    if options.count(str(values.answer)) != 1:
+        raise record.error(f"the answer {values.answer!r} is not one of {options}")
+    folders = (FOLDERS.get(values.question_type, "."), ".")
     try:
-        video = clip(frames, *(f"{folder}/{name}" for folder in (FOLDERS.get(kind, "."), ".")))
+        video = clip(frames, *(f"{folder}/{values.video}" for folder in folders))
         numbers = [video.numbers[i] for i in spread(0, len(video.numbers), count)]
         pictures = video.read(numbers)
     except ValueError as error:
         raise record.error(str(error)) from error
     listed = [f"({letter}) {option}" for letter, option in zip(LETTERS, options, strict=False)]
     return Example(
-        context=(Video(frames=pictures, fps=len(pictures) / duration),),
-        question=("\n".join([f"Question: {record.text('question')}", "Options:", *listed]),),
-        answer=LETTERS[options.index(str(values["answer"]))],
+        context=(Video(frames=pictures, fps=len(pictures) / values.duration),),
+        question=("\n".join([f"Question: {values.question}", "Options:", *listed]),),
+        answer=LETTERS[options.index(str(values.answer))],
         choices=tuple(LETTERS[: len(options)]),
         instruction=INSTRUCTION,
-        task=f"mlvu-{kind}",
+        task=f"mlvu-{values.question_type}",
     )
 
 
 def _frame_count(path: Path) -> int:
-    av = _av(path)
-    try:
-        with av.open(str(path)) as file:
-            count = int(file.streams.video[0].frames)
-    except (OSError, IndexError, ValueError) as error:
-        raise ValueError(f"{path} cannot be opened as a video: {error}") from error
+    _, count = _decoded(path, [0])
     if not count:
         raise ValueError(f"{path} does not say how many frames it has; give a folder of its frames")
     return count
 
 
-def _decoded(path: Path, numbers: Sequence[int]) -> tuple[Image.Image, ...]:
-    """Frames of a video file, decoded from its start: its numbers are the annotators'."""
-    found: dict[int, Image.Image] = {}
+def _decoded(path: Path, numbers: Sequence[int]) -> tuple[tuple[Image.Image, ...], int]:
+    """Frames of a video file, decoded from its start, and how many frames it says it has."""
+    ordered = sorted(numbers)
+    source: Any = str(path)
     try:
-        with _av(path).open(str(path)) as file:
-            for number, frame in enumerate(file.decode(video=0)):
-                if number in numbers:
-                    found[number] = frame.to_image()
-                if number >= max(numbers):
-                    break
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be decoded: {error}") from error
-    if missing := [number for number in numbers if number not in found]:
-        raise ValueError(f"{path} ends before its frames {missing[:5]}; is the file whole?")
-    return tuple(found[number] for number in numbers)
-
-
-def _av(path: Path) -> Any:
-    try:
-        return importlib.import_module("av")
+        loaded: Any = load_video(source, backend="pyav", sample_indices_fn=lambda **_: ordered)
     except ImportError as error:
         raise ValueError(
             f"{path} is a video file, which only PyAV can read here: pip install av, or put its "
             f"frames as images into the folder {path.with_suffix('')}"
         ) from error
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be opened as a video: {error}") from error
+    pictures = dict(zip(ordered, map(Image.fromarray, loaded[0]), strict=False))
+    if len(pictures) < len(ordered):
+        raise ValueError(f"{path} ends before its frame {ordered[-1]}; is the file whole?")
+    return tuple(pictures[number] for number in numbers), loaded[1].total_num_frames

@@ -124,7 +124,7 @@ def test_tags_that_the_context_holds_are_refused(qwen):
     example = Example(
         context=("a <GT_START> b", example_prompts.picture(48, 32)), question=("why ?",)
     )
-    with pytest.raises(ValueError, match="stands 2 times"):
+    with pytest.raises(ValueError, match="occurs 2 times"):
         paper_b.find_by_tags(qwen, example, 1)
 
 

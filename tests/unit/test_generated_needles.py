@@ -14,16 +14,13 @@ from mmheads.tasks import generated_needles, line_pages
 from mmheads.tasks.generated_needles import (
     ANSWERS,
     CONTROL,
-    DEPTHS,
-    HAYSTACKS,
     LENGTHS,
     OPTIONS,
-    SPLITS,
-    TASKS,
     GeneratedNeedles,
     document,
     similar_keys,
 )
+from mmheads.tasks.grids import DEPTHS, HAYSTACKS, SPLITS, TASKS
 
 NEEDLES = GeneratedNeedles()
 NAMES = (*line_pages.CODES, *line_pages.VALUES, *line_pages.ICONS, line_pages.STOP)

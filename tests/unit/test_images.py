@@ -249,9 +249,6 @@ def test_several_frames_are_an_error_or_pages(kind, tmp_path):
         open_image(path)
     colors = [frame.getpixel((4, 4)) for frame in open_frames(path)]
     assert colors == [RED, GREEN, BLUE]
-    assert open_image(path, frames="first").getpixel((4, 4)) == RED
-    with pytest.raises(ValueError, match='frames is \'all\'; expected "error" or "first"'):
-        open_image(path, frames="all")
 
 
 def test_one_image_is_one_frame_and_previews_in_photos_are_none():

@@ -38,7 +38,6 @@ def rewritten(path, change, *, sign: bool) -> None:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     change(about, tensors)
     if sign:
-        about.pop("checksum", None)
         about["checksum"] = saved._checksum(about, tensors)
     save_file(tensors, path, metadata={"mmheads": json.dumps(about)})
 

@@ -101,25 +101,28 @@ def test_an_unreadable_page_image_names_its_row(hub):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"question": {"Q": " "}}, "a question is empty"),
+        ({"question": {"Q": " "}}, "questions.0.Q is  : expected a text that is not empty"),
         (
             {"question": {"page_id": [2]}},
             r"points to the pages \[2\]; the document has the pages 0 to 1",
         ),
-        ({"question": {"page_id": []}}, "names no page"),
-        ({"page_indices": [0, 9]}, "page_indices 0 to 9 are not rows of"),
-        ({"page_indices": [1, 2]}, r"its page_indices hold rows of \['b.pdf'\]"),
-        ({"page_indices": 5}, "page_indices is '5'; expected a list"),
-        ({"page_indices": [0]}, r"page_indices is \[0\]; expected 2 integers"),
-        ({"question": {"page_id": "12"}}, "page_id is '12'; expected a list"),
-        ({"question": {"page_id": [0.5]}}, r"page_id is \[0.5\]; expected a list of integers"),
-        ({"question": {"layout_mapping": [{"page": 1}]}}, r"box lacks \['bbox', 'page_size'\]"),
+        ({"question": {"page_id": []}}, r"page_id is \[\]: List should have at least 1 item"),
+        ({"page_indices": [0, 9]}, "0 to 9 are no rows of"),
+        ({"page_indices": [1, 2]}, r"rows 1 to 2 of .*MMDocIR_pages.parquet are of \['b.pdf'\]"),
+        ({"page_indices": 5}, "page_indices is 5: Input should be a valid"),
+        ({"page_indices": [0]}, "page_indices.1' is missing"),
+        ({"question": {"page_id": "12"}}, "page_id is 12: Input should be a valid array"),
+        ({"question": {"page_id": [0.5]}}, r"page_id.0 is 0.5: Input should be a valid integer"),
+        (
+            {"question": {"layout_mapping": [{"page": 1}]}},
+            r"'questions.0.layout_mapping.0.bbox' is missing",
+        ),
         (
             {"question": {"layout_mapping": [{"page": 1, "bbox": [1, 2], "page_size": [3, 4]}]}},
-            r"bbox \(1, 2\) with page_size \(3, 4\); expected four numbers and two",
+            r"layout_mapping.0.bbox.2' is missing",
         ),
-        ({"questions": ["What?"]}, "'What\\?' is not an object with"),
-        ({"questions": None}, "questions is 'None'; expected a list"),
+        ({"questions": ["What?"]}, "questions.0 is What.: Input should be"),
+        ({"questions": None}, "questions is None: Input should be a valid array"),
     ],
 )
 def test_wrong_annotations_are_said_and_the_others_go_on(hub, changes, message):

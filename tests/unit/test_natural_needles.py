@@ -11,6 +11,7 @@ from PIL import Image
 
 from mmheads import families, prompts
 from mmheads.tasks import corpus, inventions, natural_needles
+from mmheads.tasks.grids import TASKS
 from mmheads.tasks.natural_needles import NaturalNeedles
 from mmheads.tasks.needles import DEPTHS, SPLITS
 from mmheads.tasks.rendered_pages import PageStyle, draw_strip
@@ -99,7 +100,7 @@ def test_the_needle_is_at_its_depth():
         ahead = rough_count(dataclasses.replace(bare, context=bare.context[: region.part]))
         total = rough_count(bare)
         assert abs((ahead + len(before.split())) / total - depth) < 0.06
-    for task in natural_needles.TASKS[1:]:
+    for task in TASKS[1:]:
         parts = [needles.make(task, 2000, depth).evidence[0].part for depth in DEPTHS]
         units = len(needles.make(task, 2000, 0).context) - 1
         assert parts == [round(depth * (units - 1)) for depth in DEPTHS]
@@ -182,7 +183,7 @@ def test_without_the_needle_only_the_needle_is_gone():
         bare.context[:part] + bare.context[part + 1 :]
     )
     assert bare.evidence is None
-    for task in natural_needles.TASKS[1:]:
+    for task in TASKS[1:]:
         whole = needles.make(task, 1500, 0.4, haystack=5)
         bare = needles.make(task, 1500, 0.4, haystack=5, needle=False)
         pairs = zip(whole.context, bare.context, strict=True)
@@ -225,7 +226,7 @@ def test_pages_of_a_folder_carry_needles(tmp_path):
     example_prompts.write_pdf(tmp_path / "a.pdf", 2)
     example_prompts.picture(180, 240).save(tmp_path / "b.png")
     needles = dataclasses.replace(rough(), source=corpus.folder(tmp_path))
-    for task in natural_needles.TASKS[1:]:
+    for task in TASKS[1:]:
         example = needles.make(task, 1500, 0.6)
         (region,) = example.evidence
         shown = example.context[region.part].crop(region.box)

@@ -84,9 +84,9 @@ def test_the_setting_names_the_folder(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("Gemma4", "text", 8192), "model is 'Gemma4', expected one of Qwen2.5-VL-7B"),
-        (("Gemma3-12B", "video", 8192), "task is 'video', expected one of text, image"),
-        (("Gemma3-12B", "text", 8000), "length is 8000, expected one of 8K"),
+        (("Gemma4", "text", 8192), "model is 'Gemma4'; expected one of Qwen2.5-VL-7B"),
+        (("Gemma3-12B", "video", 8192), "task is 'video'; expected one of text, image"),
+        (("Gemma3-12B", "text", 8000), "length is 8000; expected one of 8K"),
     ],
 )
 def test_what_was_not_released_is_named(arguments, message):
@@ -116,11 +116,11 @@ def set_score(made: dict, value: float) -> None:
         (lambda made: set_score(made, float("nan")), "has no number for L1H1$"),
         (lambda made: set_score(made, float("inf")), "has no number for L1H1$"),
         (lambda made: set_score(made, 1.5), "L1H1 lie outside"),
-        (lambda made: set_score(made, "high"), "no released score file: ValueError"),
-        (lambda made: made.pop("head_score_list"), "no released score file: KeyError"),
+        (lambda made: set_score(made, "high"), "not a released score file: ValueError"),
+        (lambda made: made.pop("head_score_list"), "not a released score file: KeyError"),
         (lambda made: made["head_score_list"].append(["5", 0.5]), "score file: ValueError"),
         (lambda made: made["metrics"]["input_len"].clear(), "score file: StatisticsError"),
-        (lambda made: made.pop("args"), "no released score file: KeyError"),
+        (lambda made: made.pop("args"), "not a released score file: KeyError"),
     ],
 )
 def test_damage_that_a_checksum_does_not_show_is_named_with_file_and_heads(damage, message):

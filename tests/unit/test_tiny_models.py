@@ -12,7 +12,8 @@ from PIL import Image
 
 from mmheads import paths
 from mmheads.tasks import line_pages
-from mmheads.tasks.generated_needles import CONTROL, TASKS, GeneratedNeedles
+from mmheads.tasks.generated_needles import CONTROL, GeneratedNeedles
+from mmheads.tasks.grids import TASKS
 from mmheads.zoo import recipes as zoo_recipes
 from tiny_models import architectures, card, losses, measure, samples, train
 from tiny_models.__main__ import main
