@@ -137,12 +137,12 @@ def _score(options: argparse.Namespace) -> None:
 def _heat_map(scores: Any) -> Any:
     from matplotlib.figure import Figure
 
-    from mmheads import figures
+    from mmheads import figures, plots
 
     figure = Figure(figsize=(figures.COLUMN, figures.COLUMN), dpi=200, layout="constrained")
     axis = figure.subplots()
-    axis.set_title(f"{scores.provenance.model}, n = {len(scores.values)}", parse_math=False)
-    image = figures.heat_map(axis, scores.mean)
+    plots.set_title(axis, f"{scores.provenance.model}, n = {len(scores.values)}", width=40)
+    image = plots.heat_map(axis, scores.mean)
     figure.colorbar(image, label="calibrated retrieval score")
     return figure
 

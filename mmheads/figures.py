@@ -1,33 +1,30 @@
-"""One style, one way to save a figure or a table, and the manifest of all of them.
+"""One start for every notebook, one style, one way to save, and the manifest of all files.
 
 Files are byte-stable: the same data with the same versions give the same bytes. Provenance is
 therefore in `figures/manifest.json` and not in the files.
 """
 
+import ast
 import hashlib
 import json
 import platform
 import re
-import textwrap
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 import seaborn as sns
 from filelock import FileLock
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, get_font
-from matplotlib.image import AxesImage
-from numpy.typing import NDArray
 
 from mmheads import paths
+
+if TYPE_CHECKING:
+    from mmheads.models import VLM
 
 PAGE = 5.5
 """Width of a figure across the page, in inches."""
@@ -65,8 +62,21 @@ class Run:
     notebook: str
     parameters: Mapping[str, Any]
     seed: int
-    models: Mapping[str, str] = field(default_factory=dict)
+    models: dict[str, str] = field(default_factory=dict)
     folder: str | Path = ""
+
+    def load(self, name: str, **settings: Any) -> "VLM":
+        """Returns a loaded model, and lists it in the manifest from here on.
+
+        Args:
+            name: See `mmheads.models.load`, as for `settings` and for what is raised.
+            settings: Further arguments of `mmheads.models.load`.
+        """
+        from mmheads.models import load
+
+        vlm = load(name, **settings)
+        self.models[vlm.model_id] = vlm.revision
+        return vlm
 
     def savefig(self, figure: Figure, name: str, data: pd.DataFrame) -> None:
         """Write `<name>.pdf`, `.png`, and the data that the figure shows as `.csv`."""
@@ -178,50 +188,52 @@ def set_style() -> None:
     )
 
 
-def heat_map(
-    axis: Axes, values: NDArray[np.floating[Any]], *, limit: float | None = None
-) -> AxesImage:
-    """Draw [layer, head] values, layer 0 at the bottom; a map centred on 0 if any is negative.
+def start(
+    notebook: str, namespace: Mapping[str, Any], *, models: Mapping[str, str] | None = None
+) -> Run:
+    """Returns the run of a notebook, after setting the style and silencing progress bars.
+
+    The names of the parameters are read from the cell tagged `parameters` of the notebook's file,
+    and their values from the namespace, so that the manifest tells what was run. Parameters whose
+    names end in `_folder` say where files are and are left out.
 
     Args:
-        axis: Where to draw.
-        values: [layer, head].
-        limit: Value of the strongest colour, by default the largest absolute value.
+        notebook: Name without suffix, "03_sparsity_curves"; the file is in `notebooks/`.
+        namespace: `globals()` of the notebook.
+        models: Revision of each model whose results are only read, by model id; `Run.load` adds
+            those that are run.
+
+    Raises:
+        OSError: There is no such notebook.
+        ValueError: The notebook has no parameters cell with a seed, or the cell was not run.
     """
-    limit = limit or float(np.abs(values).max())
-    signed = bool((values < 0).any())
-    axis.set(xlabel="head", ylabel="layer")
-    return axis.imshow(
-        values,
-        cmap="RdBu_r" if signed else "Blues",
-        vmin=-limit if signed else 0,
-        vmax=limit,
-        aspect="auto",
-        origin="lower",
-        interpolation="nearest",
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    set_style()
+    names = _parameter_names(paths.NOTEBOOKS / f"{notebook}.ipynb")
+    if missing := [name for name in names if name not in namespace]:
+        raise ValueError(f"{', '.join(missing)} not set; run the parameters cell of {notebook}")
+    return Run(
+        notebook=notebook,
+        parameters={n: namespace[n] for n in names if not n.endswith("_folder")},
+        seed=namespace["seed"],
+        models=dict(models or {}),
+        folder=namespace.get("figures_folder", ""),
     )
 
 
-def set_title(target: Axes | Figure, text: str, *, width: int = 60, **style: Any) -> None:
-    """Gives axes or a figure a title that a user wrote: as it is, wrapped, never read as formulas.
-
-    Characters that the font lacks become boxes, with one warning.
-
-    Args:
-        target: Axes or a figure.
-        text: The title.
-        width: Longest line, in characters.
-        style: Properties of the text, such as `fontsize`.
-    """
-    known = get_font(findfont(FontProperties())).get_charmap()
-    lacking = {sign for sign in text if not sign.isspace() and ord(sign) not in known}
-    if lacking:
-        shown = "".join(sorted(lacking)[:10])
-        warnings.warn(f"the font of the figures lacks {shown!r}: boxes are drawn", stacklevel=2)
-        text = "".join("\u25a1" if sign in lacking else sign for sign in text)
-    lines = [line for part in text.splitlines() for line in textwrap.wrap(part, width) or [""]]
-    give = target.suptitle if isinstance(target, Figure) else target.set_title
-    give("\n".join(lines), parse_math=False, **style)
+def _parameter_names(path: Path) -> list[str]:
+    """Returns the names that the parameters cell of a notebook assigns, in order."""
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        if "parameters" in cell["metadata"].get("tags", []):
+            lines = ast.parse("".join(cell["source"])).body
+            targets = [line.targets[0] for line in lines if isinstance(line, ast.Assign)]
+            names = [target.id for target in targets if isinstance(target, ast.Name)]
+            if "seed" in names:
+                return names
+    raise ValueError(f"{path} has no cell tagged parameters that sets seed; add one")
 
 
 def _markdown(table: pd.DataFrame) -> str:

@@ -40,7 +40,7 @@ workload = {"scores": [row | {"haystacks": pairs, "split": "detection"} for row 
 SOURCE = """\
 import matplotlib.pyplot as plt
 
-from mmheads import figures
+from mmheads import figures, plots
 from mmheads.models import load
 from mmheads.scoring import score_needles
 
@@ -48,7 +48,7 @@ settings = {"lengths": lengths, "pairs": pairs, "folder": scores_folder, "progre
 settings["null_images"] = "placeholders"
 scores = score_needles(load(model), **settings)
 figure, axis = plt.subplots()
-figures.heat_map(axis, scores.mean)
+plots.heat_map(axis, scores.mean)
 run = figures.Run(notebook="01_map", parameters={}, seed=0, folder=figures_folder)
 run.savefig(figure, "X_map_live", scores.to_frame())
 """

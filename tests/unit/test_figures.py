@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-import warnings
 from collections.abc import Callable
 
 import matplotlib as mpl
@@ -183,37 +182,55 @@ def test_a_damaged_manifest_is_named_with_what_to_do(make_run, tmp_path, content
     assert [path.name for path in folder.iterdir()] == ["manifest.json"]
 
 
-QUESTIONS = [
-    "is $5 more than 3% of $100 ?",
-    r"what does \frac{1}{2}$ # _ ^ mean $",
-    "from $5 to $6",
-]
+PARAMETERS = """model = "toy"  # shown
+lengths = [1, 2]  # tokens
+seed = 3  # of the draws
+figures_folder = ""  # where figures go
+"""
 
 
-@pytest.mark.parametrize("text", QUESTIONS)
-def test_a_title_is_the_text_that_was_given(tmp_path, text):
-    figure, axis = plt.subplots()
-    figures.set_title(axis, text)
-    figures.set_title(figure, text)
-    figure.savefig(tmp_path / "a.png")
-    assert axis.get_title() == figure.get_suptitle() == text
+def write_notebook(folder, source: str, tags=("parameters",)) -> None:
+    cells = [
+        {"cell_type": "markdown", "metadata": {}, "source": ["# 03"]},
+        {"cell_type": "code", "metadata": {"tags": list(tags)}, "source": source.splitlines(True)},
+    ]
+    (folder / "03_toy.ipynb").write_text(json.dumps({"cells": cells}), encoding="utf-8")
 
 
-def test_a_long_title_is_wrapped():
-    _, axis = plt.subplots()
-    figures.set_title(axis, "word " * 100 + "x" * 100 + "\nlast", width=30)
-    lines = axis.get_title().splitlines()
-    assert max(map(len, lines)) <= 30
-    assert lines[-1] == "last"
+def test_a_notebook_starts_with_the_values_of_its_parameters_cell(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path)
+    write_notebook(tmp_path, PARAMETERS)
+    namespace = {"model": "other", "lengths": [4], "seed": 5, "figures_folder": "there"}
+    run = figures.start("03_toy", namespace | {"later": 1}, models={"read": "abc"})
+    assert run.notebook == "03_toy"
+    assert run.parameters == {"model": "other", "lengths": [4], "seed": 5}
+    assert (run.seed, run.folder, run.models) == (5, "there", {"read": "abc"})
+    assert mpl.rcParams["font.size"] == 8.5
 
 
-def test_signs_that_the_font_lacks_are_boxes_with_one_warning(tmp_path):
-    figure, axis = plt.subplots()
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        figures.set_title(axis, "总额是多少 total?")
-        figure.savefig(tmp_path / "a.png")
-        figure.savefig(tmp_path / "a.pdf")
-    (warning,) = said
-    assert "the font of the figures lacks" in str(warning.message)
-    assert axis.get_title() == "□□□□□ total?"
+def test_a_notebook_does_not_start_before_its_parameters_are_set(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "NOTEBOOKS", tmp_path)
+    write_notebook(tmp_path, PARAMETERS)
+    with pytest.raises(ValueError, match="model, lengths not set; run the parameters cell"):
+        figures.start("03_toy", {"seed": 1, "figures_folder": ""})
+    for source, tags in ((PARAMETERS, ()), ("fraction = 0.05", ("parameters",))):
+        write_notebook(tmp_path, source, tags)
+        with pytest.raises(ValueError, match="no cell tagged parameters that sets seed"):
+            figures.start("03_toy", {"fraction": 1, "seed": 1})
+    with pytest.raises(OSError, match="04_toy"):
+        figures.start("04_toy", {"seed": 1})
+
+
+def test_every_notebook_starts_with_the_parameters_that_the_manifest_lists():
+    for path in sorted(paths.NOTEBOOKS.glob("[0-9]*.ipynb")):
+        names = figures._parameter_names(path)
+        run = figures.start(path.stem, dict.fromkeys(names, 0))
+        made = [e["parameters"] for e in figures.manifest() if e["notebook"] == path.stem]
+        assert made
+        assert all(list(run.parameters) == list(each) for each in made)
+
+
+def test_a_model_that_a_run_loads_is_in_its_manifest(tmp_path):
+    run = figures.Run(notebook="03_toy", parameters={}, seed=0, models={"read": "abc"})
+    vlm = run.load("tiny-qwen3-m", device="cpu")
+    assert run.models == {"read": "abc", vlm.model_id: vlm.revision}
