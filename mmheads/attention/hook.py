@@ -58,7 +58,8 @@ class Call:
         scaling: Factor on the scores.
         softcap: Bound of the scores, if any.
         sinks: [head] score of a key that takes attention and gives nothing, if any.
-        stock: Runs the stock attention -> its output, and its weights where it gives them.
+        stock: Runs the stock attention -> its output, and its weights where it gives them; of
+            other queries, keys, values and mask if they are given.
     """
 
     layer: int
@@ -70,7 +71,7 @@ class Call:
     scaling: float
     softcap: float | None
     sinks: torch.Tensor | None
-    stock: Callable[[], tuple[torch.Tensor, torch.Tensor | None]]
+    stock: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
     weights: torch.Tensor | None = None
 
     @cached_property
@@ -222,13 +223,10 @@ def _attention(base: str) -> Any:
         stock = compat.stock_attention(base, module)
         settings = dict(kwargs) if is_causal is None else {**kwargs, "is_causal": is_causal}
 
-        def attended() -> tuple[torch.Tensor, torch.Tensor | None]:
+        def attended(*given: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
             result: tuple[torch.Tensor, torch.Tensor | None] = stock(
                 module,
-                query,
-                key,
-                value,
-                attention_mask,
+                *(given or (query, key, value, attention_mask)),
                 scaling=scaling,
                 dropout=dropout,
                 **settings,
