@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import numbers
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -24,20 +25,21 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from mmheads import store
 from mmheads.attention.hook import check_revision
 from mmheads.attention.interventions import ablate
+from mmheads.attention.sharing import ablate_rows, can_share
 from mmheads.examples import Example
 from mmheads.heads import HeadSet
 from mmheads.metrics import Metric, same
 from mmheads.models import VLM
 from mmheads.prefix import on_device
-from mmheads.prompts import Prompt, encode
+from mmheads.prompts import WITHOUT_PIXELS, Prompt, encode
 from mmheads.provenance import code_version, hash_json
 from mmheads.streaming.heads import stream
 
 FULL_MODEL = "full model"
 """The ablation that takes no head out."""
 
-BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
-"""Prompt tokens per batch by kind of device: on a CPU, smaller batches stay in its cache."""
+BATCH_TOKENS = {"cpu": 8192, "cuda": 8192}
+"""Prompt tokens per batch by kind of device."""
 
 VERSION = 1
 """To be raised by hand when the same ablation gives other answers: shipped ones are left out."""
@@ -81,8 +83,9 @@ def answer(
 ) -> pd.DataFrame:
     """Answer examples greedily, with the full model and under each ablation.
 
-    Rows of a batch are prompts of one length, each with its own heads ablated: nothing is padded.
-    Answers are kept in the results store and not computed again, those before an error or an
+    The ablations of a prompt are rows of one batch: images are embedded once, and layers below the
+    first ablated head run once (see `ablate_rows`). Where a prompt has one row, or a family cannot
+    share layers, the rows are prompts of one length. Nothing is padded. Answers are kept in the results store and not computed again, those before an error or an
     interrupt too.
 
     Args:
@@ -116,7 +119,7 @@ def answer(
         examples,
         _sets(ablations or {}, HeadSet((), vlm.geometry, vlm.model_id)),
         settings,
-        lambda rows: ablate(vlm, [row.heads for row in rows], mode, when, means=means),
+        lambda rows: _ablated(vlm, rows, mode, when, means),
         max_new_tokens=max_new_tokens,
         metric=metric,
         batch_tokens=batch_tokens,
@@ -224,7 +227,7 @@ def _answered(
                 asked.sort(key=lambda entry: order[id(entry[2])])
             todo = {k: (example, heads) for k, example, heads in asked if k not in results}
             bar.total = bar.n + len(todo)
-            for rows in _batches(vlm, todo, batch_tokens, together):
+            for rows in _batches(vlm, todo, batch_tokens, together, can_share(vlm)):
                 with changed(rows):
                     predictions = _generate(vlm, [row.prompt for row in rows], max_new_tokens)
                 for row, text in zip(rows, predictions, strict=True):
@@ -243,6 +246,21 @@ def _answered(
     if not table:
         raise ValueError("there is no example to answer")
     return pd.DataFrame(table)
+
+
+def _ablated(
+    vlm: VLM, rows: Sequence[_Row], mode: str, when: str, means: torch.Tensor | None
+) -> AbstractContextManager[object]:
+    """The model with the heads of each row ablated."""
+    sets, prompts = [row.heads for row in rows], [row.prompt for row in rows]
+    if not _share(vlm, prompts):
+        return ablate(vlm, sets, mode, when, means=means)
+    return ablate_rows(vlm, on_device(vlm, prompts[0].inputs), sets, mode, when, means=means)
+
+
+def _share(vlm: VLM, prompts: Sequence[Prompt]) -> bool:
+    """Whether the rows of a batch, all of one prompt, share layers."""
+    return len(prompts) > 1 and prompts[1] is prompts[0] and can_share(vlm)
 
 
 def _open(vlm: VLM, folder: str | Path | None, fresh: bool) -> store.Results:
@@ -292,16 +310,24 @@ def _batches(
     todo: Mapping[str, tuple[Example, HeadSet]],
     batch_tokens: int,
     together: bool,
+    share: bool,
 ) -> Iterator[list[_Row]]:
-    """Neighbouring rows whose inputs have the same shapes, at most `batch_tokens` tokens."""
+    """Neighbouring rows whose inputs have the same shapes, at most `batch_tokens` tokens.
+
+    `share`: the rows of a prompt with several are not in a batch with those of other prompts.
+    """
     rows: list[_Row] = []
     last: tuple[Example, Prompt] | None = None
+    several = Counter(id(example) for example, _ in todo.values() if share and not together)
     for key, (example, heads) in todo.items():
+        fork = last is not None and last[0] is not example
+        fork &= last is not None and max(several[id(example)], several[id(last[0])]) > 1
         if last is None or last[0] is not example:
             last = example, encode(vlm, example)
         prompt = last[1]
         if rows and (
-            _shapes(prompt) != _shapes(rows[0].prompt)
+            fork
+            or _shapes(prompt) != _shapes(rows[0].prompt)
             or (len(rows) + 1) * len(prompt) > batch_tokens
             or (together and heads is not rows[0].heads)
         ):
@@ -325,6 +351,8 @@ def stacked(prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def _generate(vlm: VLM, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
     inputs = on_device(vlm, stacked(prompts))
+    if _share(vlm, prompts):  # `ablate_rows` gives the images of one row for all
+        inputs = {name: inputs[name] for name in WITHOUT_PIXELS if name in inputs}
     tokens = vlm.model.generate(
         **inputs,
         logits_processor=LogitsProcessorList([_Finite(vlm)]),

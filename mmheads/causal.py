@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -11,8 +12,10 @@ from tqdm import tqdm
 
 from mmheads.answers import default_batch_tokens, stacked
 from mmheads.attention.hook import check_finite
-from mmheads.attention.interventions import gate
+from mmheads.attention.interventions import ablate, gate
+from mmheads.attention.sharing import ablate_rows, can_share
 from mmheads.examples import Example
+from mmheads.heads import HeadSet
 from mmheads.models import VLM
 from mmheads.prefix import on_device
 from mmheads.prompts import Prompt, encode
@@ -55,27 +58,36 @@ def single_head_effects(
     """What the right answer loses when one head is ablated -> [example, layer, head], nats.
 
     The fall of the right answer's log-odds (see `log_odds`) under the mode "zero": as many forward
-    passes as heads, and one.
+    passes as heads, and one; they share the layers below the head.
 
     Raises:
         ValueError: No example, or one without an answer.
     """
     found = []
     layers, width = vlm.geometry.layers, vlm.geometry.heads
-    gates = torch.ones(layers * width + 1, layers, width, device=vlm.device)
-    for index in range(layers * width):
-        gates[index + 1, index // width, index % width] = 0
+    none = HeadSet((), vlm.geometry, vlm.model_id)
+    sets = [none, *(dataclasses.replace(none, heads=(head,)) for head in vlm.every_head)]
     for example in tqdm(examples, desc="heads", disable=not progress, leave=False):
         prompt = encode(vlm, example)
         values = []
-        for part in gates.split(max(1, (batch_tokens or default_batch_tokens(vlm)) // len(prompt))):
-            with torch.no_grad(), gate(vlm, part):
-                values.append(log_odds(vlm, prompt, len(part)).cpu())
+        rows = max(1, (batch_tokens or default_batch_tokens(vlm)) // len(prompt))
+        for some in (sets[first : first + rows] for first in range(0, len(sets), rows)):
+            values.append(_ablated_odds(vlm, prompt, some).cpu())
         whole, *without = torch.cat(values).tolist()
         found.append(whole - np.array(without, np.float32).reshape(layers, width))
     if not found:
         raise ValueError("there is no example to ablate heads on")
     return np.stack(found)
+
+
+@torch.no_grad()
+def _ablated_odds(vlm: VLM, prompt: Prompt, sets: Sequence[HeadSet]) -> torch.Tensor:
+    """[set] `log_odds` under ablations."""
+    if not can_share(vlm):
+        with ablate(vlm, sets):
+            return log_odds(vlm, prompt, len(sets))
+    with ablate_rows(vlm, on_device(vlm, prompt.inputs), sets):
+        return log_odds(vlm, prompt)
 
 
 def log_odds(vlm: VLM, prompt: Prompt, rows: int = 1) -> torch.Tensor:

@@ -7,7 +7,8 @@ some private names itself.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,6 +57,30 @@ def set_attention_name(model: Any, text_config: Any, name: str) -> None:
         return
     key = next(key for key in config.sub_configs if getattr(config, key) is text_config)
     model.set_attn_implementation({key: name})
+
+
+ENCODED_IMAGES = "mm_encoder_outputs"
+"""Model input by which `generate` hands on the images that it has encoded."""
+
+
+@contextmanager
+def deepstack_of_rows(decoder: Any) -> Iterator[None]:
+    """Let image features that Qwen3-VL adds in its first layers be those of every row of a batch."""
+    stock = getattr(decoder, "_deepstack_process", None)
+    if stock is None:
+        yield
+        return
+
+    def process(hidden: torch.Tensor, visual: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        rows = len(hidden) // len(visual)
+        added: torch.Tensor = stock(hidden, visual.repeat(rows, 1), features.repeat(rows, 1))
+        return added
+
+    decoder._deepstack_process = process
+    try:
+        yield
+    finally:
+        del decoder._deepstack_process
 
 
 # --- configurations and devices

@@ -145,20 +145,35 @@ class Prefix:
         padded: NDArray[np.float32] = np.pad(means, [(0, 0), (0, max(0, missing))])
         return padded
 
+    def context(self) -> dict[str, Any]:
+        """Decoder arguments of the context, with positions."""
+        assert self._inputs is not None
+        return self._placed(self._inputs.call(0, self.length), 0)
+
+    def _placed(self, arguments: dict[str, Any], first: int) -> dict[str, Any]:
+        """Decoder arguments with positions, counted where the decoder counts for itself."""
+        if "position_ids" in arguments:
+            return arguments
+        last = first + arguments["inputs_embeds"].shape[1]
+        return {**arguments, "position_ids": torch.arange(first, last, device=self.vlm.device)[None]}
+
+    @torch.no_grad()
+    def ready(self, question: Question, pixels: bool) -> tuple[int, dict[str, Any]]:
+        """The first token of the prompt that has to run, and decoder arguments from there."""
+        first = self.start(question)
+        if self.cache is None:
+            return 0, self._whole(question, pixels)
+        if question is self.prompt.own and self._inputs is not None and pixels:
+            return first, self._placed(self._inputs.call(first, len(question)), first)
+        if self.masked and pixels and self._visual(question)[first:].any():
+            inputs = self._caught(question)
+            first = first if inputs.closed_at(first) else 0
+            return first, inputs.call(first, len(question))
+        return first, self._other(question, first, pixels)
+
     def _ready(self, question: Question, pixels: bool) -> tuple[int, Callable[[], None]]:
         """The first token of the prompt that has to run, and a function that runs from there."""
-        first = self.start(question)
-        with torch.no_grad():
-            if self.cache is None:
-                first, arguments = 0, self._whole(question, pixels)
-            elif question is self.prompt.own and self._inputs is not None and pixels:
-                arguments = self._inputs.call(first, len(question))
-            elif self.masked and pixels and self._visual(question)[first:].any():
-                inputs = self._caught(question)
-                first = first if inputs.closed_at(first) else 0
-                arguments = inputs.call(first, len(question))
-            else:
-                arguments = self._other(question, first, pixels)
+        first, arguments = self.ready(question, pixels)
 
         def run() -> None:
             cache = self._copy(first) if first else DynamicCache()
@@ -202,8 +217,13 @@ class Prefix:
             if shown.deepstack:
                 arguments["visual_pos_masks"] = visual[None]
                 arguments["deepstack_visual_embeds"] = list(shown.deepstack)
-        arguments["position_ids"] = positions(self.vlm, question.inputs)[..., first:]
-        return arguments
+        if self._inputs is None or visual.any():
+            arguments["position_ids"] = positions(self.vlm, question.inputs)[..., first:]
+        elif (known := self._inputs.positions) is not None:
+            # words are counted one by one, as `check_words` finds in the prompt's own question
+            steps = torch.arange(len(question) - first, device=known.device)
+            arguments["position_ids"] = known[..., first : first + 1] + steps
+        return self._placed(arguments, first)
 
     def _images(self, question: Question) -> DecoderInputs:
         """The images of a question, embedded."""
@@ -235,6 +255,11 @@ class Prefix:
         return kept
 
 
+def is_causal(vlm: VLM) -> bool:
+    """Whether no token sees a later one, but for what masks of the model say."""
+    return all(getattr(module, "is_causal", True) for module in vlm.attentions.values())
+
+
 @torch.no_grad()
 def prefill(vlm: VLM, prompt: Prompt, *, layers: int = 0) -> Prefix:
     """Run the context of a prompt once.
@@ -252,8 +277,7 @@ def prefill(vlm: VLM, prompt: Prompt, *, layers: int = 0) -> Prefix:
         raise ValueError(f"layers of {vlm.family} keep a state that cannot be cut to the context")
     length = prompt.shared
     inputs = catch(vlm, prompt.inputs)
-    causal = all(getattr(module, "is_causal", True) for module in vlm.attentions.values())
-    if not causal or not inputs.closed_at(length):
+    if not is_causal(vlm) or not inputs.closed_at(length):
         return Prefix(vlm, prompt, length, None, inputs.masked, inputs)
     check_words(vlm, prompt.inputs, inputs, length)
     cache = DynamicCache()

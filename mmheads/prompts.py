@@ -39,7 +39,8 @@ LITTLE = 0.05
 """Evidence of less than so many tokens is warned about."""
 
 
-_WITHOUT_PIXELS = ("input_ids", "attention_mask", *TOKEN_TYPES, *GRIDS)
+WITHOUT_PIXELS = ("input_ids", "attention_mask", *TOKEN_TYPES, *GRIDS)
+"""Model inputs that do not hold pixels."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -241,7 +242,7 @@ def ask(vlm: VLM, prompt: Prompt, question: Sequence[Part]) -> Question:
     replacements = prompt.replacements
     if example.images() != prompt.example.images() or example.videos() != prompt.example.videos():
         alone = _alone(vlm, prompt, example)
-        inputs = {name: inputs[name] for name in inputs if name in _WITHOUT_PIXELS}
+        inputs = {name: inputs[name] for name in inputs if name in WITHOUT_PIXELS}
         for name in GRIDS:
             if name in alone.inputs:
                 grids = [each.inputs[name] for each in (prompt, alone) if name in each.inputs]
@@ -321,7 +322,7 @@ def without_pixels(prompt: Prompt) -> Prompt:
         question=tuple(map(light, prompt.example.question)),
         instruction=prompt.example.instruction,
     )
-    inputs = {name: prompt.inputs[name] for name in prompt.inputs if name in _WITHOUT_PIXELS}
+    inputs = {name: prompt.inputs[name] for name in prompt.inputs if name in WITHOUT_PIXELS}
     own = dataclasses.replace(prompt.own, parts=example.question, inputs=inputs, evidence=())
     return dataclasses.replace(prompt, example=example, questions=(own,), candidates={})
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,11 +23,10 @@ from mmheads import store
 from mmheads.examples import Example
 from mmheads.heads import HeadGeometry, format_heads
 from mmheads.models import VLM
-from mmheads.prefix import Prefix, prefill
+from mmheads.prefix import Attention
 from mmheads.prompts import (
     NULL_QUESTION,
     Prompt,
-    Question,
     encode,
     null_question,
     shuffled_question,
@@ -34,6 +34,7 @@ from mmheads.prompts import (
 from mmheads.provenance import code_version
 from mmheads.scores import HeadScores, concatenate
 from mmheads.tasks import needles
+from mmheads.together import Asked, ask_all
 
 QUANTITIES = {
     "raw": "attention from a question token to the evidence, summed over it (paper A's S; RAM)",
@@ -50,6 +51,14 @@ QUANTITIES = {
 NULL_IMAGES = ("pixels", "placeholders")
 
 
+BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
+"""Padded prompt tokens per batch by kind of device; a longer prompt is a batch by itself."""
+
+
+SIMILAR = 0.8
+"""The shortest prompt of a batch has at least this part of the longest one's tokens."""
+
+
 ROUNDING = 1e-5
 
 VERSION = 1
@@ -57,7 +66,7 @@ VERSION = 1
 
 MODULES = (
     *("families", "compat", "models", "rendering", "processing", "locating", "prompts"),
-    *("decoder", "prefix", "attention"),
+    *("decoder", "prefix", "together", "attention"),
     "scoring",
 )
 """The code that measures; kept scores are computed again when it changes."""
@@ -77,8 +86,8 @@ def score_heads(
 ) -> HeadScores:
     """Calibrated retrieval scores, and the quantities of `QUANTITIES`, of every head and example.
 
-    The context runs once; the question, the null question and the shuffled question continue from
-    its cache. Masses are means over question tokens, computed in float32.
+    Examples of similar length run together where that is exact. A context runs once; the question,
+    the null question and the shuffled question continue from its cache in one pass. Masses are means over question tokens, computed in float32.
 
     Args:
         vlm: The model.
@@ -236,24 +245,22 @@ def _scored(
 ) -> HeadScores:
     """Scores of examples, from the store where it has them."""
     settings = results.provenance.settings
+    null, seed = results.provenance.null_question, settings["shuffle_seed"]
+    limit = BATCH_TOKENS.get(vlm.device.type, BATCH_TOKENS["cuda"])
     rows: list[dict[str, Any]] = []
+    waiting: dict[str, tuple[int, Prompt]] = {}
+
+    def finish() -> None:
+        batch = dict(waiting)
+        waiting.clear()
+        if batch:
+            _score_batch(vlm, batch, results, settings["null_images"])
+
     try:
-        for example in tqdm(examples, desc="scoring", disable=not progress, leave=False):
+        for index, example in enumerate(
+            tqdm(examples, desc="scoring", disable=not progress, leave=False)
+        ):
             key = example.fingerprint()
-            if key not in results:
-                try:
-                    row = _score(
-                        vlm,
-                        example,
-                        results.provenance.null_question,
-                        settings["null_images"],
-                        settings["shuffle_seed"],
-                        max_tokens,
-                    )
-                    _check_finite(row)
-                except ValueError as error:
-                    raise ValueError(f"example {len(rows)} (from 0): {error}") from error
-                results.add(key, row)
             rows.append(
                 {
                     "task": example.task,
@@ -263,12 +270,53 @@ def _scored(
                     "key": key,
                 }
             )
+            if key in results or key in waiting:
+                continue
+            with _named(index):
+                prompt = _encoded(vlm, example, null, seed, max_tokens)
+            lengths = [len(each) for _, each in waiting.values()] + [len(prompt)]
+            if len(lengths) * max(lengths) > limit or min(lengths) < SIMILAR * max(lengths):
+                finish()
+            waiting[key] = index, prompt
+        finish()
+    except Exception:
+        finish()  # what came before the error is kept
+        raise
     finally:
         if condition:
-            results.note(condition, rows)
+            results.note(condition, [row for row in rows if row["key"] in results])
     if not rows:
         raise ValueError("there is no example to score")
     return collect(results, rows)
+
+
+@contextmanager
+def _named(index: int) -> Iterator[None]:
+    """Names the example in a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"example {index} (from 0): {error}") from error
+
+
+def _score_batch(
+    vlm: VLM, batch: Mapping[str, tuple[int, Prompt]], results: store.Results, null_images: str
+) -> None:
+    """Keep the quantities of prompts by key, or name the first example that has none."""
+    prompts = [prompt for _, prompt in batch.values()]
+    try:
+        scored: list[dict[str, Any]] = score_prompts(vlm, prompts, null_images=null_images)
+    except ValueError:
+        scored = []  # one by one below, to name the example
+    for place, (key, (index, prompt)) in enumerate(batch.items()):
+        with _named(index):
+            values = scored[place] if scored else score_prompt(vlm, prompt, null_images=null_images)
+            for name in ("raw", "null", "share", "context", "shuffled"):
+                _check_mass(values[name], name, prompt.example)
+                values[name] = values[name].clip(0, 1)
+            _check_finite(values)
+        counts = {"tokens": len(prompt), "question_tokens": len(prompt.question)}
+        results.add(key, {**counts, **values})
 
 
 def _check_finite(row: Mapping[str, Any]) -> None:
@@ -307,27 +355,15 @@ def collect(results: store.Results, rows: Sequence[Mapping[str, Any]]) -> HeadSc
     )
 
 
-def _score(
-    vlm: VLM,
-    example: Example,
-    null: str,
-    null_images: str,
-    seed: int,
-    max_tokens: int,
-) -> dict[str, Any]:
-    """The quantities of one example by name, and its numbers of tokens."""
+def _encoded(vlm: VLM, example: Example, null: str, seed: int, max_tokens: int) -> Prompt:
+    """An example with its null question and its shuffled question."""
     if not example.evidence:
         raise ValueError(
             f"an example of the task {example.task!r} has no evidence; it can be answered, but "
             "heads are scored by their attention to evidence"
         )
     others = null_question(example.question, null), shuffled_question(example.question, seed)
-    prompt = encode(vlm, example, questions=others, max_tokens=max_tokens)
-    values = score_prompt(vlm, prompt, null_images=null_images)
-    for name in ("raw", "null", "share", "context", "shuffled"):
-        _check_mass(values[name], name, example)
-        values[name] = values[name].clip(0, 1)
-    return {"tokens": len(prompt), "question_tokens": len(prompt.question), **values}
+    return encode(vlm, example, questions=others, max_tokens=max_tokens)
 
 
 def score_prompt(
@@ -341,37 +377,48 @@ def score_prompt(
             the third, and without one that quantity is left out.
         null_images: See `score_heads`.
     """
+    return score_prompts(vlm, [prompt], null_images=null_images)[0]
+
+
+def score_prompts(
+    vlm: VLM, prompts: Sequence[Prompt], *, null_images: str = "placeholders"
+) -> list[dict[str, NDArray[np.float32]]]:
+    """As `score_prompt` for several prompts, which run as one batch where that is exact."""
+    asked = [_asked(vlm, prompt, null_images) for prompt in prompts]
+    return [_quantities(*attention) for attention in ask_all(vlm, prompts, asked)]
+
+
+def _asked(vlm: VLM, prompt: Prompt, null_images: str) -> list[Asked]:
+    """The questions of a prompt: its own, the null question and perhaps the shuffled one."""
     own, empty, *shuffled = prompt.questions
-    prefix = prefill(vlm, prompt)
     visual = vlm.is_visual(prompt.ids)
     context = own.weights(own.context)
     kinds = {bool(visual[span.tokens[0]]) for span in own.evidence}
     modality = context * np.isin(visual, list(kinds))
-    attention = prefix.attention(
-        own,
-        [own.weights(own.evidence), modality, context],
-        text=(context > 0) & ~visual,
-    )
-    raw, among, everywhere = attention.mass.mean(dim=2).movedim(-1, 0).numpy()
+    spans = [own.weights(own.evidence), modality, context]
+    return [
+        Asked(own, spans, text=(context > 0) & ~visual),
+        Asked(empty, [empty.weights(empty.evidence)], pixels=null_images == "pixels"),
+        *(Asked(each, [each.weights(each.evidence)]) for each in shuffled),
+    ]
+
+
+def _quantities(
+    own: Attention, empty: Attention, shuffled: Attention | None = None
+) -> dict[str, NDArray[np.float32]]:
+    """[layer, head] by name: means over the tokens of the questions."""
+    raw, among, everywhere = own.mass.mean(dim=2).movedim(-1, 0).numpy()
     values = {
         "raw": raw,
-        "null": _mean_mass(prefix, empty, pixels=null_images == "pixels"),
+        "null": empty.mass.mean(dim=2)[..., 0].numpy(),
         "share": np.divide(raw, among, out=np.zeros_like(raw), where=among > 0),
         "context": everywhere,
-        "norm": attention.norm.mean(dim=-1).numpy(),
-        "entropy": attention.entropy.mean(dim=-1).numpy(),
+        "norm": own.norm.mean(dim=-1).numpy(),
+        "entropy": own.entropy.mean(dim=-1).numpy(),
     }
-    if shuffled:
-        values["shuffled"] = _mean_mass(prefix, shuffled[0])
+    if shuffled is not None:
+        values["shuffled"] = shuffled.mass.mean(dim=2)[..., 0].numpy()
     return values
-
-
-def _mean_mass(prefix: Prefix, question: Question, *, pixels: bool = True) -> NDArray[np.float32]:
-    """[layer, head] attention to the evidence, mean over the question's tokens."""
-    evidence = [question.weights(question.evidence)]
-    mass = prefix.attention(question, evidence, pixels=pixels).mass
-    means: NDArray[np.float32] = mass.mean(dim=2)[..., 0].numpy()
-    return means
 
 
 def _check_mass(mass: NDArray[np.float32], name: str, example: Example) -> None:

@@ -7,12 +7,15 @@ interventions (`interventions`) are attached to it layer by layer, inside of a `
 from mmheads.attention.hook import check_heads, stop_after
 from mmheads.attention.interventions import MODES, WHEN, ablate, gate, mean_outputs
 from mmheads.attention.recording import Recording, record_keys, record_mass
+from mmheads.attention.sharing import ablate_rows, can_share
 
 __all__ = [
     "MODES",
     "WHEN",
     "Recording",
     "ablate",
+    "ablate_rows",
+    "can_share",
     "check_heads",
     "gate",
     "mean_outputs",

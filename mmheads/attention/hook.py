@@ -58,7 +58,8 @@ class Call:
         scaling: Factor on the scores.
         softcap: Bound of the scores, if any.
         sinks: [head] score of a key that takes attention and gives nothing, if any.
-        stock: Runs the stock attention -> its output, and its weights where it gives them.
+        stock: Runs the stock attention -> its output, and its weights where it gives them; of
+            other queries, keys, values and mask if they are given.
     """
 
     layer: int
@@ -70,7 +71,7 @@ class Call:
     scaling: float
     softcap: float | None
     sinks: torch.Tensor | None
-    stock: Callable[[], tuple[torch.Tensor, torch.Tensor | None]]
+    stock: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
     weights: torch.Tensor | None = None
 
     @cached_property
@@ -200,7 +201,7 @@ def check_finite(values: torch.Tensor, layer: int, heads: slice | list[int], wha
 def _check_call(layer: int, query: torch.Tensor, key: torch.Tensor) -> None:
     """Raise ValueError if queries, or the keys of the call's own tokens, are not finite."""
     keys = key[:, :, -query.shape[2] :]
-    if query.isfinite().all() and keys.isfinite().all():
+    if all(end.isfinite() for states in (query, keys) for end in states.aminmax()):
         return
     every, shared = slice(None), query.shape[1] // key.shape[1]
     check_finite(query.transpose(0, 1), layer, every, "queries")
@@ -222,13 +223,10 @@ def _attention(base: str) -> Any:
         stock = compat.stock_attention(base, module)
         settings = dict(kwargs) if is_causal is None else {**kwargs, "is_causal": is_causal}
 
-        def attended() -> tuple[torch.Tensor, torch.Tensor | None]:
+        def attended(*given: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
             result: tuple[torch.Tensor, torch.Tensor | None] = stock(
                 module,
-                query,
-                key,
-                value,
-                attention_mask,
+                *(given or (query, key, value, attention_mask)),
                 scaling=scaling,
                 dropout=dropout,
                 **settings,

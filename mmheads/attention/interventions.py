@@ -49,21 +49,27 @@ def ablate(
         ValueError: An unknown mode or time, heads of another model, means where none are used or
             none where they are, or another number of sets than rows in a batch.
     """
-    if mode not in MODES or when not in WHEN:
-        raise ValueError(f"mode {mode!r}, when {when!r}; expected one of {MODES}, one of {WHEN}")
-    if (means is None) == (mode == "mean"):
-        raise ValueError(f"mode {mode!r} with {'no' if means is None else 'given'} means")
-    sets = [heads] if isinstance(heads, HeadSet) else list(heads)
-    check_heads(vlm, sets, "ablated")
-    masks = torch.from_numpy(np.stack([chosen.mask for chosen in sets]))
-    state = _Ablation(masks, mode, when, means)
-    layers = masks.any(dim=(0, 2)).nonzero()[:, 0].tolist()
+    state = ablation(vlm, [heads] if isinstance(heads, HeadSet) else heads, mode, when, means)
+    layers = state.heads.any(dim=(0, 2)).nonzero()[:, 0].tolist()
     with attached(vlm, dict.fromkeys(layers, state)):
         yield
 
 
+def ablation(
+    vlm: VLM, sets: Sequence[HeadSet], mode: str, when: str, means: torch.Tensor | None
+) -> Ablation:
+    """What `ablate` does in a layer, its arguments checked."""
+    if mode not in MODES or when not in WHEN:
+        raise ValueError(f"mode {mode!r}, when {when!r}; expected one of {MODES}, one of {WHEN}")
+    if (means is None) == (mode == "mean"):
+        raise ValueError(f"mode {mode!r} with {'no' if means is None else 'given'} means")
+    check_heads(vlm, sets, "ablated")
+    masks = torch.from_numpy(np.stack([chosen.mask for chosen in sets]))
+    return Ablation(masks, mode, when, means)
+
+
 @dataclass(eq=False)
-class _Ablation:
+class Ablation:
     """What `ablate` does in a layer; heads [row of the batch or 1, layer, head] bool."""
 
     heads: torch.Tensor
@@ -71,9 +77,9 @@ class _Ablation:
     when: str
     means: torch.Tensor | None
 
-    def __call__(self, call: Call) -> torch.Tensor:
+    def __call__(self, call: Call, heads: torch.Tensor | None = None) -> torch.Tensor:
         output = call.output
-        here = self.heads[:, call.layer].to(output.device)
+        here = (self.heads if heads is None else heads)[:, call.layer].to(output.device)
         if len(here) not in (1, len(output)):
             raise ValueError(f"{len(here)} head sets for a batch of {len(output)} rows")
         decoding = output.shape[1] == 1

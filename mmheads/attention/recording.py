@@ -147,7 +147,8 @@ def _mean_by_key(call: Call, rows: torch.Tensor, heads: HeadSet) -> dict[Head, t
         for top in range(0, len(rows), block):
             part = slice(top, top + block)
             groups = slice(group, group + 1)
-            total = total + _attend(call, 0, groups, of_group, rows[part], allowed, part).sum(1)
+            of_rows = _attend(call, slice(1), groups, of_group, rows[None, part], allowed, part)
+            total = total + of_rows[0].sum(1)
         for head, mean in zip(of_group, total / len(rows), strict=True):
             means[Head(call.layer, head)] = mean
     return means
@@ -171,19 +172,21 @@ def _record(state: Recording, call: Call) -> None:
     line = 6 * 4 * shared * keys
     step = min(groups, max(1, WORKING_SET // (line * count)))
     block = max(1, WORKING_SET // (line * step))
-    for example, first, top in product(
-        range(examples), range(0, groups, step), range(0, count, block)
+    some = max(1, WORKING_SET // (line * groups * count))
+    for start, first, top in product(
+        range(0, examples, some), range(0, groups, step), range(0, count, block)
     ):
-        some, part = slice(first * shared, (first + step) * shared), slice(top, top + block)
+        of = slice(start, start + some)
+        chosen, part = slice(first * shared, (first + step) * shared), slice(top, top + block)
         attention = _attend(
-            call, example, slice(first, first + step), some, seen[example, part], allowed, part
+            call, of, slice(first, first + step), chosen, seen[of, part], allowed, part
         )
-        mass[example, some, part] = attention @ weights[example]
+        mass[of, chosen, part] = attention @ weights[of, None]
         if text is not None:
-            among = attention * text[example]
+            among = attention * text[of, None, None]
             total = among.sum(-1)
             spread = total.log() - torch.xlogy(among, among).sum(-1) / total
-            entropy[example, some, part] = torch.where(total > 0, spread, 0.0)
+            entropy[of, chosen, part] = torch.where(total > 0, spread, 0.0)
     padding = (rows < 0)[:, None, :]
     output = call.output.detach()
     index = seen[:, :, None, None].expand(-1, -1, *output.shape[2:])
@@ -199,34 +202,37 @@ def _record(state: Recording, call: Call) -> None:
 
 def _attend(
     call: Call,
-    example: int,
+    examples: slice,
     groups: slice,
     heads: slice | list[int],
     rows: torch.Tensor,
     allowed: torch.Tensor | None,
     part: slice,
 ) -> torch.Tensor:
-    """[head, row, key] attention of some rows, float32.
+    """[example, head, row, key] attention of some rows [example, row], float32.
 
     The heads are those of the KV groups, or of one group some; `allowed` [example, 1 or head, row,
     key] holds these rows as `part`.
     """
-    key = call.key.detach()[example, groups].float()
-    picked = call.query.detach()[example, heads].index_select(1, rows).float()
-    grouped = (picked * call.scaling).reshape(len(key), -1, picked.shape[2])
-    scores = (grouped @ key.transpose(1, 2)).view(*picked.shape[:2], key.shape[1])
-    check_finite(scores, call.layer, heads, "attention scores")
+    key = call.key.detach()[examples, groups].float()
+    query = call.query.detach()[examples][:, heads]
+    index = rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+    picked = query.gather(2, index).float()
+    grouped = (picked * call.scaling).reshape(*key.shape[:2], -1, picked.shape[3])
+    scores = (grouped @ key.transpose(2, 3)).view(*picked.shape[:3], key.shape[2])
+    check_finite(scores.transpose(0, 1), call.layer, heads, "attention scores")
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)
     if allowed is not None:
-        here = allowed[example, :, part] if allowed.shape[1] == 1 else allowed[example, heads, part]
+        here = allowed[examples, :, part]
+        here = here if allowed.shape[1] == 1 else here[:, heads]
         if here.dtype == torch.bool:
             scores.masked_fill_(~here, float("-inf"))
         else:
             scores += here.float()
     if call.sinks is not None:
-        sink = call.sinks[heads].float().view(-1, 1, 1).expand(-1, scores.shape[1], 1)
-        scores = torch.cat([scores, sink], dim=-1)
+        sink = call.sinks[heads].float().view(1, -1, 1, 1)
+        scores = torch.cat([scores, sink.expand(len(scores), -1, scores.shape[2], 1)], dim=-1)
     attention = scores.softmax(-1)
     return attention if call.sinks is None else attention[..., :-1]
 
