@@ -304,8 +304,8 @@ class _Page:
         kept = int((sizes.sum(0)[order].cumsum() <= sizes.sum() - excess).sum())
         if not kept:
             raise ValueError(
-                f"a page of {self.limit} bytes has no room for {len(self.examples)} examples; give "
-                "fewer or shorter ones"
+                f"a page of {self.limit} bytes has no room for what {len(self.examples)} examples "
+                "need at least; give fewer or shorter ones"
             )
         self.notes.append(FEWER_HEADS.format(kept=kept, all=len(self.heads)))
         for blocks in self.means:
@@ -385,11 +385,12 @@ def _blocks(rows: list[tuple[NDArray[np.float32], NDArray[np.uint8]]]) -> list[s
 
 
 def _picture(image: Image.Image, side: int) -> tuple[str, bytes]:
-    """Kind and bytes of a file of at most `side` pixels: PNG, or JPEG if it is large and smaller."""
+    """Kind and bytes of a file of at most `side` pixels: PNG, or for large images perhaps JPEG."""
     reduced = image.convert("RGB")
     reduced.thumbnail((side, side), Image.Resampling.LANCZOS)
     files = []
-    for kind in ("png", "jpeg") if max(reduced.size) > 256 else ("png",):
+    kinds = ("png",) if max(image.size) <= SIDES[-1] else ("png", "jpeg")
+    for kind in kinds:
         buffer = io.BytesIO()
         reduced.save(buffer, kind, quality=80)
         files.append((f"image/{kind}", buffer.getvalue()))
