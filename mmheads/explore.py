@@ -61,15 +61,11 @@ QUANTITIES = {
 }
 """What the head map can show, by the name in the file."""
 
-NO_TOKENS = (
-    "Attention is shown only as the mean over question tokens, because single question tokens "
-    "would make this file too large."
-)
-SMALL_PAGES = "Page images are reduced to {side} pixels, because larger ones would not fit here."
-FEWER_HEADS = (
-    "Attention is shown for the {kept} heads of {all} with the highest scores, because more would "
-    "make this file too large; the head map has the scores of all heads."
-)
+NO_TOKENS = "Only means over question tokens are shown, because single ones would not fit in here."
+SMALL_PAGES = "Page images are reduced to {side} pixels, because larger ones would not fit in here."
+FEWER_HEADS = "Attention of {kept} of {all} heads, those with the highest scores, fits in here."
+
+Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -80,13 +76,11 @@ class Explorer:
         html: The whole page.
         notes: One sentence for each thing that was left out to keep the page small.
         path: The file that was written; None if no path was given.
-        height: Height of the frame in a notebook, in pixels.
     """
 
     html: str = field(repr=False)
     notes: tuple[str, ...] = ()
     path: Path | None = None
-    height: int = 800
 
     def save(self, path: str | Path) -> Explorer:
         """Write the page to a file, whole or not at all, and return the explorer with its path.
@@ -101,8 +95,8 @@ class Explorer:
     def _repr_html_(self) -> str:
         """The page in a frame of its own, for a notebook; a saved notebook keeps all of it."""
         return (
-            f'<iframe title="explorer of attention heads" sandbox="allow-scripts" width="100%" '
-            f'height="{self.height}" style="border: 0" srcdoc="{html.escape(self.html)}"></iframe>'
+            '<iframe title="explorer of attention heads" sandbox="allow-scripts" width="100%" '
+            f'height="800" style="border: 0" srcdoc="{html.escape(self.html)}"></iframe>'
         )
 
 
@@ -152,8 +146,7 @@ def explore(
             raise ValueError(f"example {number} (from 0): {error}") from error
     if not page.examples:
         raise ValueError("there is no example to explore")
-    content = page.fit(title or f"Attention heads of {vlm}")
-    explorer = Explorer(content, tuple(page.notes))
+    explorer = Explorer(page.fit(title or f"Attention heads of {vlm}"), tuple(page.notes))
     return explorer if target is None else explorer.save(target)
 
 
@@ -177,9 +170,10 @@ class _Page:
         vlm: The model.
         limit: Largest size of the page in bytes.
         heads: Every head that has attention, by layer and number.
-        examples: What the page says of each example, without scores and attention.
-        scores: By example, its quantities by name, each [layer, head].
-        means: By example, a block per head: the mean over question tokens, and the null question.
+        places: Their layers and their numbers, as an index.
+        examples: What the page says of each example. Its "scores" are its quantities by name, each
+            [head]; its "means" hold for each head the mean over question tokens and the null
+            question, as `_blocks` writes them.
         tokens: By example, a block per head: each question token; None once there is no room.
         images: Image files, each once, as their kind and their bytes.
         notes: What was left out, in sentences.
@@ -190,23 +184,25 @@ class _Page:
         width = range(vlm.geometry.heads)
         pairs = tuple(Head(layer, head) for layer in vlm.attentions for head in width)
         self.heads = HeadSet(pairs, vlm.geometry)
+        self.places = tuple(np.transpose(pairs))
         self.examples: list[dict[str, Any]] = []
-        self.scores: list[dict[str, NDArray[np.float32]]] = []
-        self.means: list[list[str | None]] = []
-        self.tokens: list[list[str | None]] | None = []
+        self.tokens: list[list[str]] | None = []
         self.images: list[tuple[str, bytes]] = []
         self.notes: list[str] = []
 
     def add(self, example: Example, *, pixels: bool, gradients: bool) -> None:
         """Run an example, and keep its scores and its attention."""
+        if not isinstance(example, Example):
+            raise TypeError(
+                f"an example is {example!r:.60}; expected an Example, see read_examples"
+            )
         if any(isinstance(part, Video) for part in example.parts()):
             raise ValueError(
-                "it holds a video, and the explorer shows text and images; give its frames as "
-                "images: `example.without_video()`"
+                "it holds a video; show its frames as images: give `example.without_video()`"
             )
         scores = {}
         if gradients:
-            scores["gate"] = gate_gradients(self.vlm, [example], progress=False)[0]
+            scores["gate"] = gate_gradients(self.vlm, [example], progress=False)[0][self.places]
         prompt = encode(self.vlm, example, questions=[null_question(example.question)])
         own, null = prompt.questions
         prefix = prefill(self.vlm, prompt)
@@ -214,58 +210,30 @@ class _Page:
         end = max((int(span.tokens[-1]) + 1 for span in spans), default=0)
         looks = self._keys(prefix, own, end)
         empty = self._keys(prefix, null, end, pixels)
-        scores |= self._scored(prompt, looks, empty)
-        self.scores.append({name: scores[name] for name in QUANTITIES if name in scores})
-        self.means.append(_blocks([_coded(looks), _coded(empty)]))
-        self.examples.append(_described(self.vlm, prompt, self.images))
+        scores |= _scored(self.vlm, prompt, looks, empty)
+        about = _described(self.vlm, prompt, self.images)
+        about["scores"] = {name: scores[name] for name in QUANTITIES if name in scores}
+        about["means"] = _blocks([_coded(looks), _coded(empty)])
+        self.examples.append(about)
         self._add_tokens(prefix, own, end)
 
-    def _keys(
-        self, prefix: Prefix, question: Question, end: int, pixels: bool = True
-    ) -> NDArray[np.float32]:
+    def _keys(self, prefix: Prefix, question: Question, end: int, pixels: bool = True) -> Floats:
         """[head, token] mean attention of a question's tokens to the first `end` tokens."""
         keys = prefix.keys(question, self.heads, pixels=pixels)[:, :end]
         rest = np.arange(keys.shape[1], min(end, len(question)))
         if len(rest):  # The context's last word and the question's first share a token.
             weights = list(np.eye(len(question), dtype=np.float32)[rest])
             mass = prefix.attention(question, weights, pixels=pixels).mass.mean(dim=2).numpy()
-            keys = np.concatenate([keys, mass[self._places]], axis=1)
+            keys = np.concatenate([keys, mass[self.places]], axis=1)
         return np.pad(keys, [(0, 0), (0, end - keys.shape[1])])
-
-    @property
-    def _places(self) -> tuple[NDArray[np.int64], ...]:
-        """Layers and numbers of the heads, as an index."""
-        return tuple(np.transpose(self.heads.heads))
-
-    def _scored(
-        self, prompt: Prompt, looks: NDArray[np.float32], empty: NDArray[np.float32]
-    ) -> dict[str, NDArray[np.float32]]:
-        """Quantities by name, each [layer, head]; without evidence only the context's."""
-        own, null = prompt.questions
-
-        def mass(keys: NDArray[np.float32], weights: NDArray[np.float32]) -> NDArray[np.float32]:
-            plane = np.zeros((self.vlm.geometry.layers, self.vlm.geometry.heads), np.float32)
-            plane[self._places] = keys @ weights[: keys.shape[1]]
-            return plane
-
-        context = own.weights(own.context)
-        scores = {"context": mass(looks, context)}
-        if own.evidence:
-            visual = self.vlm.is_visual(own.ids)
-            kinds = {bool(visual[span.tokens[0]]) for span in own.evidence}
-            among = mass(looks, context * np.isin(visual, list(kinds)))
-            raw = scores["raw"] = mass(looks, own.weights(own.evidence))
-            scores["null"] = mass(empty, null.weights(null.evidence))
-            scores["calibrated"] = raw - scores["null"]
-            scores["share"] = np.divide(raw, among, out=np.zeros_like(raw), where=among > 0)
-        return scores
 
     def _add_tokens(self, prefix: Prefix, own: Question, end: int) -> None:
         """Keep the attention of each question token, as long as there is room."""
         if self.tokens is None:
             return
         room = self.limit - sum(len(data) for _, data in self.images)
-        room -= sum(len(block or "") for blocks in (*self.means, *self.tokens) for block in blocks)
+        known = (*(example["means"] for example in self.examples), *self.tokens)
+        room -= sum(len(block) for blocks in known for block in blocks)
         rows = []
         if len(self.heads) * len(own.tokens) * end < PACKING * room:
             for token in own.tokens:
@@ -281,24 +249,23 @@ class _Page:
         Raises:
             ValueError: Not even one head fits.
         """
-        if self.tokens is not None and self._size(title) > self.limit:
-            self.tokens = None
-        if self.tokens is None:
-            self.notes.append(NO_TOKENS)
+        if self.tokens is None or self._size(title) > self.limit:
+            self.tokens, self.notes = None, [NO_TOKENS]
         sides = iter(SIDES[1:])
         while self._size(title) > self.limit and (side := next(sides, 0)):
             if 8 * sum(len(data) for _, data in self.images) // 3 <= self.limit:
                 break
-            self.notes = [*self.notes[:1], SMALL_PAGES.format(side=side)]
-            opened = (Image.open(io.BytesIO(data)) for _, data in self.images)
-            self.images = [_picture(image, side) for image in opened]
-        if (excess := self._size(title) - self.limit) > 0:
-            self._drop_heads(excess)
+            self.notes = [NO_TOKENS, SMALL_PAGES.format(side=side)]
+            files = [io.BytesIO(data) for _, data in self.images]
+            self.images = [_picture(Image.open(file), side) for file in files]
+        if self._size(title) > self.limit:
+            self._drop_heads(self._size(title) - self.limit)
         return self._html(title)
 
     def _drop_heads(self, excess: int) -> None:
         """Leave out the attention of the heads with the lowest scores, to save so many bytes."""
-        sizes = np.array([[len(block or "") - 2 for block in blocks] for blocks in self.means])
+        means = [example["means"] for example in self.examples]
+        sizes = np.array([[len(block) - len("null") for block in blocks] for blocks in means])
         order = self._ranking()
         excess += len(FEWER_HEADS)
         kept = int((sizes.sum(0)[order].cumsum() <= sizes.sum() - excess).sum())
@@ -308,15 +275,16 @@ class _Page:
                 "need at least; give fewer or shorter ones"
             )
         self.notes.append(FEWER_HEADS.format(kept=kept, all=len(self.heads)))
-        for blocks in self.means:
+        for blocks in means:
             for number in order[kept:]:
                 blocks[number] = None
 
     def _ranking(self) -> NDArray[np.int64]:
         """The numbers of the heads, from the highest mean score over examples to the lowest."""
-        name = "calibrated" if any("calibrated" in scores for scores in self.scores) else "context"
-        planes = [scores[name] for scores in self.scores if name in scores]
-        return np.argsort(-np.mean(planes, axis=0, dtype=float)[self._places], kind="stable")
+        scores = [example["scores"] for example in self.examples]
+        name = "calibrated" if any("calibrated" in each for each in scores) else "context"
+        planes = [each[name] for each in scores if name in each]
+        return np.argsort(-np.mean(planes, axis=0, dtype=float), kind="stable")
 
     def _size(self, title: str) -> int:
         return len(self._html(title).encode())
@@ -324,7 +292,7 @@ class _Page:
     def _html(self, title: str) -> str:
         """The page as it is now."""
         geometry = self.vlm.geometry
-        eligible = geometry.eligible[self._places]
+        eligible = geometry.eligible[self.places]
         count = min(head_count(FRACTION, geometry.size), int(eligible.sum()))
         ranking = self._ranking()
         tokens: list[Any] = self.tokens or [None] * len(self.examples)
@@ -342,15 +310,12 @@ class _Page:
             "notes": self.notes,
             "images": [f"data:{kind};base64,{_text(data)}" for kind, data in self.images],
             "examples": [
-                {
-                    **example,
-                    "scores": {n: _text(plane[self._places]) for n, plane in scores.items()},
-                    "means": means,
+                about
+                | {
+                    "scores": {name: _text(of) for name, of in about["scores"].items()},
                     "tokens": singles,
                 }
-                for example, scores, means, singles in zip(
-                    self.examples, self.scores, self.means, tokens, strict=True
-                )
+                for about, singles in zip(self.examples, tokens, strict=True)
             ],
         }
         template = Path(__file__).with_name("explorer.html").read_text(encoding="utf-8")
@@ -360,6 +325,33 @@ class _Page:
         return before.replace("{{title}}", html.escape(title)) + data + after
 
 
+def _scored(vlm: VLM, prompt: Prompt, looks: Floats, empty: Floats) -> dict[str, Floats]:
+    """Quantities by name, each [head]; without evidence only the context's.
+
+    Args:
+        vlm: The model.
+        prompt: With the null question as its second.
+        looks: [head, token] mean attention of the question's tokens.
+        empty: [head, token] the same of the null question.
+    """
+    own, null = prompt.questions
+
+    def mass(keys: Floats, weights: Floats) -> Floats:
+        return keys[:, : len(weights)] @ weights[: keys.shape[1]]
+
+    context = own.weights(own.context)
+    scores = {"context": mass(looks, context)}
+    if own.evidence:
+        visual = vlm.is_visual(own.ids)
+        kinds = {bool(visual[span.tokens[0]]) for span in own.evidence}
+        among = mass(looks, context * np.isin(visual, list(kinds)))
+        raw = scores["raw"] = mass(looks, own.weights(own.evidence))
+        scores["null"] = mass(empty, null.weights(null.evidence))
+        scores["calibrated"] = raw - scores["null"]
+        scores["share"] = np.divide(raw, among, out=np.zeros_like(raw), where=among > 0)
+    return scores
+
+
 def _text(data: bytes | NDArray[Any]) -> str:
     """Bytes, or the little-endian bytes of an array, as base64."""
     if not isinstance(data, bytes):
@@ -367,14 +359,14 @@ def _text(data: bytes | NDArray[Any]) -> str:
     return base64.b64encode(data).decode("ascii")
 
 
-def _coded(keys: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+def _coded(keys: Floats) -> tuple[Floats, NDArray[np.uint8]]:
     """Scales [head] and codes [head, token] of attention [head, token]."""
     scales = keys.max(axis=1, initial=0)
     shares = np.divide(keys, scales[:, None], out=np.zeros_like(keys), where=scales[:, None] > 0)
     return scales, np.rint(255 * shares ** (1 / POWER)).astype(np.uint8)
 
 
-def _blocks(rows: list[tuple[NDArray[np.float32], NDArray[np.uint8]]]) -> list[str | None]:
+def _blocks(rows: list[tuple[Floats, NDArray[np.uint8]]]) -> list[str]:
     """For each head, the scales of all rows and then their codes, deflated, as base64."""
     scales = np.stack([scale for scale, _ in rows], axis=1)
     codes = np.stack([code for _, code in rows], axis=1)
@@ -389,8 +381,7 @@ def _picture(image: Image.Image, side: int) -> tuple[str, bytes]:
     reduced = image.convert("RGB")
     reduced.thumbnail((side, side), Image.Resampling.LANCZOS)
     files = []
-    kinds = ("png",) if max(image.size) <= SIDES[-1] else ("png", "jpeg")
-    for kind in kinds:
+    for kind in ("png",) if max(image.size) <= SIDES[-1] else ("png", "jpeg"):
         buffer = io.BytesIO()
         reduced.save(buffer, kind, quality=80)
         files.append((f"image/{kind}", buffer.getvalue()))

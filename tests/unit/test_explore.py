@@ -261,6 +261,11 @@ def test_bad_input_is_refused_and_an_older_file_stays(tiny, tmp_path, examples, 
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_path_in_place_of_examples_is_refused(tiny):
+    with pytest.raises(TypeError, match="an example is 'm'; expected an Example, see read_ex"):
+        explore.explore(tiny, "mine.jsonl", progress=False)
+
+
 LINE = {"context": ["rain falls . B7 K ."], "question": "? B7", "evidence": [{"part": 0}]}
 
 
