@@ -248,7 +248,7 @@ def _add_explore(commands: Any) -> None:
 
 def _explore(options: argparse.Namespace) -> None:
     from mmheads.example_files import read_examples
-    from mmheads.explore import checked_path, explore
+    from mmheads.explorer import checked_path, explore
     from mmheads.models import load
 
     examples = read_examples(options.examples)

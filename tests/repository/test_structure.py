@@ -68,7 +68,7 @@ LAYERS = (
     {"families", "attention", "rendering", "processing", "locating", "prompts", "paper_b"},
     {"decoder", "prefix", "streaming"},
     {"scoring", "kept_scores", "answers", "effects", "causal", "retrieval", "tasks"},
-    {"example_files", "explore", "zoo"},
+    {"example_files", "explorer", "zoo"},
     {"cli", "__main__"},
 )
 """From the bottom to the top: a module imports from its own layer or from those below."""

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmheads import causal, cli, explore, paths, prompts, scoring
+from mmheads import causal, cli, explorer, paths, prompts, scoring
 from mmheads.examples import Example, Video
 from mmheads.models import VLM, load
 from mmheads.tasks import needles
@@ -22,7 +22,7 @@ from mmheads.tasks import needles
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
 
-def content(page: explore.Explorer) -> dict:
+def content(page: explorer.Explorer) -> dict:
     """What the page's script reads."""
     (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page.html)
     return json.loads(text)
@@ -37,14 +37,16 @@ def attention(block: str, rows: int) -> np.ndarray:
     data = zlib.decompress(base64.b64decode(block))
     scales = np.frombuffer(data[: 4 * rows], "<f4")[:, None]
     codes = np.frombuffer(data[4 * rows :], np.uint8).reshape(rows, -1)
-    return scales * (codes / 255.0) ** explore.POWER
+    return scales * (codes / 255.0) ** explorer.POWER
 
 
 def rounding(exact: np.ndarray) -> np.ndarray:
     """The largest error that 8 bits allow at each value: the step between codes there."""
     scale = np.maximum(exact.max(axis=-1, keepdims=True), 1e-12)
-    codes = 255 * (exact / scale) ** (1 / explore.POWER)
-    return scale * (((codes + 0.51) / 255) ** explore.POWER - (codes / 255) ** explore.POWER) + 1e-6
+    codes = 255 * (exact / scale) ** (1 / explorer.POWER)
+    return (
+        scale * (((codes + 0.51) / 255) ** explorer.POWER - (codes / 255) ** explorer.POWER) + 1e-6
+    )
 
 
 def eager_attention(vlm: VLM, prompt: prompts.Prompt) -> np.ndarray:
@@ -69,7 +71,7 @@ FAMILIES = ("qwen3_vl", "qwen2_5_vl", "internvl", "gemma3", "idefics3", "qwen3")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_page_holds_the_scores_and_the_attention_of_full_passes(family):
     vlm, example = example_prompts.vlm(family), example_prompts.example(family)
-    page = content(explore.explore(vlm, example, progress=False))
+    page = content(explorer.explore(vlm, example, progress=False))
     (shown,) = page["examples"]
     expected = scoring.score_heads(vlm, [example], progress=False)
     for name in ("raw", "null", "share", "context"):
@@ -95,7 +97,7 @@ def test_the_page_holds_the_scores_and_the_attention_of_full_passes(family):
 
 def test_texts_tokens_and_places_are_those_of_the_prompt():
     vlm, example = example_prompts.vlm("qwen3_vl"), example_prompts.example("qwen3_vl")
-    (shown,) = content(explore.explore(vlm, example, progress=False))["examples"]
+    (shown,) = content(explorer.explore(vlm, example, progress=False))["examples"]
     prompt = prompts.encode(vlm, example)
     for index, (part, about) in enumerate(zip(example.context, shown["parts"], strict=True)):
         tokens = np.frombuffer(zlib.decompress(base64.b64decode(about["at"])), "<i4")
@@ -118,21 +120,21 @@ def test_letters_of_several_tokens_are_shown_whole():
     vlm = example_prompts.vlm("qwen3")
     text = "Ein Löwe 🦁 läuft. 狮子在跑。 <|im_end|> stays text."
     example = Example(context=(text,), question=("狮子?",))
-    (shown,) = content(explore.explore(vlm, example, progress=False))["examples"]
+    (shown,) = content(explorer.explore(vlm, example, progress=False))["examples"]
     assert "".join(shown["parts"][0]["pieces"]) == text
     assert "".join(shown["question"]).strip() == "狮子?"
 
 
 def test_the_set_of_one_click_is_the_top_of_the_scores(tiny):
     examples = [needles.make(task, 128, 0.4) for task in ("text", "image")]
-    page = content(explore.explore(tiny, examples, progress=False))
-    expected = scoring.score_heads(tiny, examples, progress=False).top(explore.FRACTION)
+    page = content(explorer.explore(tiny, examples, progress=False))
+    expected = scoring.score_heads(tiny, examples, progress=False).top(explorer.FRACTION)
     assert [tuple(page["heads"][index]) for index in page["top"]] == list(expected)
 
 
 def test_gate_gradients_are_shown_where_they_are_asked_for(tiny):
     example = needles.make("text", 128, 0.4)
-    page = content(explore.explore(tiny, example, gradients=True, progress=False))
+    page = content(explorer.explore(tiny, example, gradients=True, progress=False))
     (shown,) = page["examples"]
     expected = causal.gate_gradients(tiny, [example], progress=False)[0]
     np.testing.assert_allclose(floats(shown["scores"]["gate"]), expected.ravel(), atol=1e-6)
@@ -141,7 +143,7 @@ def test_gate_gradients_are_shown_where_they_are_asked_for(tiny):
 def test_the_null_question_gets_the_questions_images_only_where_they_are_asked_for():
     vlm, example = example_prompts.vlm("qwen3_vl"), example_prompts.example("qwen3_vl")
     pages = {
-        images: content(explore.explore(vlm, example, null_images=images, progress=False))
+        images: content(explorer.explore(vlm, example, null_images=images, progress=False))
         for images in scoring.NULL_IMAGES
     }
     for images, page in pages.items():
@@ -154,7 +156,7 @@ def test_the_null_question_gets_the_questions_images_only_where_they_are_asked_f
 
 def test_an_example_without_evidence_has_attention_and_no_score(tiny):
     example = dataclasses.replace(needles.make("text", 128, 0.4), evidence=None)
-    (shown,) = content(explore.explore(tiny, example, progress=False))["examples"]
+    (shown,) = content(explorer.explore(tiny, example, progress=False))["examples"]
     assert list(shown["scores"]) == ["context"]
     assert len(shown["means"]) == tiny.geometry.size
     assert not any(part.get("evidence") or part.get("outlines") for part in shown["parts"])
@@ -163,14 +165,14 @@ def test_an_example_without_evidence_has_attention_and_no_score(tiny):
 def test_the_same_input_gives_the_same_bytes(tiny, tmp_path):
     example = needles.make("rendered_text", 128, 0.4)
     for name in ("a.html", "b.html"):
-        explore.explore(tiny, example, tmp_path / name, progress=False)
+        explorer.explore(tiny, example, tmp_path / name, progress=False)
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
 
 
 def test_an_image_of_several_examples_is_stored_once(tiny):
     page = example_prompts.picture(64, 64)
     examples = [Example(context=(page,), question=(word,)) for word in ("red", "blue")]
-    assert len(content(explore.explore(tiny, examples, progress=False))["images"]) == 1
+    assert len(content(explorer.explore(tiny, examples, progress=False))["images"]) == 1
 
 
 HOSTILE = "</script><script>window.hit = 1</script><b>\"bold\"</b> & 'one' \u2028 {{data}} <!--"
@@ -178,7 +180,7 @@ HOSTILE = "</script><script>window.hit = 1</script><b>\"bold\"</b> & 'one' \u202
 
 def test_text_that_looks_like_html_stays_text(tiny):
     example = Example(context=(HOSTILE,), question=(HOSTILE,), answer=HOSTILE, task=HOSTILE)
-    page = explore.explore(tiny, example, title=HOSTILE, progress=False)
+    page = explorer.explore(tiny, example, title=HOSTILE, progress=False)
     assert page.html.count("<script") == 2
     assert "<b>" not in page.html
     assert "\u2028" not in page.html.split("<body>")[1]
@@ -188,7 +190,7 @@ def test_text_that_looks_like_html_stays_text(tiny):
 
 
 def test_a_notebook_shows_the_page_in_a_frame(tiny):
-    page = explore.explore(tiny, needles.make("text", 128, 0.4), progress=False)
+    page = explorer.explore(tiny, needles.make("text", 128, 0.4), progress=False)
     frame = page._repr_html_()
     assert frame.startswith("<iframe")
     assert frame.count("<") == 2
@@ -201,7 +203,7 @@ def size_of(page: dict, name: str) -> int:
 
 
 def limited(vlm, example, limit):
-    page = explore.explore(vlm, example, max_bytes=limit, progress=False)
+    page = explorer.explore(vlm, example, max_bytes=limit, progress=False)
     assert len(page.html.encode()) <= limit
     shown = content(page)
     assert shown["notes"] == list(page.notes)
@@ -212,31 +214,31 @@ def limited(vlm, example, limit):
 def test_single_question_tokens_are_left_out_first_then_pages_are_reduced():
     vlm, pages = example_prompts.vlm("qwen3_vl"), [example_prompts.picture(400, 320, 0)]
     example = Example(context=("First the rain falls.", *pages), question=("which rain",))
-    whole = explore.explore(vlm, example, progress=False)
+    whole = explorer.explore(vlm, example, progress=False)
     assert whole.notes == ()
     tokens = size_of(content(whole), "tokens")
     picture = len(content(whole)["images"][0])
     notes, shown = limited(vlm, example, len(whole.html) - tokens // 2)
-    assert notes == (explore.NO_TOKENS,)
+    assert notes == (explorer.NO_TOKENS,)
     assert shown["images"] == content(whole)["images"]
     notes, shown = limited(vlm, example, len(whole.html) - tokens - picture // 10)
-    assert notes == (explore.NO_TOKENS, explore.SMALL_PAGES.format(side=360))
+    assert notes == (explorer.NO_TOKENS, explorer.SMALL_PAGES.format(side=360))
     image = Image.open(io.BytesIO(base64.b64decode(shown["images"][0].split(",")[1])))
     assert image.size == (360, 288)
 
 
 def test_then_the_heads_with_the_lowest_scores_lose_their_attention(tiny):
     example = needles.make("text", 512, 0.4)
-    whole = explore.explore(tiny, example, progress=False)
+    whole = explorer.explore(tiny, example, progress=False)
     tokens, means = (size_of(content(whole), name) for name in ("tokens", "means"))
     notes, shown = limited(tiny, example, len(whole.html) - tokens - means // 2)
     kept = [index for index, block in enumerate(shown["examples"][0]["means"]) if block]
     assert 30 < len(kept) < 96
-    assert notes == (explore.NO_TOKENS, explore.FEWER_HEADS.format(kept=len(kept), all=96))
+    assert notes == (explorer.NO_TOKENS, explorer.FEWER_HEADS.format(kept=len(kept), all=96))
     scores = floats(shown["examples"][0]["scores"]["calibrated"])
     assert set(kept) == set(np.argsort(-scores, kind="stable")[: len(kept)])
     with pytest.raises(ValueError, match="has no room for what 1 examples need at least"):
-        explore.explore(tiny, example, max_bytes=30_000, progress=False)
+        explorer.explore(tiny, example, max_bytes=30_000, progress=False)
 
 
 VIDEO = Video(frames=(Image.new("RGB", (32, 32)),) * 2)
@@ -256,14 +258,14 @@ def test_bad_input_is_refused_and_an_older_file_stays(tiny, tmp_path, examples, 
     path = tmp_path / "out.html"
     path.write_text("old", encoding="utf-8")
     with pytest.raises(ValueError, match=message):
-        explore.explore(tiny, examples, path, progress=False, **options)
+        explorer.explore(tiny, examples, path, progress=False, **options)
     assert path.read_text(encoding="utf-8") == "old"
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_path_in_place_of_examples_is_refused(tiny):
     with pytest.raises(TypeError, match="an example is 'm'; expected an Example, see read_ex"):
-        explore.explore(tiny, "mine.jsonl", progress=False)
+        explorer.explore(tiny, "mine.jsonl", progress=False)
 
 
 LINE = {"context": ["rain falls . B7 K ."], "question": "? B7", "evidence": [{"part": 0}]}
@@ -336,7 +338,7 @@ EXAMPLES = [
 @pytest.fixture(scope="module")
 def written(tiny, tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "out.html"
-    explore.explore(tiny, EXAMPLES, path, title=HOSTILE, progress=False)
+    explorer.explore(tiny, EXAMPLES, path, title=HOSTILE, progress=False)
     return path
 
 
@@ -458,7 +460,7 @@ def test_a_set_of_heads_and_one_question_token_are_shown(tiny, opened):
     ready(opened)
     click(opened, "#raw")
     click(opened, "#tokens input[value='1']")
-    page = content(explore.explore(tiny, EXAMPLES, progress=False))
+    page = content(explorer.explore(tiny, EXAMPLES, progress=False))
     rows = len(page["examples"][0]["question"])
     tokens = page["examples"][0]["tokens"]
     expected = np.mean([attention(tokens[index], rows)[1] for index in page["top"]], axis=0)
