@@ -11,6 +11,7 @@ import zlib
 import example_prompts
 import numpy as np
 import pytest
+import random_models
 import torch
 from PIL import Image
 
@@ -65,10 +66,7 @@ def tiny() -> VLM:
     return load(paths.MODELS / "tiny-qwen3-vl-m", device="cpu")
 
 
-FAMILIES = ("qwen3_vl", "qwen2_5_vl", "internvl", "gemma3", "idefics3", "qwen3")
-
-
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", random_models.FAMILIES)
 def test_the_page_holds_the_scores_and_the_attention_of_full_passes(family):
     vlm, example = example_prompts.vlm(family), example_prompts.example(family)
     page = content(explorer.explore(vlm, example, progress=False))
@@ -93,6 +91,27 @@ def test_the_page_holds_the_scores_and_the_attention_of_full_passes(family):
             float(floats(shown["scores"]["raw"])[head]),
             abs=float(rounding(ours.mean(0)) @ weights) + 1e-5,
         )
+
+
+def test_context_that_is_not_in_the_cache_keeps_its_attention(tiny, monkeypatch):
+    example = needles.make("text", 128, 1.0)
+    (usual,) = content(explorer.explore(tiny, example, progress=False))["examples"]
+
+    def encode(*args, **options):
+        prompt = prompts.encode(*args, **options)
+        return dataclasses.replace(prompt, shared=prompt.shared - 3)
+
+    monkeypatch.setattr(explorer, "encode", encode)
+    (shown,) = content(explorer.explore(tiny, example, progress=False))["examples"]
+    assert shown["parts"] == usual["parts"]
+    for name in usual["scores"]:
+        np.testing.assert_allclose(
+            floats(shown["scores"][name]), floats(usual["scores"][name]), atol=1e-5
+        )
+    for name, rows in (("means", 2), ("tokens", len(usual["question"]))):
+        for ours, theirs in zip(shown[name], usual[name], strict=True):
+            exact = attention(theirs, rows)
+            assert (abs(attention(ours, rows) - exact) <= 2 * rounding(exact)).all()
 
 
 def test_texts_tokens_and_places_are_those_of_the_prompt():
@@ -358,12 +377,14 @@ def resize(browser, width):
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
 
 
-def ready(browser):
+def wait(browser, script):
     from selenium.webdriver.support.wait import WebDriverWait
 
-    WebDriverWait(browser, 30).until(
-        lambda driver: driver.execute_script("return document.body.dataset.ready") == "1"
-    )
+    WebDriverWait(browser, 30).until(lambda driver: driver.execute_script(script))
+
+
+def ready(browser):
+    wait(browser, "return document.body.dataset.ready === '1'")
 
 
 def click(browser, selector):
@@ -407,7 +428,7 @@ def test_a_click_shows_the_values_that_score_heads_gives(tiny, opened):
             ):
                 click(opened, f"#{kind}")
                 shown = np.array(opened.execute_script("return explorer.values()"))
-                assert shown @ weights[: len(shown)] == pytest.approx(float(expected), abs=0.01)
+                assert shown @ weights[: len(shown)] == pytest.approx(float(expected), abs=0.003)
                 pieces = opened.execute_script(
                     "return [...document.querySelectorAll('.words span')].map(span =>"
                     " [Number(span.dataset.value), span.style.backgroundColor])"
@@ -426,8 +447,10 @@ def test_the_overlay_of_an_image_has_the_colour_of_each_tokens_attention(tiny, o
     index = explore_index(tiny, EXAMPLES[0])
     click(opened, f"#map td[data-index='{index}']")
     click(opened, "#raw")
+    opened.find_element("id", "to-evidence").click()
     prompt = prompts.encode(tiny, EXAMPLES[0])
     (region,) = EXAMPLES[0].evidence
+    wait(opened, f"return explorer.parts()[{region.part}].painted")
     values = np.array(opened.execute_script("return explorer.values()"))
     seen = np.concatenate([span.tokens for span in prompt.parts])
     strongest = values[seen].max()
@@ -442,7 +465,7 @@ def test_the_overlay_of_an_image_has_the_colour_of_each_tokens_attention(tiny, o
             " Math.floor(arguments[2] * canvas.height), 1, 1).data[3]"
         )
         alphas.append(opened.execute_script(script, region.part, x, y))
-    np.testing.assert_allclose(alphas, 255 * 0.8 * values[tokens] / strongest, atol=1)
+    np.testing.assert_allclose(alphas, 255 * 0.7 * values[tokens] / strongest, atol=1)
     assert max(alphas) > 50
     outline = opened.execute_script("return document.querySelector('.outline').style.width")
     left, _, right, _ = region.box or (0, 0, width, height)
@@ -517,3 +540,15 @@ def test_a_screenshot_is_not_blank_and_nothing_overflows(opened, width):
     picture = np.asarray(Image.open(io.BytesIO(opened.get_screenshot_as_png())).convert("RGB"))
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 50
     assert picture.std() > 10
+
+
+def test_the_page_works_in_the_frame_of_a_notebook(tiny, browser, tmp_path):
+    page = explorer.explore(tiny, EXAMPLES[0], progress=False)
+    path = tmp_path / "notebook.html"
+    path.write_text(f"<!doctype html><meta charset=utf-8>{page._repr_html_()}", encoding="utf-8")
+    browser.get(path.as_uri())
+    browser.switch_to.frame(0)
+    ready(browser)
+    assert len(browser.find_elements("css selector", "#map [role=gridcell]")) == 96
+    browser.switch_to.default_content()
+    assert [entry for entry in browser.get_log("browser") if entry["source"] != "rendering"] == []
