@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mmheads.example_files import read_examples as read_examples
     from mmheads.examples import Example as Example
     from mmheads.examples import Region as Region
+    from mmheads.explorer import explore as explore
     from mmheads.heads import HeadSet as HeadSet
     from mmheads.heads import overlap as overlap
     from mmheads.models import load as load
@@ -35,6 +36,7 @@ _MODULES = {
     "ablate": "attention",
     "answer": "answers",
     "encode": "prompts",
+    "explore": "explorer",
     "gate": "attention",
     "load": "models",
     "overlap": "heads",

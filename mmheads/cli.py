@@ -1,4 +1,4 @@
-"""The commands of mmheads: `mmheads score` and `mmheads rank`, also as `python -m mmheads`."""
+"""The commands of mmheads: `score`, `rank` and `explore`; `python -m mmheads` is the same."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from mmheads import paths
 EXAMPLES = """examples:
   mmheads score --model tiny-qwen3-vl-m --examples examples.jsonl
   mmheads rank --model tiny-qwen3-vl-m --heads scores.parquet --question "? B7" report.pdf
+  mmheads explore tiny-qwen3-vl-m examples.jsonl -o out.html
 """
 
 
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_score(commands)
     _add_rank(commands)
+    _add_explore(commands)
     options = parser.parse_args(arguments)
     try:
         with warnings.catch_warnings():
@@ -218,3 +220,48 @@ def _check_picture(path: Path) -> None:
     if path.is_dir():
         raise ValueError(f"--out {path} is a folder; give the name of a picture")
     paths.writable(path.parent)
+
+
+def _add_explore(commands: Any) -> None:
+    explore = commands.add_parser(
+        "explore",
+        help="write one HTML file that shows where every head looks",
+        description="Write one HTML file, which needs no network, with a map of all heads and with "
+        "their attention on your examples. Examples without evidence have attention but no scores.",
+    )
+    explore.add_argument("model", help="folder, shipped model, or name on the hub")
+    explore.add_argument("examples", help="a .jsonl file, or a folder with one")
+    explore.add_argument("-o", "--out", default="", help="default <examples>.html here")
+    explore.add_argument("--title", default="", help="heading of the page")
+    explore.add_argument(
+        "--gradients", action="store_true", help="also show gate gradients; examples need answers"
+    )
+    explore.add_argument(
+        "--null-images",
+        default="placeholders",
+        choices=("placeholders", "pixels"),
+        help="what the null question shows of the question's images",
+    )
+    explore.add_argument("--device", default="", help="cpu, cuda:0 or auto")
+    explore.set_defaults(run=_explore)
+
+
+def _explore(options: argparse.Namespace) -> None:
+    from mmheads.example_files import read_examples
+    from mmheads.explorer import checked_path, explore
+    from mmheads.models import load
+
+    examples = read_examples(options.examples)
+    out = checked_path(options.out or f"{examples.path.stem}.html")
+    page = explore(
+        load(options.model, device=options.device),
+        examples,
+        out,
+        null_images=options.null_images,
+        gradients=options.gradients,
+        title=options.title,
+    )
+    for note in page.notes:
+        print(f"mmheads: warning: {note}", file=sys.stderr)
+    size = out.stat().st_size / 1e6
+    print(f"{out}: {len(examples)} examples, {size:.1f} MB; open it in a browser")

@@ -65,7 +65,7 @@ ENCODED_IMAGES = "mm_encoder_outputs"
 
 @contextmanager
 def deepstack_of_rows(decoder: Any) -> Iterator[None]:
-    """Let image features that Qwen3-VL adds in its first layers be those of every row of a batch."""
+    """Add the image features of Qwen3-VL's first layers to every row of a batch."""
     stock = getattr(decoder, "_deepstack_process", None)
     if stock is None:
         yield

@@ -87,7 +87,8 @@ def score_heads(
     """Calibrated retrieval scores, and the quantities of `QUANTITIES`, of every head and example.
 
     Examples of similar length run together where that is exact. A context runs once; the question,
-    the null question and the shuffled question continue from its cache in one pass. Masses are means over question tokens, computed in float32.
+    the null question and the shuffled question continue from its cache in one pass. Masses are
+    means over question tokens, computed in float32.
 
     Args:
         vlm: The model.

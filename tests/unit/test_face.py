@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import mmheads
 
@@ -16,3 +17,8 @@ def test_importing_the_package_loads_no_heavy_library():
     code = "import mmheads, sys; print(*({'torch', 'transformers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_no_public_name_is_hidden_by_a_module_once_that_is_imported():
+    modules = {path.stem for path in Path(mmheads.__file__).parent.iterdir()}
+    assert not modules & set(mmheads.__all__)
