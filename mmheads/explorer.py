@@ -61,9 +61,11 @@ QUANTITIES = {
 }
 """What the head map can show, by the name in the file."""
 
-NO_TOKENS = "Only means over question tokens are shown, because single ones would not fit in here."
-SMALL_PAGES = "Page images are reduced to {side} pixels, because larger ones would not fit in here."
-FEWER_HEADS = "Attention of {kept} of {all} heads, those with the highest scores, fits in here."
+NO_TOKENS = (
+    "Only the mean over question tokens is shown; single tokens would make the file too big."
+)
+SMALL_PAGES = "Page images are reduced to {side} pixels; larger ones would make the file too big."
+FEWER_HEADS = "Only the {kept} of {all} heads with the highest scores show attention, to save room."
 
 Floats = NDArray[np.float32]
 
