@@ -36,14 +36,12 @@ from mmheads.prompts import Prompt, Question, encode, null_question
 from mmheads.rendering import FILLER, expand, render, tokenize
 from mmheads.scoring import NULL_IMAGES
 
-LIMIT = 25_000_000
-"""Bytes that a file may have."""
+LIMIT = 25_000_000  # Bytes that a file may have.
 
 PACKING = 8
 """More than so many codes per byte of room are not computed: they could not be packed to fit."""
 
-POWER = 4
-"""A code c stands for scale * (c / 255) ** POWER."""
+POWER = 4  # A code c stands for scale * (c / 255) ** POWER.
 
 FRACTION = 0.05
 """Share of heads in the set that one click chooses."""
