@@ -36,14 +36,12 @@ from mmheads.prompts import Prompt, Question, encode, null_question
 from mmheads.rendering import FILLER, expand, render, tokenize
 from mmheads.scoring import NULL_IMAGES
 
-LIMIT = 25_000_000
-"""Bytes that a file may have."""
+LIMIT = 25_000_000  # Bytes that a file may have.
 
 PACKING = 8
 """More than so many codes per byte of room are not computed: they could not be packed to fit."""
 
-POWER = 4
-"""A code c stands for scale * (c / 255) ** POWER."""
+POWER = 4  # A code c stands for scale * (c / 255) ** POWER.
 
 FRACTION = 0.05
 """Share of heads in the set that one click chooses."""
@@ -61,9 +59,11 @@ QUANTITIES = {
 }
 """What the head map can show, by the name in the file."""
 
-NO_TOKENS = "Only means over question tokens are shown, because single ones would not fit in here."
-SMALL_PAGES = "Page images are reduced to {side} pixels, because larger ones would not fit in here."
-FEWER_HEADS = "Attention of {kept} of {all} heads, those with the highest scores, fits in here."
+NO_TOKENS = (
+    "Only the mean over question tokens is shown; single tokens would make the file too big."
+)
+SMALL_PAGES = "Page images are reduced to {side} pixels; larger ones would make the file too big."
+FEWER_HEADS = "Only the {kept} of {all} heads with the highest scores show attention, to save room."
 
 Floats = NDArray[np.float32]
 
