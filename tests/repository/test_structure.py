@@ -63,7 +63,7 @@ def test_imports_have_no_cycle():
 
 LAYERS = (
     {"paths", "images", "statistics", "compat", "metrics"},
-    {"heads", "provenance", "pdfs", "tables", "figures", "gguf"},
+    {"heads", "provenance", "pdfs", "tables", "figures", "plots", "gguf"},
     {"examples", "scores", "score_files", "models", "published", "controls", "store"},
     {"families", "attention", "rendering", "processing", "locating", "prompts", "paper_b"},
     {"decoder", "prefix", "streaming"},
