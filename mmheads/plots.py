@@ -81,17 +81,13 @@ def intervals(
         dodge: Distance between neighbouring series; by default 0.08 with `order`, else 0.
         style: Further arguments of `Axes.errorbar`.
     """
-    groups: dict[Any, pd.DataFrame] = {"": table}
-    if by:
-        groups = dict(iter(table.groupby(by, sort=False)))
+    groups = dict[Any, pd.DataFrame](iter(table.groupby(by, sort=False))) if by else {"": table}
     names = [name for name in colors if name in groups] if colors and by else list(groups)
-    places = {value: place for place, value in enumerate(order)}
     step = (0.08 if order else 0.0) if dodge is None else dodge
+    ticks = order if isinstance(order, Mapping) else {value: value for value in order}
     for number, name in enumerate(names):
-        rows = groups[name]
-        position = (rows[x].map(places) if order else rows[x]) + step * (
-            number - (len(names) - 1) / 2
-        )
+        rows, shift = groups[name], step * (number - (len(names) - 1) / 2)
+        position = (rows[x].map(list(ticks).index) if order else rows[x]) + shift
         error = [(rows[y] - rows[ends[0]]).clip(0), (rows[ends[1]] - rows[y]).clip(0)]
         drawn: dict[str, Any] = {"marker": "o", "ms": 3, "elinewidth": 0.9}
         if by:
@@ -103,10 +99,10 @@ def intervals(
         else:
             axis.errorbar(position, rows[y], yerr=error, **drawn | style)
     if order:
-        texts = [f"{text}" for text in (order.values() if isinstance(order, Mapping) else order)]
-        (axis.set_yticks if across else axis.set_xticks)(range(len(texts)), texts)
-    if across and not axis.yaxis_inverted():
-        axis.invert_yaxis()
+        set_ticks = axis.set_yticks if across else axis.set_xticks
+        set_ticks(range(len(ticks)), [f"{text}" for text in ticks.values()])
+    if across:
+        axis.yaxis.set_inverted(True)
 
 
 def number_matrix(
