@@ -247,6 +247,8 @@ def test_what_the_readme_shows_for_your_own_model_runs(tmp_path, capsys, monkeyp
     assert set(names["answers"]["ablation"]) == {"full model", "without them"}
     assert len(names["scores"].values) == 2
     capsys.readouterr()
+    (explored,) = commands("README.md", "mmheads explore")
+    assert cli.main(explored) == 0
     (score,) = commands("README.md", "mmheads score")
     assert cli.main(score) == 0
     assert "2 examples" in capsys.readouterr().out
@@ -280,10 +282,14 @@ def test_what_the_page_on_your_model_shows_runs(tmp_path, capsys, monkeypatch):
     (command,) = commands("docs/your_model.md", "mmheads score")
     assert cli.main([*command, "--out", str(tmp_path), "--device", "cpu"]) == 0
     assert "2 examples" in capsys.readouterr().out
-    score, mask, streamed = blocks("docs/your_model.md", "python")
+    (command,) = commands("docs/your_model.md", "mmheads explore")
+    assert cli.main(command) == 0
+    assert (tmp_path / "heads.html").stat().st_size > 10_000
+    score, explored, mask, streamed = blocks("docs/your_model.md", "python")
     names: dict = {}
     exec(score, names)
     assert "L" in capsys.readouterr().out
+    exec(explored, names)
     exec(mask, names)
     assert "p_holm" in capsys.readouterr().out
     assert set(names["table"]["ablation"]) == {"full model", "top", "random"}
