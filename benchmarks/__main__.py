@@ -5,6 +5,7 @@
     python -m benchmarks retrieval --lengths 2048 8192
     python -m benchmarks prefill                       dense heads and windows against stock
     python -m benchmarks decode --dense 0.125
+    python -m benchmarks batches                       examples and ablations of a tiny model
 
 Variants take turns, so that a noisy machine disturbs all of them alike. A table gives medians with
 the fastest and the slowest run, and the ratio of each variant to the first.
@@ -22,16 +23,18 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from benchmarks import random_models, retrieval, scoring, streaming
+from benchmarks import batches, random_models, retrieval, scoring, streaming
 from benchmarks.random_models import QUESTION_TOKENS, SIZES, random_model, random_reader
 from benchmarks.timing import fresh_processes
 from mmheads import paths
+from mmheads.models import load
 
 LENGTHS = {
     "scoring": [1024, 4096, 16384],
     "retrieval": [2048, 8192],
     "prefill": [1024, 2048, 4096, 8192, 16384],
     "decode": [1024, 4096, 16384],
+    "batches": [128, 256, 512, 2048],
 }
 STREAMING = ("prefill", "decode")
 SHORTEST = 4 * QUESTION_TOKENS
@@ -121,6 +124,11 @@ def measure(options: argparse.Namespace) -> tuple[pd.DataFrame, pd.DataFrame]:
             size, options.lengths, device=device, dtype=dtype, **settings
         )
         return table, scoring.show_scoring(table)
+    if options.what == "batches":
+        table = batches.measure_batches(
+            load(batches.MODEL), options.lengths, repeats=options.repeats
+        )
+        return table, batches.show_batches(table)
     if options.what == "retrieval":
         vlm = random_reader(size, device, dtype)
         with fresh_processes(retrieval.retrieval_peak, size, device, dtype) as peak:
