@@ -238,6 +238,17 @@ _WORD_STAGES = (
         restart=True,
         norm_rate=3.0,
     ),
+    Stage(
+        name="more questions on long contexts",
+        sources=_mixed((9, 14, 22), 2400, mix=_TEXT_TOO, share=0.3, asks=32)
+        + _mixed((28, 36, 45, 57), 2400, mix=_TEXT_TOO, share=0.4, asks=40)
+        + _mixed((72, 90, 114), 2400, mix=_TEXT_TOO, share=0.3, asks=40),
+        steps=500,
+        rate=1.2e-3,
+        decay=True,
+        restart=True,
+        norm_rate=3.0,
+    ),
 )
 
 _BESIDE = {
