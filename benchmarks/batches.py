@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.timing import compare, conditions, show_seconds
-from mmheads.answers import answer, default_batch_tokens, stacked
+from mmheads.answers import answer, stacked
 from mmheads.attention import ablate
 from mmheads.controls import random_controls
 from mmheads.examples import Example
@@ -29,6 +29,8 @@ DRAWS = 5
 """Random sets per prompt, as in notebook 05."""
 ANSWER_TOKENS = 2
 """Generated tokens per answer: the answer and the end."""
+ROW_TOKENS = 2048
+"""Prompt tokens per batch where rows share nothing: on a CPU, larger ones are slower."""
 ONE_BY_ONE, BATCHED = "scoring, one question of one example at a time", "scoring in batches"
 ROWS, SHARED = "ablations in batches of rows", "ablations that share images and layers"
 
@@ -110,7 +112,7 @@ def _answers_in_rows(
     texts: list[str] = []
     for example in examples:
         prompt = encode(vlm, example)
-        count = max(1, default_batch_tokens(vlm) // len(prompt))
+        count = max(1, ROW_TOKENS // len(prompt))
         for first in range(0, len(heads), count):
             rows = heads[first : first + count]
             inputs = on_device(vlm, stacked([prompt] * len(rows)))
