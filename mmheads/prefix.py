@@ -155,7 +155,10 @@ class Prefix:
         if "position_ids" in arguments:
             return arguments
         last = first + arguments["inputs_embeds"].shape[1]
-        return {**arguments, "position_ids": torch.arange(first, last, device=self.vlm.device)[None]}
+        return {
+            **arguments,
+            "position_ids": torch.arange(first, last, device=self.vlm.device)[None],
+        }
 
     @torch.no_grad()
     def ready(self, question: Question, pixels: bool) -> tuple[int, dict[str, Any]]:

@@ -274,8 +274,7 @@ def _scored(
                 continue
             with _named(index):
                 prompt = _encoded(vlm, example, null, seed, max_tokens)
-            lengths = [len(each) for _, each in waiting.values()] + [len(prompt)]
-            if len(lengths) * max(lengths) > limit or min(lengths) < SIMILAR * max(lengths):
+            if not _fit([*(each for _, each in waiting.values()), prompt], limit):
                 finish()
             waiting[key] = index, prompt
         finish()
@@ -288,6 +287,14 @@ def _scored(
     if not rows:
         raise ValueError("there is no example to score")
     return collect(results, rows)
+
+
+def _fit(prompts: Sequence[Prompt], limit: int) -> bool:
+    """Whether prompts are of similar length, and all questions together too, within the limit."""
+    contexts = [prompt.shared for prompt in prompts]
+    questions = [sum(len(each) - p.shared for each in p.questions) for p in prompts]
+    similar = all(min(each) >= SIMILAR * max(each) for each in (contexts, questions))
+    return len(prompts) * (max(contexts) + max(questions)) <= limit and similar
 
 
 @contextmanager
@@ -384,11 +391,11 @@ def score_prompts(
     vlm: VLM, prompts: Sequence[Prompt], *, null_images: str = "placeholders"
 ) -> list[dict[str, NDArray[np.float32]]]:
     """As `score_prompt` for several prompts, which run as one batch where that is exact."""
-    asked = [_asked(vlm, prompt, null_images) for prompt in prompts]
-    return [_quantities(*attention) for attention in ask_all(vlm, prompts, asked)]
+    asked = [asked_of(vlm, prompt, null_images) for prompt in prompts]
+    return [quantities_of(*attention) for attention in ask_all(vlm, prompts, asked)]
 
 
-def _asked(vlm: VLM, prompt: Prompt, null_images: str) -> list[Asked]:
+def asked_of(vlm: VLM, prompt: Prompt, null_images: str) -> list[Asked]:
     """The questions of a prompt: its own, the null question and perhaps the shuffled one."""
     own, empty, *shuffled = prompt.questions
     visual = vlm.is_visual(prompt.ids)
@@ -403,7 +410,7 @@ def _asked(vlm: VLM, prompt: Prompt, null_images: str) -> list[Asked]:
     ]
 
 
-def _quantities(
+def quantities_of(
     own: Attention, empty: Attention, shuffled: Attention | None = None
 ) -> dict[str, NDArray[np.float32]]:
     """[layer, head] by name: means over the tokens of the questions."""

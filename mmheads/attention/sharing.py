@@ -150,9 +150,7 @@ class _Shared:
         _, at = np.unique(rows.grown[call.layer].numpy(), return_index=True)
         one, seen = torch.from_numpy(at), slice(-1 if last else None, None)
         mask = None if call.mask is None else call.mask[..., seen, :]
-        attended, _ = call.stock(
-            call.query[one][:, :, seen], call.key[one], call.value[one], mask
-        )
+        attended, _ = call.stock(call.query[one][:, :, seen], call.key[one], call.value[one], mask)
         output = attended[rows.grown[call.layer]]
         if last:
             whole = output.new_zeros(len(output), call.query.shape[2], *output.shape[2:])
