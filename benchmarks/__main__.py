@@ -2,7 +2,6 @@
 
     python -m benchmarks scoring                       a small model on this machine
     python -m benchmarks scoring --size qwen3-vl-8b --dtype bfloat16 --lengths 8192 131072
-    python -m benchmarks batching                      batches and shared layers, a shipped model
     python -m benchmarks retrieval --lengths 2048 8192
     python -m benchmarks prefill                       dense heads and windows against stock
     python -m benchmarks decode --dense 0.125
@@ -23,21 +22,18 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from benchmarks import batching, random_models, retrieval, scoring, streaming
+from benchmarks import random_models, retrieval, scoring, streaming
 from benchmarks.random_models import QUESTION_TOKENS, SIZES, random_model, random_reader
 from benchmarks.timing import fresh_processes
 from mmheads import paths
-from mmheads.models import load
 
 LENGTHS = {
-    "batching": [128, 256, 512, 2048],
     "scoring": [1024, 4096, 16384],
     "retrieval": [2048, 8192],
     "prefill": [1024, 2048, 4096, 8192, 16384],
     "decode": [1024, 4096, 16384],
 }
 STREAMING = ("prefill", "decode")
-BATCHED_MODEL = "tiny-qwen3-vl-m"
 SHORTEST = 4 * QUESTION_TOKENS
 
 
@@ -119,10 +115,6 @@ def _check_writable(path: Path) -> None:
 def measure(options: argparse.Namespace) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Returns the table of the benchmark in full precision, and as a reader sees it."""
     size, device, dtype = options.size, options.device, options.dtype
-    if options.what == "batching":
-        vlm = load(BATCHED_MODEL, device=device, dtype=dtype)
-        table = batching.measure_batching(vlm, options.lengths, repeats=options.repeats)
-        return table, batching.show_batching(table)
     if options.what == "scoring":
         settings = {"repeats": options.repeats, "eager_up_to": options.eager_up_to}
         table = scoring.measure_scoring(

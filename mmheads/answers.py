@@ -85,8 +85,8 @@ def answer(
 
     The ablations of a prompt are rows of one batch: images are embedded once, and layers below the
     first ablated head run once (see `ablate_rows`). Where a prompt has one row, or a family cannot
-    share layers, the rows are prompts of one length. Nothing is padded. Answers are kept in the results store and not computed again, those before an error or an
-    interrupt too.
+    share layers, the rows are prompts of one length. Nothing is padded. Answers are kept in the
+    results store and not computed again, those before an error or an interrupt too.
 
     Args:
         vlm: The model.

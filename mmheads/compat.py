@@ -1,7 +1,7 @@
 """Every private or version-dependent name of transformers and torch that the package uses.
 
-A new release of either library can break this file, and no other one. `mmheads.streaming`, and
-`mmheads.latency` until it becomes a benchmark, still use some private names by themselves.
+A new release of either library can break only this file and `mmheads.streaming`, which still uses
+some private names itself.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ ENCODED_IMAGES = "mm_encoder_outputs"
 
 @contextmanager
 def deepstack_of_rows(decoder: Any) -> Iterator[None]:
-    """Let image features that Qwen3-VL adds in its first layers be those of every row of a batch."""
+    """Add the image features of Qwen3-VL's first layers to every row of a batch."""
     stock = getattr(decoder, "_deepstack_process", None)
     if stock is None:
         yield

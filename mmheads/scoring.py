@@ -87,7 +87,8 @@ def score_heads(
     """Calibrated retrieval scores, and the quantities of `QUANTITIES`, of every head and example.
 
     Examples of similar length run together where that is exact. A context runs once; the question,
-    the null question and the shuffled question continue from its cache in one pass. Masses are means over question tokens, computed in float32.
+    the null question and the shuffled question continue from its cache in one pass. Masses are
+    means over question tokens, computed in float32.
 
     Args:
         vlm: The model.
@@ -391,11 +392,11 @@ def score_prompts(
     vlm: VLM, prompts: Sequence[Prompt], *, null_images: str = "placeholders"
 ) -> list[dict[str, NDArray[np.float32]]]:
     """As `score_prompt` for several prompts, which run as one batch where that is exact."""
-    asked = [asked_of(vlm, prompt, null_images) for prompt in prompts]
-    return [quantities_of(*attention) for attention in ask_all(vlm, prompts, asked)]
+    asked = [_asked(vlm, prompt, null_images) for prompt in prompts]
+    return [_quantities(*attention) for attention in ask_all(vlm, prompts, asked)]
 
 
-def asked_of(vlm: VLM, prompt: Prompt, null_images: str) -> list[Asked]:
+def _asked(vlm: VLM, prompt: Prompt, null_images: str) -> list[Asked]:
     """The questions of a prompt: its own, the null question and perhaps the shuffled one."""
     own, empty, *shuffled = prompt.questions
     visual = vlm.is_visual(prompt.ids)
@@ -410,7 +411,7 @@ def asked_of(vlm: VLM, prompt: Prompt, null_images: str) -> list[Asked]:
     ]
 
 
-def quantities_of(
+def _quantities(
     own: Attention, empty: Attention, shuffled: Attention | None = None
 ) -> dict[str, NDArray[np.float32]]:
     """[layer, head] by name: means over the tokens of the questions."""

@@ -78,6 +78,7 @@ class Ablation:
     means: torch.Tensor | None
 
     def __call__(self, call: Call, heads: torch.Tensor | None = None) -> torch.Tensor:
+        """The output of a layer's heads; `heads`, by default its own, belong to the rows."""
         output = call.output
         here = (self.heads if heads is None else heads)[:, call.layer].to(output.device)
         if len(here) not in (1, len(output)):
