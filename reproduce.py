@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,10 @@ def here(workers: int) -> Runner:
     def runner(units: Sequence[Unit], progress: str = "") -> list[str]:
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(
-            workers, mp_context=spawn, initializer=_start, initargs=(spawn.RLock(), workers)
+            min(workers, usable_cores()),
+            mp_context=spawn,
+            initializer=_start,
+            initargs=(spawn.RLock(), workers),
         ) as pool:
             futures = [pool.submit(unit.run) for unit in units]
             bar = tqdm(as_completed(futures), progress, len(units), disable=not progress)
@@ -127,13 +131,40 @@ def here(workers: int) -> Runner:
 
 def _start(lock: Any, workers: int) -> None:
     """Initialises a worker: shares the lock of the progress bars, and limits its threads."""
-    tqdm.set_lock(lock)
-    if workers > 1:
-        import torch
+    import torch
 
-        threads = max(1, (os.cpu_count() or 1) // workers)
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-        torch.set_num_threads(threads)
+    tqdm.set_lock(lock)
+    threads = threads_of(workers)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
+
+
+def threads_of(workers: int) -> int:
+    """Returns the threads of each of so many processes: together no more than the usable cores.
+
+    A smaller number in `OMP_NUM_THREADS` is kept.
+    """
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    threads = max(1, usable_cores() // workers)
+    return min(threads, int(given)) if given.isdecimal() and int(given) else threads
+
+
+def usable_cores(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Returns the cores that this process may use: its affinity, and its container's limit.
+
+    Args:
+        cgroups: Where Linux says the limit, as version 2 (`cpu.max`) or 1 (`cpu.cfs_quota_us`).
+    """
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    version_1 = (cgroups / "cpu" / f"cpu.cfs_{name}_us" for name in ("quota", "period"))
+    for files in ([cgroups / "cpu.max"], version_1):
+        with suppress(OSError, ValueError):
+            said = " ".join(file.read_text(encoding="ascii") for file in files)
+            quota, period = map(int, said.split())  # "max", or -1, is no limit
+            if quota > 0:
+                cores = min(cores, max(1, quota // period))
+    return cores
 
 
 def execute(jobs: list[Job], runner: Runner, *, workers: int = 0) -> dict[str, str]:

@@ -275,8 +275,7 @@ def _scored(
                 continue
             with _named(index):
                 prompt = _encoded(vlm, example, null, seed, max_tokens)
-            lengths = [len(each) for _, each in waiting.values()] + [len(prompt)]
-            if len(lengths) * max(lengths) > limit or min(lengths) < SIMILAR * max(lengths):
+            if not _fit([*(each for _, each in waiting.values()), prompt], limit):
                 finish()
             waiting[key] = index, prompt
         finish()
@@ -289,6 +288,14 @@ def _scored(
     if not rows:
         raise ValueError("there is no example to score")
     return collect(results, rows)
+
+
+def _fit(prompts: Sequence[Prompt], limit: int) -> bool:
+    """Whether prompts are of similar length, and all questions together too, within the limit."""
+    contexts = [prompt.shared for prompt in prompts]
+    questions = [sum(len(each) - p.shared for each in p.questions) for p in prompts]
+    similar = all(min(each) >= SIMILAR * max(each) for each in (contexts, questions))
+    return len(prompts) * (max(contexts) + max(questions)) <= limit and similar
 
 
 @contextmanager

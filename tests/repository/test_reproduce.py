@@ -448,3 +448,33 @@ def test_in_place_keeps_the_outputs_of_a_notebook_that_had_to_skip_something(run
     before = path.read_bytes()
     assert run("--in-place", "--only", "01") == 0
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, 8),
+        ({"cpu.max": "max 100000\n"}, 8),
+        ({"cpu.max": "250000 100000\n"}, 2),
+        ({"cpu.max": "50000 100000\n"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
+    ],
+)
+def test_cores_are_those_of_the_affinity_and_of_the_container(tmp_path, monkeypatch, files, cores):
+    monkeypatch.setattr(reproduce.os, "sched_getaffinity", lambda process: range(8), raising=False)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="ascii")
+    assert reproduce.usable_cores(tmp_path) == cores
+
+
+@pytest.mark.parametrize(
+    ("workers", "given", "threads"),
+    [(1, "", 4), (2, "", 2), (3, "", 1), (4, "8", 1), (1, "2", 2), (1, "all", 4), (8, "", 1)],
+)
+def test_threads_of_all_processes_are_no_more_than_the_cores(monkeypatch, workers, given, threads):
+    monkeypatch.setattr(reproduce, "usable_cores", lambda: 4)
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    assert reproduce.threads_of(workers) == threads
+    assert min(workers, reproduce.usable_cores()) * threads <= 4

@@ -142,6 +142,25 @@ def test_examples_in_one_batch_have_the_scores_of_each_alone(vlm, option_images,
         np.testing.assert_allclose(together[name].values, alone[name].values, **close)
 
 
+def test_a_batch_holds_similar_contexts_and_similar_questions(tiny, monkeypatch):
+    batches = []
+    score = scoring.score_prompts
+
+    def counted(vlm, prompts, **settings):
+        batches.append([prompt.example.task for prompt in prompts])
+        return score(vlm, prompts, **settings)
+
+    monkeypatch.setattr(scoring, "score_prompts", counted)
+    text = [needles.make("text", 64, depth) for depth in (0.0, 1.0)]
+    longer, images = needles.make("text", 128, 0.0), needles.make("image", 64, 0.0)
+    scoring.score_heads(tiny, [*text, images, longer], progress=False)
+    assert batches == [["text", "text"], ["image"], ["text"]]
+    batches.clear()
+    monkeypatch.setitem(scoring.BATCH_TOKENS, "cpu", 100)
+    scoring.score_heads(tiny, text, progress=False)
+    assert batches == [["text"], ["text"]], "padded tokens stay within the limit"
+
+
 def test_a_bad_example_in_a_batch_is_named_and_those_before_it_are_kept(tiny, tmp_path, scored):
     examples = [needles.make("text", 64, depth) for depth in (0.0, 0.5, 1.0)]
     score, bad = scoring.score_prompts, examples[1].fingerprint()
