@@ -70,7 +70,7 @@ class Results:
 
     def _scan(self) -> dict[str, Path]:
         """The file of every key; shipped files come before kept ones."""
-        kept = sorted(self._folder.glob("*.parquet")) if self._folder else []
+        kept = sorted(self._folder.glob("[!.]*.parquet")) if self._folder else []
         place: dict[str, Path] = {}
         for path in (*kept, *self._shipped):
             try:
@@ -148,7 +148,7 @@ class Results:
 
         Rows whose results are missing are left out.
         """
-        kept = sorted(self._folder.glob("*.json")) if self._folder else []
+        kept = sorted(self._folder.glob("[!.]*.json")) if self._folder else []
         notes = [_read(path, _Note) for path in kept if path.name != _ABOUT]
         for path in self._shipped:
             about, scalars, _ = read_table(path)

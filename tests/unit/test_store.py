@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mmheads import score_files, store
+from mmheads import paths, score_files, store
 from mmheads.heads import HeadGeometry
 from mmheads.provenance import Provenance
 
@@ -55,6 +55,21 @@ def test_rows_are_found_again_and_lie_in_one_file(tmp_path, monkeypatch):
         assert "k5" not in results
         assert results["k3"]["tokens"] == 7
         np.testing.assert_array_equal(results["k3"]["raw"], np.full((2, 3), 3))
+
+
+def test_what_another_process_has_only_begun_to_write_is_not_read(tmp_path):
+    with opened(tmp_path) as results:
+        results.add("k", row(1))
+        results.note({"task": "text"}, [{"key": "k"}])
+    (folder,) = {path.parent for path in files(tmp_path)}
+    for suffix in ("parquet", "json"):
+        with paths.write_whole(folder / f"later.{suffix}") as temporary:
+            assert temporary.exists()
+            with opened(tmp_path) as results:
+                assert "k" in results
+                assert len(results.notes()) == 1
+            temporary.write_text("{}", encoding="utf-8")
+        (folder / f"later.{suffix}").unlink()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
