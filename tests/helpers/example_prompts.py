@@ -7,12 +7,14 @@ import numpy as np
 import pypdfium2
 import pytest
 import random_models
+import torch
 import transformers
 from packaging.version import Version
 from PIL import Image
 
 from mmheads.examples import Example, Region
 from mmheads.models import VLM
+from mmheads.prompts import Question
 
 VISION = tuple(family for family in random_models.FAMILIES if family != "qwen3")
 
@@ -58,6 +60,18 @@ def example(family: str, question: str = "which rain falls") -> Example:
         ),
         instruction="In a word.",
     )
+
+
+@torch.no_grad()
+def eager_attention(vlm: VLM, question: Question) -> torch.Tensor:
+    """[layer, head, question token, token] from the model's own maps in a full forward pass."""
+    stock = vlm.text_config._attn_implementation
+    vlm.model.set_attn_implementation("eager")
+    try:
+        maps = vlm.model(**question.inputs, use_cache=False, output_attentions=True).attentions
+    finally:
+        vlm.model.set_attn_implementation(stock)
+    return torch.stack([each[0][:, question.tokens] for each in maps])
 
 
 def without_images(given: Example) -> Example:

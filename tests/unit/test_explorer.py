@@ -12,7 +12,6 @@ import example_prompts
 import numpy as np
 import pytest
 import random_models
-import torch
 from PIL import Image
 
 from mmheads import causal, cli, explorer, paths, prompts, scoring
@@ -50,17 +49,6 @@ def rounding(exact: np.ndarray) -> np.ndarray:
     )
 
 
-def eager_attention(vlm: VLM, prompt: prompts.Prompt) -> np.ndarray:
-    """[head of the model, question token, token] of a full forward pass."""
-    vlm.model.set_attn_implementation("eager")
-    try:
-        with torch.no_grad():
-            layers = vlm.model(**prompt.inputs, output_attentions=True, use_cache=False).attentions
-    finally:
-        vlm.model.set_attn_implementation("sdpa")
-    return torch.stack(layers)[:, 0][:, :, prompt.question].flatten(0, 1).numpy()
-
-
 @pytest.fixture(scope="module")
 def tiny() -> VLM:
     return load(paths.MODELS / "tiny-qwen3-vl-m", device="cpu")
@@ -79,7 +67,7 @@ def test_the_page_holds_the_scores_and_the_attention_of_full_passes(family):
     np.testing.assert_allclose(found, expected.values[0], atol=1e-5, rtol=0)
 
     prompt = prompts.encode(vlm, example)
-    exact = eager_attention(vlm, prompt)
+    exact = example_prompts.eager_attention(vlm, prompt.own).flatten(0, 1).numpy()
     for head, (means, tokens) in enumerate(zip(shown["means"], shown["tokens"], strict=True)):
         mean = attention(means, 2)
         ours = exact[head][:, : mean.shape[1]]

@@ -118,18 +118,10 @@ def whole(vlm: VLM, question: Question) -> torch.Tensor:
     return hidden(vlm, lambda: body(vlm)(**question.inputs, use_cache=False))
 
 
-@torch.no_grad()
 def eager_masses(vlm: VLM, question: Question, spans: list[np.ndarray]) -> torch.Tensor:
     """[layer, head, question token, span] from the model's own attention maps."""
-    stock = vlm.text_config._attn_implementation
-    vlm.model.set_attn_implementation("eager")
-    try:
-        maps = vlm.model(**question.inputs, use_cache=False, output_attentions=True).attentions
-    finally:
-        vlm.model.set_attn_implementation(stock)
-    rows = torch.from_numpy(question.tokens)
     weights = torch.from_numpy(np.stack(spans, axis=-1))
-    return torch.stack([each[0][:, rows] @ weights for each in maps])
+    return example_prompts.eager_attention(vlm, question) @ weights
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:

@@ -60,11 +60,8 @@ def full_pass(vlm, given, question, *, instruction=""):
     """[head, token] mean over question tokens of eager attention, and the prompt."""
     context = tuple(part for candidate in given for part in parts(candidate))
     prompt = encode(vlm, Example(context=context, question=question, instruction=instruction))
-    vlm.model.set_attn_implementation("eager")
-    with torch.no_grad():
-        maps = vlm.model(**prompt.inputs, output_attentions=True).attentions
-    vlm.model.set_attn_implementation("sdpa")
-    return torch.stack([m[0][:, prompt.question].mean(1) for m in maps]).numpy(), prompt
+    attention = example_prompts.eager_attention(vlm, prompt.own)
+    return attention.mean(dim=2).numpy(), prompt
 
 
 def expected_masses(vlm, heads, given, question, null="N/A", calibrated=True):

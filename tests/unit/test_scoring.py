@@ -25,17 +25,6 @@ def tiny() -> VLM:
     return load(paths.MODELS / "tiny-qwen3-vl-m", device="cpu")
 
 
-def eager_attention(vlm: VLM, prompt: prompts.Prompt) -> np.ndarray:
-    """[layer, head, question token, token] of a full forward pass."""
-    vlm.model.set_attn_implementation("eager")
-    try:
-        with torch.no_grad():
-            layers = vlm.model(**prompt.inputs, output_attentions=True, use_cache=False).attentions
-    finally:
-        vlm.model.set_attn_implementation("sdpa")
-    return torch.stack(layers)[:, 0][:, :, prompt.question].numpy()
-
-
 def head_outputs(vlm: VLM, prompt: prompts.Prompt) -> np.ndarray:
     """[layer, question token, head, channel] as they enter the output projection."""
     outputs, hooks = {}, []
@@ -61,13 +50,16 @@ def test_scores_equal_full_eager_passes(vlm, option_images):
     found = {name: array[0] for name, array in scores.quantities.items()}
 
     def mass(prompt):
-        return (eager_attention(vlm, prompt) @ prompt.weights(prompt.evidence)).mean(-1)
+        return (
+            example_prompts.eager_attention(vlm, prompt.own).numpy()
+            @ prompt.weights(prompt.evidence)
+        ).mean(-1)
 
     def with_other(question):
         return prompts.encode(vlm, dataclasses.replace(example, question=question))
 
     prompt = prompts.encode(vlm, example)
-    attention = eager_attention(vlm, prompt)
+    attention = example_prompts.eager_attention(vlm, prompt.own).numpy()
     close = {"atol": 1e-5, "rtol": 0}
     np.testing.assert_allclose(found["raw"], mass(prompt), **close)
     null = with_other(prompts.null_question(example.question))
@@ -96,7 +88,7 @@ def test_share_of_visual_evidence_is_taken_among_visual_tokens(tiny):
     example = needles.make("rendered_text", 128, 0.4, split="test")
     scores = scoring.score_heads(tiny, [example], progress=False)
     prompt = prompts.encode(tiny, example)
-    attention = eager_attention(tiny, prompt)
+    attention = example_prompts.eager_attention(tiny, prompt.own).numpy()
     visual = np.isin(prompt.ids, list(tiny.visual_ids))
     visual[prompt.question] = False
     raw = (attention @ prompt.weights(prompt.evidence)).mean(-1)
