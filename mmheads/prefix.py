@@ -264,13 +264,12 @@ def is_causal(vlm: VLM) -> bool:
 
 
 @torch.no_grad()
-def prefill(vlm: VLM, prompt: Prompt, *, layers: int = 0) -> Prefix:
-    """Run the context of a prompt once.
+def open_context(vlm: VLM, prompt: Prompt) -> Prefix:
+    """A context whose cache is empty until `fill` runs it, or None where it would be inexact.
 
     Args:
         vlm: The model.
         prompt: From `encode`, with all questions whose context should be the same.
-        layers: Run only the first ones; by default all.
 
     Raises:
         ValueError: A family whose decoder takes inputs that are not known here, or whose layers
@@ -283,15 +282,37 @@ def prefill(vlm: VLM, prompt: Prompt, *, layers: int = 0) -> Prefix:
     if not is_causal(vlm) or not inputs.closed_at(length):
         return Prefix(vlm, prompt, length, None, inputs.masked, inputs)
     check_words(vlm, prompt.inputs, inputs, length)
-    cache = DynamicCache()
-    arguments = inputs.call(0, length)
+    return Prefix(vlm, prompt, length, DynamicCache(), inputs.masked, inputs)
+
+
+def prefill(vlm: VLM, prompt: Prompt, *, layers: int = 0) -> Prefix:
+    """Run the context of a prompt once.
+
+    Args:
+        vlm: The model.
+        prompt: From `encode`, with all questions whose context should be the same.
+        layers: Run only the first ones; by default all.
+
+    Raises:
+        ValueError: As `open_context` does.
+    """
+    return fill(open_context(vlm, prompt), layers=layers)
+
+
+def fill(prefix: Prefix, *, layers: int = 0) -> Prefix:
+    """Run the context of a prefix that `open_context` made; see `prefill`."""
+    vlm, length = prefix.vlm, prefix.length
+    if prefix.cache is None or not length:
+        return prefix
+    assert prefix._inputs is not None
+    arguments = prefix._inputs.call(0, length)
 
     def run() -> None:
         with torch.no_grad():
-            vlm.decoder(**arguments, past_key_values=cache, use_cache=True)
+            vlm.decoder(**arguments, past_key_values=prefix.cache, use_cache=True)
 
-    if length and layers and layers < vlm.geometry.layers:
+    if layers and layers < vlm.geometry.layers:
         stop_after(vlm, {layers - 1: lambda call: call.query}, run)
-    elif length:
+    else:
         run()
-    return Prefix(vlm, prompt, length, cache, inputs.masked, inputs)
+    return prefix

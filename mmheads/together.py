@@ -19,10 +19,9 @@ from transformers import DynamicCache
 
 from mmheads import compat
 from mmheads.attention import record_mass, stop_after
-from mmheads.decoder import catch, check_words
 from mmheads.families import PER_TOKEN
 from mmheads.models import VLM
-from mmheads.prefix import Attention, Prefix, is_causal, prefill
+from mmheads.prefix import Attention, Prefix, fill, is_causal, open_context, prefill
 from mmheads.prompts import Prompt, Question
 
 
@@ -55,13 +54,9 @@ def ask_all(
     """
     if not _one_mask(vlm) or not all(prompt.shared for prompt in prompts):
         return [_alone(prefill(vlm, prompt), of) for prompt, of in zip(prompts, asked, strict=True)]
-    prefixes = []
-    for prompt in prompts:
-        inputs = catch(vlm, prompt.inputs)
-        check_words(vlm, prompt.inputs, inputs, prompt.shared)
-        prefixes.append(Prefix(vlm, prompt, prompt.shared, DynamicCache(), inputs.masked, inputs))
+    prefixes = [open_context(vlm, prompt) for prompt in prompts]
     if any(prefix.masked for prefix in prefixes):
-        return [_alone(prefill(vlm, prompt), of) for prompt, of in zip(prompts, asked, strict=True)]
+        return [_alone(fill(prefix), of) for prefix, of in zip(prefixes, asked, strict=True)]
     cache, longest = DynamicCache(), max(prompt.shared for prompt in prompts)
     contexts = _batch([prefix.context() for prefix in prefixes], longest)
 
