@@ -343,16 +343,16 @@ def _shapes(prompt: Prompt) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape[1:]) for name, value in prompt.inputs.items()}
 
 
-def stacked(prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
-    """Model inputs of prompts of one shape as one batch."""
-    return {name: torch.cat([p.inputs[name] for p in prompts]) for name in prompts[0].inputs}
+def stacked(prompts: Sequence[Prompt], *, pixels: bool = True) -> dict[str, torch.Tensor]:
+    """Model inputs of prompts of one shape as one batch, with or without their pixels."""
+    names = [name for name in prompts[0].inputs if pixels or name in WITHOUT_PIXELS]
+    return {name: torch.cat([p.inputs[name] for p in prompts]) for name in names}
 
 
 @torch.no_grad()
 def _generate(vlm: VLM, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
-    inputs = on_device(vlm, stacked(prompts))
-    if _share(vlm, prompts):  # `ablate_rows` gives the images of one row for all
-        inputs = {name: inputs[name] for name in WITHOUT_PIXELS if name in inputs}
+    # `ablate_rows` gives the images of one row for all
+    inputs = on_device(vlm, stacked(prompts, pixels=not _share(vlm, prompts)))
     tokens = vlm.model.generate(
         **inputs,
         logits_processor=LogitsProcessorList([_Finite(vlm)]),
