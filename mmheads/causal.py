@@ -64,7 +64,6 @@ def single_head_effects(
         ValueError: No example, or one without an answer.
     """
     found = []
-    layers, width = vlm.geometry.layers, vlm.geometry.heads
     none = HeadSet((), vlm.geometry, vlm.model_id)
     sets = [none, *(dataclasses.replace(none, heads=(head,)) for head in vlm.every_head)]
     for example in tqdm(examples, desc="heads", disable=not progress, leave=False):
@@ -74,7 +73,9 @@ def single_head_effects(
         for some in (sets[first : first + rows] for first in range(0, len(sets), rows)):
             values.append(_ablated_odds(vlm, prompt, some).cpu())
         whole, *without = torch.cat(values).tolist()
-        found.append(whole - np.array(without, np.float32).reshape(layers, width))
+        effects = np.zeros((vlm.geometry.layers, vlm.geometry.heads), np.float32)
+        effects[vlm.every_head.mask] = whole - np.array(without, np.float32)
+        found.append(effects)
     if not found:
         raise ValueError("there is no example to ablate heads on")
     return np.stack(found)

@@ -137,6 +137,7 @@ def _score(options: argparse.Namespace) -> None:
 
 
 def _heat_map(scores: Any) -> Any:
+    import numpy as np
     from matplotlib.figure import Figure
 
     from mmheads import figures, plots
@@ -144,7 +145,7 @@ def _heat_map(scores: Any) -> Any:
     figure = Figure(figsize=(figures.COLUMN, figures.COLUMN), dpi=200, layout="constrained")
     axis = figure.subplots()
     plots.set_title(axis, f"{scores.provenance.model}, n = {len(scores.values)}", width=40)
-    image = plots.heat_map(axis, scores.mean)
+    image = plots.heat_map(axis, np.where(scores.geometry.every, scores.mean, np.nan))
     figure.colorbar(image, label="calibrated retrieval score")
     return figure
 

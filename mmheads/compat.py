@@ -6,8 +6,9 @@ some private names itself.
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 import transformers
 from PIL import Image
-from transformers import AttentionInterface, AttentionMaskInterface, ProcessorMixin
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, ProcessorMixin
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import (
@@ -59,6 +61,15 @@ def set_attention_name(model: Any, text_config: Any, name: str) -> None:
     model.set_attn_implementation({key: name})
 
 
+OUTPUT_PROJECTIONS = ("o_proj",)
+"""Names of the layer that mixes the heads of an attention module."""
+
+
+def output_projection(module: Any) -> Any:
+    """The layer of an attention module that mixes its heads; None where there is none."""
+    return next((getattr(module, n) for n in OUTPUT_PROJECTIONS if hasattr(module, n)), None)
+
+
 ENCODED_IMAGES = "mm_encoder_outputs"
 """Model input by which `generate` hands on the images that it has encoded."""
 
@@ -81,6 +92,74 @@ def deepstack_of_rows(decoder: Any) -> Iterator[None]:
         yield
     finally:
         del decoder._deepstack_process
+
+
+# --- caches
+
+_STATES = ("conv_states", "recurrent_states")
+"""Numbered tensors of a cache's layer that depend on all tokens so far and cannot be cut."""
+
+CACHE_TENSORS = ("keys", "values", *_STATES)
+"""Names of what a layer of a cache may hold."""
+
+
+def empty_cache(config: Any) -> DynamicCache:
+    """A cache of all keys and values, which can be cut, and of the states of recurrent layers.
+
+    Sliding layers keep all keys too, so that questions may go on from an earlier token.
+
+    Args:
+        config: Of the language model.
+    """
+    cache = DynamicCache(config=config)
+    layers: list[Any] = cache.layers
+    sliding = DynamicSlidingWindowLayer
+    cache.layers = [DynamicLayer() if type(layer) is sliding else layer for layer in layers]
+    return cache
+
+
+def has_states(cache: Cache) -> bool:
+    """Whether a cache holds states that cannot be cut to fewer tokens."""
+    return any(hasattr(layer, _STATES[0]) for layer in cache.layers)
+
+
+def cut_layer(layer: Any, length: int, place: torch.device | str) -> Any:
+    """A copy of a cache's layer with the keys of the first tokens, and with states as they are."""
+    cut = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, dict):  # a call changes the states of a layer in place
+            states = {
+                i: s.to(place, copy=True) if torch.is_tensor(s) else s for i, s in value.items()
+            }
+            setattr(cut, name, states)
+        elif name in ("keys", "values") and value is not None:
+            setattr(cut, name, value[..., :length, :].to(place))
+    return cut
+
+
+def layer_tensors(layer: Any) -> dict[str, torch.Tensor]:
+    """What a layer of a cache holds, by name: "keys", "values", "conv_states.0", ..."""
+    held = {name: getattr(layer, name, None) for name in ("keys", "values")}
+    for name in _STATES:
+        held |= {f"{name}.{i}": state for i, state in getattr(layer, name, {}).items()}
+    return {name: tensor for name, tensor in held.items() if tensor is not None}
+
+
+def fill_layer(layer: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Let an empty layer of a cache hold what `layer_tensors` gave.
+
+    Raises:
+        KeyError: The tensors are those of another kind of layer.
+    """
+    if isinstance(layer, DynamicLayer):
+        layer.update(tensors["keys"], tensors["values"])
+    for name in _STATES:
+        for i in getattr(layer, name, {}):
+            if (state := tensors.get(f"{name}.{i}")) is not None:
+                size = {"conv_kernel_size": state.shape[-1]} if name == _STATES[0] else {}
+                layer.lazy_initialization(**{name: state}, state_idx=i, **size)
+                getattr(layer, name)[i].copy_(state)
+                layer.has_previous_state[i] = True
 
 
 # --- configurations and devices

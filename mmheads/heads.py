@@ -45,12 +45,14 @@ class HeadGeometry:
         heads: Number of query heads per layer.
         kv_groups: Number of key-value heads per layer; `heads / kv_groups` query heads share one.
         global_layers: The layers that attend to the whole context; None if all do.
+        without_heads: The layers that have no heads, but a recurrence or a convolution.
     """
 
     layers: int
     heads: int
     kv_groups: int
     global_layers: tuple[int, ...] | None = None
+    without_heads: tuple[int, ...] = ()
 
     __pydantic_config__ = ONLY_KNOWN_FIELDS
 
@@ -60,14 +62,21 @@ class HeadGeometry:
                 f"{self.layers} layers of {self.heads} heads in {self.kv_groups} KV groups: "
                 "expected positive numbers, and as many heads in each KV group of a layer"
             )
-        beyond = [layer for layer in self.global_layers or () if not 0 <= layer < self.layers]
-        if beyond:
+        named = (*(self.global_layers or ()), *self.without_heads)
+        if beyond := [layer for layer in named if not 0 <= layer < self.layers]:
             raise ValueError(f"global layers {beyond} are not among the {self.layers} layers")
 
     @property
     def size(self) -> int:
         """Number of heads of the whole model."""
-        return self.layers * self.heads
+        return (self.layers - len(self.without_heads)) * self.heads
+
+    @property
+    def every(self) -> NDArray[np.bool_]:
+        """[layer, head], True in layers that have heads."""
+        mask = np.ones((self.layers, self.heads), dtype=bool)
+        mask[list(self.without_heads)] = False
+        return mask
 
     @property
     def eligible(self) -> NDArray[np.bool_]:

@@ -103,7 +103,9 @@ class VLM:
 
     def device_of(self, layer: int) -> torch.device:
         """Where a layer is computed; weights that Accelerate keeps elsewhere are on no device."""
-        return compat.device_of(self.attentions[layer].o_proj) or self.device
+        module = self.attentions.get(layer)
+        part = compat.output_projection(module) if module else self.decoder.layers[layer]
+        return compat.device_of(part) or self.device
 
     @cached_property
     def attentions(self) -> dict[int, Any]:
@@ -111,7 +113,7 @@ class VLM:
         modules = {
             module.layer_idx: module
             for name, module in self.decoder.named_modules()
-            if hasattr(module, "o_proj")
+            if compat.output_projection(module) is not None
             and isinstance(getattr(module, "layer_idx", None), int)
             and not name.endswith("cross_attn")
         }
@@ -146,7 +148,8 @@ class VLM:
         every = tuple(self.attentions)
         heads = self._count("num_attention_heads", every)
         groups = self._count("num_key_value_heads", full or every) or heads
-        return HeadGeometry(layers, heads, groups, None if len(full) == layers else full)
+        bare = tuple(layer for layer in range(layers) if layer not in self.attentions)
+        return HeadGeometry(layers, heads, groups, None if len(full) == layers else full, bare)
 
     def _count(self, name: str, layers: tuple[int, ...]) -> int:
         """A number of heads that some layers have in common; 0 if the model has no such setting.
@@ -169,10 +172,9 @@ class VLM:
 
     @cached_property
     def every_head(self) -> HeadSet:
-        """All heads, in the order of layer, then head."""
-        shape = self.geometry
-        heads = [Head(i, j) for i in range(shape.layers) for j in range(shape.heads)]
-        return HeadSet(tuple(heads), shape, self.model_id)
+        """All heads, in the order of layer, then head; some layers may have none."""
+        heads = [Head(i, j) for i in self.attentions for j in range(self.geometry.heads)]
+        return HeadSet(tuple(heads), self.geometry, self.model_id)
 
     @cached_property
     def visual_ids(self) -> frozenset[int]:

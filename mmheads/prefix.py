@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import DynamicCache
 
+from mmheads import compat
 from mmheads.attention import record_keys, record_mass, stop_after
 from mmheads.decoder import DecoderInputs, catch, check_words
 from mmheads.decoder import on_device as on_device
@@ -63,6 +64,11 @@ class Prefix:
     """What the decoder gets for the prompt's own question; None if it is forgotten."""
 
     @property
+    def has_states(self) -> bool:
+        """Whether layers keep a state after the context's last token, which cannot be cut."""
+        return self.cache is not None and compat.has_states(self.cache)
+
+    @property
     def bytes(self) -> int:
         """Size of the cache."""
         return cache_bytes(self.cache) if self.cache else 0
@@ -89,9 +95,17 @@ class Prefix:
         """How many tokens of the cache a question goes on from: `length`, or a few less.
 
         Raises:
-            ValueError: The question is one to another context.
+            ValueError: The question is one to another context, or it needs fewer tokens of it than
+                the states of recurrent layers have seen.
         """
         start = min(self.length, question.start)
+        if start < self.length and self.has_states:
+            raise ValueError(
+                f"the question {question.parts!r} shares a token with what is before it, and "
+                f"layers of {self.vlm} ({self.vlm.family}) keep a state that cannot be cut to the "
+                "tokens before; end the context's text with a line break, or encode the question "
+                "with the context"
+            )
         if not torch.equal(question.ids[:start], self.prompt.ids[:start]) or (
             start < self.length and self.vlm.is_visual(self.prompt.ids[start : self.length]).any()
         ):
@@ -179,7 +193,7 @@ class Prefix:
         first, arguments = self.ready(question, pixels)
 
         def run() -> None:
-            cache = self._copy(first) if first else DynamicCache()
+            cache = self._copy(first) if first else compat.empty_cache(self.vlm.text_config)
             with torch.no_grad():
                 self.vlm.decoder(**arguments, past_key_values=cache, use_cache=True)
 
@@ -249,12 +263,11 @@ class Prefix:
         """The first tokens of the cache, by default where the model is."""
         assert self.cache is not None
         kept = copy.copy(self.cache)
-        kept.layers = [copy.copy(layer) for layer in self.cache.layers]
-        layers: list[Any] = kept.layers
-        for number, layer in enumerate(layers):
-            place = device or self.vlm.device_of(number)
-            layer.keys = layer.keys[..., :length, :].to(place)
-            layer.values = layer.values[..., :length, :].to(place)
+        layers: list[Any] = self.cache.layers
+        kept.layers = [
+            compat.cut_layer(layer, length, device or self.vlm.device_of(number))
+            for number, layer in enumerate(layers)
+        ]
         return kept
 
 
@@ -272,17 +285,15 @@ def open_context(vlm: VLM, prompt: Prompt) -> Prefix:
         prompt: From `encode`, with all questions whose context should be the same.
 
     Raises:
-        ValueError: A family whose decoder takes inputs that are not known here, or whose layers
-            keep a state that cannot be cut.
+        ValueError: A family whose decoder takes inputs that are not known here.
     """
-    if "linear_attention" in (getattr(vlm.text_config, "layer_types", None) or ()):
-        raise ValueError(f"layers of {vlm.family} keep a state that cannot be cut to the context")
     length = prompt.shared
     inputs = catch(vlm, prompt.inputs)
     if not is_causal(vlm) or not inputs.closed_at(length):
         return Prefix(vlm, prompt, length, None, inputs.masked, inputs)
     check_words(vlm, prompt.inputs, inputs, length)
-    return Prefix(vlm, prompt, length, DynamicCache(), inputs.masked, inputs)
+    cache = compat.empty_cache(vlm.text_config)
+    return Prefix(vlm, prompt, length, cache, inputs.masked, inputs)
 
 
 def prefill(vlm: VLM, prompt: Prompt, *, layers: int = 0) -> Prefix:
@@ -291,7 +302,7 @@ def prefill(vlm: VLM, prompt: Prompt, *, layers: int = 0) -> Prefix:
     Args:
         vlm: The model.
         prompt: From `encode`, with all questions whose context should be the same.
-        layers: Run only the first ones; by default all.
+        layers: Run only the first ones, and those up to the next with heads; by default all.
 
     Raises:
         ValueError: As `open_context` does.
@@ -311,8 +322,9 @@ def fill(prefix: Prefix, *, layers: int = 0) -> Prefix:
         with torch.no_grad():
             vlm.decoder(**arguments, past_key_values=prefix.cache, use_cache=True)
 
-    if layers and layers < vlm.geometry.layers:
-        stop_after(vlm, {layers - 1: lambda call: call.query}, run)
+    last = next((layer for layer in vlm.attentions if layer >= layers - 1), vlm.geometry.layers)
+    if layers and last < vlm.geometry.layers - 1:
+        stop_after(vlm, {last: lambda call: call.query}, run)
     else:
         run()
     return prefix

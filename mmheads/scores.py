@@ -154,7 +154,7 @@ class HeadScores:
 
     def all_eligible(self) -> HeadScores:
         """The same scores with every head eligible, those of sliding-window layers too."""
-        return dataclasses.replace(self, eligible=np.ones_like(self.eligible))
+        return dataclasses.replace(self, eligible=self.geometry.every)
 
     def top(self, fraction: float = 0.05, *, count: int | None = None) -> HeadSet:
         """The strongest eligible heads by mean score (paper A, Sec. 3).

@@ -63,7 +63,7 @@ def ask_all(
     def run() -> None:
         vlm.decoder(**contexts, past_key_values=cache, use_cache=True)
 
-    stop_after(vlm, {vlm.geometry.layers - 1: lambda call: call.query}, run)
+    stop_after(vlm, {max(vlm.attentions): lambda call: call.query}, run)
     rows = [
         _one_row([prefix.ready(each.question, each.pixels)[1] for each in of])
         for prefix, of in zip(prefixes, asked, strict=True)

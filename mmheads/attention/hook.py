@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
@@ -139,6 +139,11 @@ def check_heads(vlm: VLM, sets: Sequence[HeadSet], what: str) -> None:
                 f"heads of {chosen.model or 'a model'} with {chosen.geometry} cannot be {what} in "
                 f"{vlm} with {vlm.geometry}"
             )
+        if missing := [head for head in chosen if head.layer in vlm.geometry.without_heads]:
+            raise ValueError(
+                f"{format_heads(missing[:4])} cannot be {what} in {vlm}: of its layers, only "
+                f"{list(vlm.attentions)} have attention heads"
+            )
     if any(chosen.origin.revision not in ("", vlm.revision) for chosen in sets):
         check_revision(vlm, sets, vlm.weights)
 
@@ -183,6 +188,31 @@ def attached(vlm: VLM, states: Mapping[int, _State]) -> Iterator[None]:
         for module in vlm.attentions.values():
             module.__dict__.pop(_STATE, None)
         compat.set_attention_name(vlm.model, config, stock)
+
+
+@contextmanager
+def on_projections(
+    vlm: VLM, layers: Iterable[int], see: Callable[[int, torch.Tensor], torch.Tensor | None]
+) -> Iterator[None]:
+    """Show what heads give to the output projection, after the gate of families that have one.
+
+    Args:
+        vlm: The model.
+        layers: Of the model, with heads.
+        see: Is called with the layer and with [example, row, head, channel]; a tensor that it
+            returns is used instead.
+    """
+
+    def enter(layer: int, module: Any, args: tuple[torch.Tensor, ...]) -> Any:
+        changed = see(layer, args[0].unflatten(-1, (vlm.geometry.heads, -1)))
+        return None if changed is None else (changed.flatten(-2), *args[1:])
+
+    with ExitStack() as hooks:
+        for layer in layers:
+            projection = compat.output_projection(vlm.attentions[layer])
+            handle = projection.register_forward_pre_hook(partial(enter, layer))
+            hooks.callback(handle.remove)
+        yield
 
 
 def check_finite(values: torch.Tensor, layer: int, heads: slice | list[int], what: str) -> None:

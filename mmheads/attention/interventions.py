@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
-from mmheads.attention.hook import WORKING_SET, Call, attached, check_heads
+from mmheads.attention.hook import WORKING_SET, Call, attached, check_heads, on_projections
 from mmheads.attention.recording import stacked
 from mmheads.heads import HeadSet
 from mmheads.models import VLM
@@ -39,7 +40,7 @@ def ablate(
         heads: For all rows of a batch, or a set for each row.
         mode: "zero": attention weights after the softmax, and so the head's output, are zero
             (paper A, Sec. 5). "mean": the output is that of `means`. "uniform": the weights are
-            equal over the keys that the head may see.
+            equal over the keys that the head may see, before the gate of families that have one.
         when: For which tokens: "prefill" is a call with several, "decode" one with a single token,
             "answer" the tokens that an answer's tokens are predicted at: the last of the prompt
             (padded on the left, if at all) and those decoded.
@@ -51,7 +52,7 @@ def ablate(
     """
     state = ablation(vlm, [heads] if isinstance(heads, HeadSet) else heads, mode, when, means)
     layers = state.heads.any(dim=(0, 2)).nonzero()[:, 0].tolist()
-    with attached(vlm, dict.fromkeys(layers, state)):
+    with attached(vlm, dict.fromkeys(layers, state)), state.putting_means(vlm, layers):
         yield
 
 
@@ -79,24 +80,47 @@ class Ablation:
 
     def __call__(self, call: Call, heads: torch.Tensor | None = None) -> torch.Tensor:
         """The output of a layer's heads; `heads`, by default its own, belong to the rows."""
-        output = call.output
-        here = (self.heads if heads is None else heads)[:, call.layer].to(output.device)
+        if self.mode == "mean":  # put where heads give their outputs to the projection
+            return call.output
+        uniform = partial(_uniform, call) if self.mode == "uniform" else None
+        return self._changed(call.layer, call.output, uniform, heads)
+
+    def putting_means(
+        self,
+        vlm: VLM,
+        layers: Iterable[int],
+        heads: Callable[[int], torch.Tensor | None] = lambda layer: None,
+    ) -> AbstractContextManager[None]:
+        """A context in which heads give their means, if that is the mode."""
+        means = self.means
+        if means is None:
+            return nullcontext()
+
+        def put(layer: int, output: torch.Tensor) -> torch.Tensor:
+            return self._changed(layer, output, lambda rows: means[layer], heads(layer))
+
+        return on_projections(vlm, layers, put)
+
+    def _changed(
+        self,
+        layer: int,
+        output: torch.Tensor,
+        instead: Callable[[slice], torch.Tensor] | None,
+        heads: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The output with something, by default zeros, in place of that of the heads."""
+        here = (self.heads if heads is None else heads)[:, layer].to(output.device)
         if len(here) not in (1, len(output)):
             raise ValueError(f"{len(here)} head sets for a batch of {len(output)} rows")
         decoding = output.shape[1] == 1
         rows = slice(-1, None) if self.when == "answer" else slice(None)
         if self.when == ("prefill" if decoding else "decode"):
             return output
-        if self.mode == "zero" and self.when != "answer":
+        if instead is None and self.when != "answer":
             return output.masked_fill(here[:, None, :, None], 0.0)
-        if self.mode == "zero":
-            instead = output.new_zeros(())
-        elif self.means is not None:
-            instead = self.means[call.layer].to(output)
-        else:
-            instead = _uniform(call, rows).to(output.dtype)
+        other = instead(rows).to(output) if instead else output.new_zeros(())
         changed = output.clone()
-        changed[:, rows] = torch.where(here[:, None, :, None], instead, output[:, rows])
+        changed[:, rows] = torch.where(here[:, None, :, None], other, output[:, rows])
         return changed
 
 
@@ -135,17 +159,16 @@ def mean_outputs(vlm: VLM) -> Iterator[Callable[[], torch.Tensor]]:
     counts: dict[int, int] = {}
     layers = vlm.geometry.layers
 
-    def add(call: Call) -> torch.Tensor:
-        total = call.output.detach().double().sum(dim=(0, 1)).cpu()
-        sums[call.layer] = sums.get(call.layer, 0) + total
-        counts[call.layer] = counts.get(call.layer, 0) + call.output[..., 0, 0].numel()
-        return call.output
+    def add(layer: int, output: torch.Tensor) -> None:
+        total = output.detach().double().sum(dim=(0, 1)).cpu()
+        sums[layer] = sums.get(layer, 0) + total
+        counts[layer] = counts.get(layer, 0) + output[..., 0, 0].numel()
 
     def means() -> torch.Tensor:
         found = {layer: total / counts[layer] for layer, total in sums.items()}
         return stacked({layer: mean[None].float() for layer, mean in found.items()}, layers)[0]
 
-    with attached(vlm, dict.fromkeys(vlm.attentions, add)):
+    with on_projections(vlm, vlm.attentions, add):
         yield means
 
 

@@ -15,6 +15,7 @@ from mmheads.attention.hook import (
     attached,
     check_finite,
     check_heads,
+    on_projections,
     stop_after,
 )
 from mmheads.heads import Head, HeadSet
@@ -32,7 +33,8 @@ class Recording:
         masses: By layer: [example, head, row, span] attention to the span, float32.
         entropies: By layer: [example, head, row] entropy in nats of the attention among `text`; 0
             where no attention goes there.
-        norms: By layer: [example, head, row] Euclidean norm of the head's output.
+        norms: By layer: [example, head, row] Euclidean norm of the head's output, as it enters
+            the output projection: after the gate of families that have one (Qwen3.5).
     """
 
     rows: torch.Tensor
@@ -58,7 +60,20 @@ class Recording:
 
     def norm(self, layers: int) -> torch.Tensor:
         """[example, layer, head, row] on the CPU; 0 in layers without heads."""
+        if missing := sorted(self.masses.keys() - self.norms.keys()):
+            raise ValueError(f"layers {missing} do not call their output projection")
         return stacked(self.norms, layers)
+
+    def add_norm(self, layer: int, output: torch.Tensor) -> None:
+        """Record the outputs [example, row, head, channel] of a layer whose masses are known."""
+        if layer in self.norms or layer not in self.masses:
+            return
+        rows = self.rows.to(output.device)
+        index = rows.clamp(min=0)[:, :, None, None].expand(-1, -1, *output.shape[2:])
+        norm = output.detach().gather(1, index).float().norm(dim=-1).transpose(1, 2)
+        norm = norm.masked_fill((rows < 0)[:, None], 0.0)
+        check_finite(norm.transpose(0, 1), layer, slice(None), "outputs")
+        self.norms[layer] = norm
 
 
 def stacked(by_layer: dict[int, torch.Tensor], layers: int) -> torch.Tensor:
@@ -93,7 +108,8 @@ def record_mass(
         ValueError: The model runs on another attention than "sdpa" or "eager".
     """
     recording = Recording(rows, weights, text)
-    with attached(vlm, dict.fromkeys(vlm.attentions, recording)):
+    seen = on_projections(vlm, vlm.attentions, recording.add_norm)
+    with attached(vlm, dict.fromkeys(vlm.attentions, recording)), seen:
         yield recording
 
 
@@ -188,16 +204,10 @@ def _record(state: Recording, call: Call) -> None:
             spread = total.log() - torch.xlogy(among, among).sum(-1) / total
             entropy[of, chosen, part] = torch.where(total > 0, spread, 0.0)
     padding = (rows < 0)[:, None, :]
-    output = call.output.detach()
-    index = seen[:, :, None, None].expand(-1, -1, *output.shape[2:])
-    norm = output.gather(1, index).float().norm(dim=-1).transpose(1, 2)
     mass.masked_fill_(padding[..., None], 0.0)
-    norm = norm.masked_fill(padding, 0.0)
     check_finite(mass.transpose(0, 1), call.layer, slice(None), "attention masses")
-    check_finite(norm.transpose(0, 1), call.layer, slice(None), "outputs")
     state.masses[call.layer] = mass
     state.entropies[call.layer] = entropy.masked_fill_(padding, 0.0)
-    state.norms[call.layer] = norm
 
 
 def _attend(

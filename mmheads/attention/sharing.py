@@ -102,6 +102,7 @@ def ablate_rows(
         stack.callback(handle.remove)
         stack.enter_context(compat.deepstack_of_rows(vlm.decoder))
         stack.enter_context(attached(vlm, dict.fromkeys(vlm.attentions, shared)))
+        stack.enter_context(state.putting_means(vlm, vlm.attentions, shared.heads))
         yield
 
 
@@ -157,4 +158,8 @@ class _Shared:
             whole[:, -1:] = output
             output = whole
         call.output = output
-        return self.state(call, self.state.heads[rows.standing[call.layer]])
+        return self.state(call, self.heads(call.layer))
+
+    def heads(self, layer: int) -> torch.Tensor:
+        """[row, layer, head] the heads of the rows that run in a layer now."""
+        return self.state.heads[self.rows.standing[layer]] if self.running else self.state.heads

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import DynamicCache
 
-from mmheads import paths
+from mmheads import compat, paths
 from mmheads.checks import parse
 from mmheads.examples import Example
 from mmheads.heads import Head, HeadSet, Origin
@@ -175,8 +175,9 @@ def _tensors(window: Window) -> Iterator[tuple[str, torch.Tensor]]:
     assert window.prefix.cache is not None, "Prefix.alone refuses a context that is not cached"
     layers: list[Any] = window.prefix.cache.layers
     for number, layer in enumerate(layers):
-        yield f"keys.{number}", layer.keys
-        yield f"values.{number}", layer.values
+        for name, tensor in compat.layer_tensors(layer).items():
+            kind, *state = name.split(".")
+            yield ".".join([kind, str(number), *state]), tensor
 
 
 def _described(window: Window) -> _Window:
@@ -253,7 +254,7 @@ def _prefix(vlm: VLM, heads: HeadSet, about: _About, window: _Window, tensors: _
     _expect(flat == list(range(len(prompt.parts))), "its candidates are not in order")
     _expect(sorted(window.sizes) == images, "its images have no sizes")
     _expect(window.length <= int(prompt.question[0]), "its context ends elsewhere")
-    cache = _cache(heads.layers[-1] + 1, window.length, tensors)
+    cache = _cache(vlm, heads.layers[-1] + 1, window.length, tensors)
     return Prefix(vlm, prompt, window.length, cache, masked=window.masked)
 
 
@@ -265,22 +266,31 @@ def _null_attention(attention: torch.Tensor, shape: Sequence[int]) -> np.ndarray
     return attention.float().numpy()
 
 
-def _cache(depth: int, length: int, tensors: _Tensors) -> DynamicCache:
+def _cache(vlm: VLM, depth: int, length: int, tensors: _Tensors) -> DynamicCache:
     """The cache of the first layers."""
-    keys, values = _under(tensors, "keys."), _under(tensors, "values.")
-    layers = [str(layer) for layer in range(depth)]
-    _expect(sorted(keys) == sorted(layers) == sorted(values), "its cache has other layers")
-    cache = DynamicCache()
-    for layer in layers:
-        for states in (keys[layer], values[layer]):
-            _expect(
-                states.ndim == 4
-                and states.shape[:3] == (1, keys[layer].shape[1], length)
-                and states.is_floating_point()
-                and bool(states.isfinite().all()),
-                f"the cache of layer {layer} has another shape or type, or is not finite",
-            )
-        cache.update(keys[layer], values[layer], int(layer))
+    by_layer: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition(".")
+        if kind in compat.CACHE_TENSORS:
+            layer, *state = rest.split(".")
+            by_layer.setdefault(int(layer), {})[".".join([kind, *state])] = tensor
+    cache = compat.empty_cache(vlm.text_config)
+    layers: list[Any] = cache.layers
+    _expect(by_layer.keys() <= set(range(depth)), "its cache has other layers")
+    for number, empty in enumerate(layers[:depth]):
+        states = by_layer.get(number, {})
+        keys = states.get("keys")
+        shape = () if keys is None else (1, keys.shape[1], length)
+        _expect(
+            all(
+                each.shape[: len(shape)] == shape
+                and each.is_floating_point()
+                and bool(each.isfinite().all())
+                for each in states.values()
+            ),
+            f"the cache of layer {number} has another shape or type, or is not finite",
+        )
+        compat.fill_layer(empty, states)
     return cache
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
+from mmheads import compat
 from mmheads.streaming.kernels import Pair
 
 
@@ -17,7 +18,7 @@ def cache_bytes(cache: Cache) -> int:
     return sum(
         layer.bytes
         if isinstance(layer, CompactLayer)
-        else int(layer.keys.nbytes + layer.values.nbytes)
+        else sum(tensor.nbytes for tensor in compat.layer_tensors(layer).values())
         for layer in layers
     )
 

@@ -1,6 +1,7 @@
 """Small examples for the random models of `families`."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -64,14 +65,24 @@ def example(family: str, question: str = "which rain falls") -> Example:
 
 @torch.no_grad()
 def eager_attention(vlm: VLM, question: Question) -> torch.Tensor:
-    """[layer, head, question token, token] from the model's own maps in a full forward pass."""
+    """[layer, head, question token, token] from the model's own maps in a full forward pass.
+
+    0 in layers without heads.
+    """
     stock = vlm.text_config._attn_implementation
     vlm.model.set_attn_implementation("eager")
     try:
         maps = vlm.model(**question.inputs, use_cache=False, output_attentions=True).attentions
     finally:
         vlm.model.set_attn_implementation(stock)
-    return torch.stack([each[0][:, question.tokens] for each in maps])
+    return torch.stack([each[0][:, question.tokens] for each in every_layer(vlm, maps)])
+
+
+def every_layer(vlm: VLM, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Values of the layers with heads, and zeros for those without."""
+    by_layer = dict(zip(vlm.attentions, values, strict=True))
+    empty = torch.zeros_like(values[0])
+    return [by_layer.get(layer, empty) for layer in range(vlm.geometry.layers)]
 
 
 def without_images(given: Example) -> Example:

@@ -25,6 +25,8 @@ FAMILIES = (
     "qwen3_vl",
     "qwen3_vl_moe",
     "qwen2_5_vl",
+    "qwen3_5",
+    "qwen3_5_moe",
     "internvl",
     "llava_onevision",
     "gemma3",
@@ -138,6 +140,8 @@ _NAMED = {
     "qwen3_vl": _QWEN,
     "qwen3_vl_moe": _QWEN,
     "qwen2_5_vl": _QWEN,
+    "qwen3_5": _QWEN,
+    "qwen3_5_moe": _QWEN,
     "internvl": {
         "context_image_token": "<IMG_CONTEXT>",
         "video_token": "<video>",
@@ -163,6 +167,8 @@ _MARKS = {
     "qwen3_vl": _QWEN_MARKS,
     "qwen3_vl_moe": _QWEN_MARKS,
     "qwen2_5_vl": _QWEN_MARKS,
+    "qwen3_5": _QWEN_MARKS,
+    "qwen3_5_moe": _QWEN_MARKS,
     "internvl": ("<IMG_CONTEXT>\n", "<video>\n"),
     "llava_onevision": ("<image>", "<video>"),
     "gemma3": ("<start_of_image>", ""),
@@ -202,7 +208,7 @@ def _processor(family: str) -> Any:
         case "qwen3":
             tokenizer.chat_template = template
             return tokenizer
-        case "qwen3_vl" | "qwen3_vl_moe" | "qwen2_5_vl":
+        case _ if family.startswith("qwen"):
             qwen3 = family.startswith("qwen3")
             kind = transformers.Qwen3VLProcessor if qwen3 else transformers.Qwen2_5_VLProcessor
             pixels = (_PATCH * _MERGE) ** 2
@@ -283,6 +289,11 @@ def _byte_pairs(special: tuple[str, ...]) -> Tokenizer:
 
 # --- models
 
+_LINEAR = {
+    **{f"linear_num_{name}_heads": 2 for name in ("key", "value")},
+    **{f"linear_{name}_head_dim": 8 for name in ("key", "value")},
+}
+"""Settings of gated delta nets."""
 _TOWER = {"hidden_size": 32, "intermediate_size": 32}
 _ENCODER = {**_TOWER, "num_hidden_layers": 2, "num_attention_heads": 2}
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
@@ -307,7 +318,7 @@ def _config(family: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig
     match family:
         case "qwen3":
             return kind(**text)
-        case "qwen3_vl" | "qwen3_vl_moe" | "qwen2_5_vl":
+        case _ if family.startswith("qwen"):
             text["rope_parameters"] = {**_ROPE, "mrope_section": [4, 2, 2]}
             vision = {
                 **_TOWER,
@@ -322,8 +333,13 @@ def _config(family: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig
                 vision |= {"window_size": 16, "fullatt_block_indexes": [1]}
             else:
                 text["rope_parameters"]["mrope_interleaved"] = True
-                vision |= {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]}
-            if family == "qwen3_vl_moe":
+                vision["num_position_embeddings"] = 64
+            if family.startswith("qwen3_vl"):
+                vision["deepstack_visual_indexes"] = [0]
+            elif family.startswith("qwen3_5"):
+                text |= {**_LINEAR, "layer_types": ["linear_attention", "full_attention"] * 2}
+                text["rope_parameters"]["partial_rotary_factor"] = 1.0
+            if family.endswith("moe"):
                 text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
             tokens = {f"{name}_id": getattr(tokenizer, f"{name}_id") for name in _QWEN}
         case "internvl":
@@ -388,11 +404,6 @@ _SMALL = {
     "eos_token_id": 2,
 }
 _MIXED = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 6}
-_LINEAR = {
-    "layer_types": ["linear_attention", "full_attention"] * 2,
-    **{f"linear_num_{name}_heads": 2 for name in ("key", "value")},
-    **{f"linear_{name}_head_dim": 8 for name in ("key", "value")},
-}
 _GEMMA_4 = {
     **_SMALL,
     **_MIXED,
@@ -417,7 +428,10 @@ TOKEN_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": ("gpt_oss", {**_SMALL, **_MIXED, "num_local_experts": 2, "num_experts_per_tok": 1}),
     "mistral": ("mistral", {**_SMALL, "sliding_window": 6}),
     "cohere2": ("cohere2", {**_SMALL, **_MIXED}),
-    "qwen3_5": ("qwen3_5_text", {**_SMALL, **_LINEAR}),
+    "qwen3_5_text": (
+        "qwen3_5_text",
+        {**_SMALL, **_LINEAR, "layer_types": ["linear_attention", "full_attention"] * 2},
+    ),
     "lfm2": ("lfm2", {**_SMALL, "layer_types": ["conv", "full_attention"] * 2}),
 }
 """By name, the type of a model and its text settings; the last families read only text."""

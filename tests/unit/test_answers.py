@@ -43,7 +43,7 @@ def test_answers_are_those_of_generate_row_by_row(family, tmp_path):
     given = [
         example_prompts.example(family, question) for question in ("which rain falls", "which one")
     ]
-    ablations = {"a": heads(vlm, (0, 1), (2, 3)), "b": [heads(vlm, (1, 0)), heads(vlm, (3, 7))]}
+    ablations = {"a": heads(vlm, (1, 1), (3, 3)), "b": [heads(vlm, (1, 0)), heads(vlm, (3, 7))]}
     table = answer(vlm, given, ablations, max_new_tokens=4, folder=tmp_path, progress=False)
     assert table.groupby("ablation", sort=False).size().to_dict() == {
         "full model": 2,

@@ -19,7 +19,7 @@ from mmheads.attention import (
     recording,
     stop_after,
 )
-from mmheads.heads import HeadSet
+from mmheads.heads import Head, HeadGeometry, HeadSet
 from mmheads.models import VLM
 
 
@@ -63,7 +63,8 @@ def test_masses_equal_eager_attention_and_logits_keep_every_bit(vlm, side):
             recorded = vlm.model(**inputs, use_cache=False).logits
         again = vlm.model(**inputs, use_cache=False).logits
         vlm.model.set_attn_implementation("eager")
-        eager = vlm.model(**inputs, use_cache=False, output_attentions=True).attentions
+        maps = vlm.model(**inputs, use_cache=False, output_attentions=True).attentions
+    eager = example_prompts.every_layer(vlm, maps)
     assert torch.equal(plain, recorded)
     assert torch.equal(plain, again)
     mass = recording.mass(len(eager))
@@ -82,7 +83,8 @@ def test_masses_are_recorded_in_the_prefill_of_generate(vlm):
     rows, weights = torch.full((2, 1), tokens - 1), torch.ones(2, tokens, 1)
     with record_mass(vlm, rows, weights) as recording:
         vlm.model.generate(**inputs, max_new_tokens=2, do_sample=False)
-    torch.testing.assert_close(recording.mass(4), torch.ones(2, 4, 8, 1, 1))
+    everywhere = torch.from_numpy(vlm.geometry.every).float()[None, :, :, None, None]
+    torch.testing.assert_close(recording.mass(4), everywhere.expand(2, -1, -1, -1, -1))
 
 
 def test_the_model_is_restored_after_an_exception():
@@ -226,6 +228,7 @@ def test_masses_entropies_and_norms_equal_a_computation_by_hand(
     among = expected[..., text] / expected[..., text].sum(-1, keepdims=True)
     entropy = -np.where(among > 0, among * np.log(np.where(among > 0, among, 1)), 0).sum(-1)
     np.testing.assert_allclose(state.entropies[0][0], entropy, atol=1e-6)
+    state.add_norm(0, as_tensor(output))
     norms = np.linalg.norm(output[0, rows], axis=-1).T
     np.testing.assert_allclose(state.norms[0][0], norms, rtol=1e-6)
 
@@ -257,3 +260,30 @@ def test_sliding_layers_are_not_eligible():
     assert gemma.geometry.eligible.any(axis=1).tolist() == [False, True, False, True]
     assert qwen.geometry.eligible.all()
     assert (qwen.geometry.layers, qwen.geometry.heads, qwen.geometry.kv_groups) == (4, 8, 2)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"])
+def test_only_attention_layers_have_heads_and_norms_are_those_behind_the_gate(family):
+    vlm = example_prompts.vlm(family)
+    assert vlm.geometry == HeadGeometry(4, 8, 2, global_layers=(1, 3), without_heads=(0, 2))
+    assert (vlm.geometry.size, len(vlm.every_head)) == (16, 16)
+    ids = torch.arange(5, 25)[None]
+    inputs = {"input_ids": ids, "mm_token_type_ids": torch.zeros_like(ids)}
+    projected: dict[str, torch.Tensor] = {}
+    for name in ("q_proj", "v_proj"):
+        getattr(vlm.attentions[3], name).register_forward_hook(
+            lambda module, args, output, name=name: projected.update({name: output[0]})
+        )
+    with torch.no_grad(), record_mass(vlm, torch.tensor([[4, 19]]), torch.ones(1, 20, 1)) as found:
+        vlm.model(**inputs, use_cache=False)
+    vlm.model.set_attn_implementation("eager")
+    with torch.no_grad():
+        maps = vlm.model(**inputs, use_cache=False, output_attentions=True).attentions[1][0]
+    value = projected["v_proj"].unflatten(-1, (2, 16)).repeat_interleave(4, 1).transpose(0, 1)
+    gate_of = projected["q_proj"].unflatten(-1, (8, 32))[..., 16:].transpose(0, 1).sigmoid()
+    expected = (maps @ value * gate_of)[:, [4, 19]].norm(dim=-1)
+    norms = found.norm(4)[0]
+    torch.testing.assert_close(norms[3], expected, atol=1e-5, rtol=1e-4)
+    assert not norms[[0, 2]].any()
+    with pytest.raises(ValueError, match=r"L0H3 cannot be ablated in qwen3_5.*only \[1, 3\] have"):
+        ablate(vlm, HeadSet((Head(0, 3),), vlm.geometry)).__enter__()

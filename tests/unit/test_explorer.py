@@ -60,14 +60,13 @@ def test_the_page_holds_the_scores_and_the_attention_of_full_passes(family):
     page = content(explorer.explore(vlm, example, progress=False))
     (shown,) = page["examples"]
     expected = scoring.score_heads(vlm, [example], progress=False)
-    for name in ("raw", "null", "share", "context"):
-        found = floats(shown["scores"][name]).reshape(expected.values.shape[1:])
-        np.testing.assert_allclose(found, expected.quantities[name][0], atol=1e-5, rtol=0)
-    found = floats(shown["scores"]["calibrated"]).reshape(expected.values.shape[1:])
-    np.testing.assert_allclose(found, expected.values[0], atol=1e-5, rtol=0)
+    planes = {**expected.quantities, "calibrated": expected.values}
+    for name in ("raw", "null", "share", "context", "calibrated"):
+        of_heads = planes[name][0][vlm.every_head.mask]
+        np.testing.assert_allclose(floats(shown["scores"][name]), of_heads, atol=1e-5, rtol=0)
 
     prompt = prompts.encode(vlm, example)
-    exact = example_prompts.eager_attention(vlm, prompt.own).flatten(0, 1).numpy()
+    exact = example_prompts.eager_attention(vlm, prompt.own)[vlm.every_head.mask].numpy()
     for head, (means, tokens) in enumerate(zip(shown["means"], shown["tokens"], strict=True)):
         mean = attention(means, 2)
         ours = exact[head][:, : mean.shape[1]]

@@ -3,6 +3,7 @@
 Random models of each family, some with their stock processor and some given token ids.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -18,12 +19,13 @@ from mmheads.examples import Example
 from mmheads.models import VLM
 from mmheads.prefix import Prefix, prefill
 from mmheads.prompts import Prompt, Question, Span, encode, null_question
+from mmheads.scoring import score_heads
+from mmheads.tasks import needles
 
 WHOLE_PASSES = {"paligemma", "paligemma2", "molmo2, images in the question"}
 """Tokens of the context see the question: nothing is cached, each question runs the prompt."""
 
 REFUSED = {
-    "qwen3_5": "layers of qwen3_5_text keep a state that cannot be cut",
     "lfm2": "has no attention layer with an `o_proj`",
 }
 
@@ -129,7 +131,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, atol=5e-6 * max(1, scale), rtol=1e-4)
 
 
-@pytest.mark.parametrize(("build", "name", "questions"), cases())
+@pytest.mark.parametrize(("build", "name", "questions"), list(cases()))
 def test_a_family_is_exact_or_refused_by_name(build, name, questions):
     if name in REFUSED:
         case = build(name, questions)
@@ -157,7 +159,7 @@ def test_a_family_is_exact_or_refused_by_name(build, name, questions):
         torch.testing.assert_close(attention.mass, expected, atol=1e-5, rtol=0)
         keys = prefix.keys(question, vlm.every_head)
         means = np.einsum("hk,ks->hs", keys, np.stack(spans, axis=-1)[: prompt.shared])
-        by_head = expected.mean(2).flatten(0, 1).numpy()
+        by_head = expected.mean(2)[list(vlm.attentions)].flatten(0, 1).numpy()
         np.testing.assert_allclose(means, by_head, atol=1e-5)
 
     rows, shares = torch.from_numpy(own.tokens)[None], torch.ones(1, len(own), 1)
@@ -173,6 +175,25 @@ def test_a_context_that_sees_the_question_is_not_kept_for_later_ones(name):
     case = given_tokens(name, "words")
     with pytest.raises(ValueError, match=f"{name}.* tokens of the context see the question"):
         prefill(case.vlm, case.prompt).alone(case.prompt)
+
+
+def test_a_question_that_needs_fewer_tokens_than_a_state_has_seen_is_refused():
+    case = given_tokens("qwen3_5_text", "words")
+    prefix = prefill(case.vlm, case.prompt)
+    earlier = dataclasses.replace(case.prompt.own, start=case.prompt.shared - 1)
+    with pytest.raises(ValueError, match=r"layers of qwen3_5_text .* keep a state that cannot be"):
+        prefix.start(earlier)
+
+
+def test_needle_tasks_run_through_layers_with_a_state():
+    vlm = example_prompts.vlm("qwen3_5")
+    examples = needles.generate(needles.TASKS, [128], [0.4], pairs=1)
+    scores = score_heads(vlm, examples, progress=False)
+    assert len(scores.values) == len(needles.TASKS)
+    assert not scores.values[:, [0, 2]].any()
+    assert (scores.quantities["raw"][:, [1, 3]] > 0).all()
+    assert {head.layer for head in scores.top(0.25)} <= {1, 3}
+    assert len(scores.top(0.25)) == 4, "a quarter of the 16 heads that there are"
 
 
 def test_masks_of_another_kind_are_refused_by_name():

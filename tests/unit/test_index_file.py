@@ -65,8 +65,8 @@ def test_saved_and_loaded_the_scores_are_the_same(tmp_path, keep):
         assert json.loads(one.metadata()["mmheads"]) == json.loads(other.metadata()["mmheads"])
 
 
-@pytest.mark.parametrize("family", ["gemma3", "smolvlm", "internvl"])
-def test_families_with_masks_and_tiles_are_saved_too(family, tmp_path):
+@pytest.mark.parametrize("family", ["gemma3", "smolvlm", "internvl", "qwen3_5"])
+def test_families_with_masks_tiles_and_states_are_saved_too(family, tmp_path):
     vlm = example_prompts.vlm(family)
     index = DocumentIndex(vlm, some_heads(vlm), candidates(family), window=2, overlap=1)
     index.save(tmp_path / "10-K.2023")

@@ -26,7 +26,7 @@ def tiny() -> VLM:
 
 
 def head_outputs(vlm: VLM, prompt: prompts.Prompt) -> np.ndarray:
-    """[layer, question token, head, channel] as they enter the output projection."""
+    """[layer, question token, head, channel] as they enter the output projection, or 0."""
     outputs, hooks = {}, []
     for layer, module in vlm.attentions.items():
 
@@ -38,7 +38,8 @@ def head_outputs(vlm: VLM, prompt: prompts.Prompt) -> np.ndarray:
         vlm.model(**prompt.inputs, use_cache=False)
     for hook in hooks:
         hook.remove()
-    return torch.stack([outputs[layer] for layer in sorted(outputs)])[:, prompt.question].numpy()
+    every = example_prompts.every_layer(vlm, [outputs[layer] for layer in sorted(outputs)])
+    return torch.stack(every)[:, prompt.question].numpy()
 
 
 @pytest.mark.parametrize("option_images", [True, False])
@@ -72,7 +73,8 @@ def test_scores_equal_full_eager_passes(vlm, option_images):
     np.testing.assert_allclose(found["context"], (attention @ context).mean(-1), **close)
     visual = np.isin(prompt.ids, list(vlm.visual_ids))
     same_kind = context * (~visual if vlm.is_text_only else 1)
-    share = found["raw"] / (attention @ same_kind).mean(-1)
+    everywhere = (attention @ same_kind).mean(-1)
+    share = np.divide(found["raw"], everywhere, out=everywhere * 0, where=everywhere > 0)
     np.testing.assert_allclose(found["share"], share, atol=1e-4, rtol=0)
     among = attention[..., (context > 0) & ~visual]
     total = among.sum(-1, keepdims=True)

@@ -29,12 +29,6 @@ def chosen(vlm, *, whole_groups: bool = False) -> HeadSet:
     return HeadSet(tuple(dict.fromkeys(Head(*h) for h in heads)), geometry, vlm.model_id)
 
 
-def every_head(vlm) -> HeadSet:
-    geometry = vlm.geometry
-    heads = [Head(i, j) for i in range(geometry.layers) for j in range(geometry.heads)]
-    return HeadSet(tuple(heads), geometry, vlm.model_id)
-
-
 def masked(vlm, dense: HeadSet, sinks: int = SINKS, window: int = WINDOW):
     """A context in which heads attend under a mask each, by plain matrix products."""
 
@@ -147,7 +141,7 @@ def test_with_every_head_dense_or_a_window_over_all_it_is_the_stock_model(family
     vlm = example_prompts.vlm(family)
     given = inputs(family, vlm)
     stock = logits(vlm, given)
-    with stream(vlm, every_head(vlm), SINKS, WINDOW) as streaming:
+    with stream(vlm, vlm.every_head, SINKS, WINDOW) as streaming:
         assert torch.equal(logits(vlm, given), stock)
         assert streaming.dense_head_share == streaming.dense_group_share == 1
         assert streaming.layers == ()
