@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
-from transformers import Cache, DynamicCache, StaticCache
+from transformers import Cache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks.random_models import QUESTION_TOKENS, Size, random_model
@@ -24,6 +24,7 @@ from benchmarks.timing import (
     show_megabytes,
     show_seconds,
 )
+from mmheads import compat
 from mmheads.heads import Head, HeadSet, head_count
 from mmheads.models import VLM
 from mmheads.streaming import CompactLayer, Streaming, cache_bytes, stream
@@ -52,7 +53,7 @@ def dense_heads(vlm: VLM, share: float, *, by: str = "group", seed: int = 0) -> 
     width = geometry.heads // geometry.kv_groups
     rng = np.random.default_rng(seed)
     heads: list[Head] = []
-    for layer in range(geometry.layers):
+    for layer in vlm.attentions:
         if by == "group":
             count = head_count(share, geometry.kv_groups)
             groups = rng.permutation(geometry.kv_groups)[:count]
@@ -82,11 +83,10 @@ def arithmetic_limit(vlm: VLM, length: int, heads: float, sinks: int, window: in
 
     Attention and linear layers are counted; the arguments are those of `attention_share`.
     """
-    geometry, config = vlm.geometry, vlm.text_config
     weights = sum(w.numel() for w in vlm.decoder.layers.parameters() if w.ndim == 2)
     linear = 2 * length * weights
-    channels = getattr(config, "head_dim", None) or config.hidden_size // geometry.heads
-    attention = 2 * geometry.layers * geometry.heads * channels * length * (length + 1)
+    channels = sum(module.head_dim for module in vlm.attentions.values())
+    attention = 2 * vlm.geometry.heads * channels * length * (length + 1)
     kept = attention * attention_share(length, heads, sinks, window)
     return float((linear + attention) / (linear + kept))
 
@@ -270,7 +270,10 @@ def _filled_caches(vlm: VLM, streaming: Streaming, length: int, room: int) -> di
 
     def filled(cache: Cache) -> Cache:
         for layer, module in vlm.attentions.items():
-            size = (1, vlm.geometry.kv_groups, length, module.head_dim)
+            if not hasattr(module, "k_proj"):  # it attends to the keys of an earlier layer
+                continue
+            groups = module.k_proj.out_features // module.head_dim
+            size = (1, groups, length, module.head_dim)
             states = torch.randn(size, generator=generator).to(module.o_proj.weight)
             cached = cache.layers[layer] if layer < len(cache.layers) else None
             if isinstance(cached, CompactLayer):
@@ -280,9 +283,9 @@ def _filled_caches(vlm: VLM, streaming: Streaming, length: int, room: int) -> di
         return cache
 
     return {
-        STOCK: filled(DynamicCache()),
+        STOCK: filled(compat.empty_cache(vlm.text_config)),
         STATIC: filled(StaticCache(vlm.text_config, max_cache_len=room)),
-        STREAMED: filled(DynamicCache()),
+        STREAMED: filled(compat.empty_cache(vlm.text_config)),
         STREAMED_STATIC: filled(StaticCache(vlm.text_config, max_cache_len=room)),
         COMPACT: filled(streaming.cache()),
     }

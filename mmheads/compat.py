@@ -7,6 +7,7 @@ some private names itself.
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ import torch
 import transformers
 from PIL import Image
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, ProcessorMixin
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import (
@@ -61,13 +62,36 @@ def set_attention_name(model: Any, text_config: Any, name: str) -> None:
     model.set_attn_implementation({key: name})
 
 
-OUTPUT_PROJECTIONS = ("o_proj",)
-"""Names of the layer that mixes the heads of an attention module."""
-
-
 def output_projection(module: Any) -> Any:
-    """The layer of an attention module that mixes its heads; None where there is none."""
-    return next((getattr(module, n) for n in OUTPUT_PROJECTIONS if hasattr(module, n)), None)
+    """The layer that mixes the heads of an attention module; None if it is not one."""
+    if hasattr(module, "q_proj") and hasattr(
+        module, "out_proj"
+    ):  # convolutions have `out_proj` too
+        return module.out_proj
+    return getattr(module, "o_proj", None)
+
+
+def takes_attention(module: Any) -> bool:
+    """Whether an attention module runs the function that is registered, and not its own."""
+    return hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS")
+
+
+@contextmanager
+def every_row(decoder: Any) -> Iterator[None]:
+    """Let the layers that share keys run all tokens (Gemma 4), not only those with logits.
+
+    A prompt of one row would be taken for a decoding step, and masks would not fit.
+    """
+    name = "_maybe_slice_kv_shared_inputs"
+    if not hasattr(decoder, name):
+        yield
+        return
+    count = list(inspect.signature(getattr(decoder, name)).parameters).index("logits_to_keep")
+    setattr(decoder, name, lambda *given, **_: given[:count])
+    try:
+        yield
+    finally:
+        delattr(decoder, name)
 
 
 ENCODED_IMAGES = "mm_encoder_outputs"
@@ -113,9 +137,21 @@ def empty_cache(config: Any) -> DynamicCache:
     """
     cache = DynamicCache(config=config)
     layers: list[Any] = cache.layers
+    known = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
+    for layer in layers:
+        if type(layer) not in known and not hasattr(layer, _STATES[0]):
+            raise ValueError(
+                f"layers of {config.model_type} keep their keys as {type(layer).__name__}, which "
+                "is not known here; a context of this family cannot be run once for its questions"
+            )
     sliding = DynamicSlidingWindowLayer
     cache.layers = [DynamicLayer() if type(layer) is sliding else layer for layer in layers]
     return cache
+
+
+def shares_keys(config: Any) -> bool:
+    """Whether some layers attend to the keys of earlier layers (Gemma 3n, small Gemma 4)."""
+    return "reuse" in (setting(config, "kv_sharing_modes") or ())
 
 
 def has_states(cache: Cache) -> bool:

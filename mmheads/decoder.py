@@ -154,9 +154,9 @@ def catch(vlm: VLM, inputs: Mapping[str, torch.Tensor]) -> DecoderInputs:
             f"the decoder of {vlm.family} takes {', '.join(unknown)}, which is not known here; "
             "prompts of this family cannot be cut into a context and its questions"
         )
-    embeddings = caught.get("inputs_embeds")
-    if embeddings is None:
-        embeddings = vlm.model.get_input_embeddings()(caught["input_ids"])
+    if caught.get("inputs_embeds") is None:
+        caught |= embed(vlm, caught["input_ids"][0])
+    embeddings = caught["inputs_embeds"]
     visual = torch.from_numpy(vlm.is_visual(inputs["input_ids"][0])).to(embeddings.device)
     return DecoderInputs(
         embeddings,

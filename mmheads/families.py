@@ -156,11 +156,21 @@ def tokens_depend_on_neighbours(vlm: VLM) -> bool:
 
 # --- inputs of the language model
 
+_NOT_COMPARED = "it was never compared with full passes of the model"
+REFUSED = {
+    **dict.fromkeys(
+        ("kosmos-2", "kosmos-2.5"), "it counts positions in a way that is not known here"
+    ),
+    **dict.fromkeys(("inkling2", "inkling_mm_model"), "it adds a bias to its scores"),
+    **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo", "idefics"), _NOT_COMPARED),
+}
+"""Families that would run, but give other numbers or none, with the reason."""
+
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
 """Model inputs [1, token] that say which tokens are text, and which images."""
 
-PER_TOKEN = ("per_layer_inputs",)
-"""Decoder inputs [1, token, ...] beside the embeddings (Gemma 3n, Gemma 4)."""
+PER_TOKEN = ("per_layer_inputs", "ple_input_ids")
+"""Decoder inputs [1, token, ...] beside the embeddings (Gemma 3n and small Gemma 4; Qwen4)."""
 
 
 def token_types(vlm: VLM, ids: torch.Tensor) -> torch.Tensor:
@@ -186,8 +196,11 @@ def embed(vlm: VLM, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     embedded = {"inputs_embeds": table(torch.where(ids < table.num_embeddings, ids, 0))}
     if getattr(vlm.decoder, "hidden_size_per_layer_input", None):
         visual = torch.from_numpy(vlm.is_visual(ids.cpu())).to(vlm.device)
-        words = torch.where(visual, vlm.text_config.pad_token_id or 0, ids)
+        blank = not vlm.family.startswith("gemma3n")  # which looks placeholders up too
+        words = torch.where(visual & blank, vlm.text_config.pad_token_id or 0, ids)
         embedded["per_layer_inputs"] = vlm.decoder.get_per_layer_inputs(words)
+    if compat.setting(vlm.text_config, "ple_layer_ids"):
+        embedded["ple_input_ids"] = ids
     return embedded
 
 
@@ -198,5 +211,7 @@ def positions(vlm: VLM, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     if count is None:
         return torch.arange(ids.shape[1], device=vlm.device)[None]
     given = {name: inputs[name] for name in ("mm_token_type_ids", *GRIDS) if name in inputs}
+    if "omni" in vlm.family:
+        given["attention_mask"] = torch.ones_like(ids)
     counted: torch.Tensor = count(ids, **given)[0]
     return counted.to(vlm.device)

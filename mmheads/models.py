@@ -117,11 +117,14 @@ class VLM:
             and isinstance(getattr(module, "layer_idx", None), int)
             and not name.endswith("cross_attn")
         }
-        if not modules:
-            raise ValueError(
-                f"{self} has no attention layer with an `o_proj` and a "
-                "`layer_idx`; heads of such a model cannot be told apart"
+        if not modules or getattr(self.model.config, "is_encoder_decoder", False):
+            reason = (
+                "an encoder, which reads the prompt"
+                if modules
+                else "no attention layer with an `o_proj` (or `q_proj` and `out_proj`) and a "
+                "`layer_idx`"
             )
+            raise ValueError(f"{self} has {reason}; heads of such a model cannot be told apart")
         return dict(sorted(modules.items()))
 
     @cached_property
@@ -162,7 +165,7 @@ class VLM:
         own = compat.setting(config, "per_layer_config")
         if common is not None or own is None:
             return common or 0
-        counts = {layer: int(getattr(own[layer], name)) for layer in layers}
+        counts = {layer: int(compat.setting(own[layer], name) or 0) for layer in layers}
         if len(set(counts.values())) > 1:
             raise ValueError(
                 f"layers of {self} have different numbers of heads ({name} {counts}); heads are "
@@ -256,9 +259,10 @@ def load(
 ) -> VLM:
     """Load a stock model and its processor from a folder, a GGUF file or the hub.
 
-    Any image-text-to-text model whose decoder layers have an `o_proj` works (Qwen3-VL, Qwen2.5-VL,
-    InternVL, LLaVA-OneVision, Gemma 3, SmolVLM, Idefics3, ...), and text-only causal models. No
-    code from the model's folder is run.
+    Any image-text-to-text model works whose decoder layers have an `o_proj`, or `q_proj` and
+    `out_proj` (Qwen3.5, Qwen3-VL, InternVL, LLaVA-OneVision, Gemma 3 and 4, ...), and text-only
+    causal models; `docs/adding_a_family.md` lists the families. No code from the
+    model's folder is run.
 
     Args:
         model_id: Folder, name of a shipped model ("tiny-qwen3-vl-m"), file of a language model that

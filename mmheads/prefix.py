@@ -16,7 +16,7 @@ from mmheads import compat
 from mmheads.attention import record_keys, record_mass, stop_after
 from mmheads.decoder import DecoderInputs, catch, check_words
 from mmheads.decoder import on_device as on_device
-from mmheads.families import PER_TOKEN, embed, positions
+from mmheads.families import PER_TOKEN, REFUSED, embed, positions
 from mmheads.heads import HeadSet
 from mmheads.models import VLM
 from mmheads.prompts import Prompt, Question
@@ -285,8 +285,10 @@ def open_context(vlm: VLM, prompt: Prompt) -> Prefix:
         prompt: From `encode`, with all questions whose context should be the same.
 
     Raises:
-        ValueError: A family whose decoder takes inputs that are not known here.
+        ValueError: A family of `REFUSED`, or whose decoder takes inputs that are not known here.
     """
+    if reason := REFUSED.get(vlm.family):
+        raise ValueError(f"models of the family {vlm.family} are refused: {reason}")
     length = prompt.shared
     inputs = catch(vlm, prompt.inputs)
     if not is_causal(vlm) or not inputs.closed_at(length):

@@ -179,11 +179,17 @@ def attached(vlm: VLM, states: Mapping[int, _State]) -> Iterator[None]:
             f"{vlm} runs on the attention {stock!r}; load it with one of "
             f"{', '.join(map(repr, _NAMES))}"
         )
+    if not all(map(compat.takes_attention, vlm.attentions.values())):
+        raise ValueError(
+            f"{vlm} ({vlm.family}) computes attention in its own way, not by a function that can "
+            "be replaced; where its heads look cannot be told, and they cannot be ablated"
+        )
     compat.set_attention_name(vlm.model, config, _NAMES[stock])
     try:
         for layer, state in states.items():
             setattr(vlm.attentions[layer], _STATE, state)
-        yield
+        with compat.every_row(vlm.decoder):
+            yield
     finally:
         for module in vlm.attentions.values():
             module.__dict__.pop(_STATE, None)

@@ -30,6 +30,7 @@ class Recording:
         rows: [example, row] rows of the call, by index; -1 is padding.
         weights: [example, key, span] share of each key that belongs to each span.
         text: [example, key] keys over which the entropy is taken.
+        expected: Layers that must be recorded.
         masses: By layer: [example, head, row, span] attention to the span, float32.
         entropies: By layer: [example, head, row] entropy in nats of the attention among `text`; 0
             where no attention goes there.
@@ -40,6 +41,7 @@ class Recording:
     rows: torch.Tensor
     weights: torch.Tensor
     text: torch.Tensor | None = None
+    expected: frozenset[int] = frozenset()
     masses: dict[int, torch.Tensor] = field(default_factory=dict)
     entropies: dict[int, torch.Tensor] = field(default_factory=dict)
     norms: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -52,6 +54,8 @@ class Recording:
 
     def mass(self, layers: int) -> torch.Tensor:
         """[example, layer, head, row, span] on the CPU; 0 in layers without heads."""
+        if self.masses and (silent := sorted(self.expected - self.masses.keys())):
+            raise ValueError(f"the attention of the layers {silent} was not called; is it skipped?")
         return stacked(self.masses, layers)
 
     def entropy(self, layers: int) -> torch.Tensor:
@@ -107,7 +111,7 @@ def record_mass(
     Raises:
         ValueError: The model runs on another attention than "sdpa" or "eager".
     """
-    recording = Recording(rows, weights, text)
+    recording = Recording(rows, weights, text, frozenset(vlm.attentions))
     seen = on_projections(vlm, vlm.attentions, recording.add_norm)
     with attached(vlm, dict.fromkeys(vlm.attentions, recording)), seen:
         yield recording

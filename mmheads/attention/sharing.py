@@ -26,7 +26,7 @@ def can_share(vlm: VLM) -> bool:
     kinds = compat.setting(vlm.text_config, "layer_types") or ()
     return (
         len(getattr(vlm.decoder, "layers", ())) == len(vlm.attentions) == vlm.geometry.layers
-        and not getattr(vlm.text_config, "num_kv_shared_layers", 0)
+        and not compat.shares_keys(vlm.text_config)
         and all(kind.endswith("attention") and "linear" not in kind for kind in kinds)
     )
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import Cache, DynamicCache
 
+from mmheads import compat
 from mmheads.attention.hook import Call, attached, check_heads
 from mmheads.heads import HeadSet
 from mmheads.models import VLM
@@ -98,7 +99,15 @@ class Streaming:
         """An empty cache in which KV groups without a dense head keep only sinks and window.
 
         It is for calls inside the context, and for batches without padding.
+
+        Raises:
+            ValueError: Layers attend to the keys of earlier layers, which would be evicted.
         """
+        if compat.shares_keys(self.vlm.text_config):
+            raise ValueError(
+                f"layers of {self.vlm} ({self.vlm.family}) attend to the keys of earlier layers, "
+                "so that none can be evicted; leave the cache to `generate`"
+            )
         cache = DynamicCache(config=self.vlm.text_config)
         for layer in self.layers:
             plan = self._plans[layer]

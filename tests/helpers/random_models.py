@@ -424,6 +424,10 @@ TOKEN_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {**_GEMMA_4, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
     ),
     "gemma4 with shared KV": ("gemma4", {**_GEMMA_4, **_PER_LAYER}),
+    "gemma3n_text": (
+        "gemma3n_text",
+        {**_SMALL, **_MIXED, **_PER_LAYER, "vocab_size_per_layer_input": 64},
+    ),
     "gemma2": ("gemma2", {**_SMALL, **_MIXED, "query_pre_attn_scalar": 16}),
     "gpt_oss": ("gpt_oss", {**_SMALL, **_MIXED, "num_local_experts": 2, "num_experts_per_tok": 1}),
     "mistral": ("mistral", {**_SMALL, "sliding_window": 6}),

@@ -4,12 +4,15 @@ import math
 
 import pandas as pd
 import pytest
+import random_models as families
 import torch
 
 from benchmarks import __main__ as command
 from benchmarks import random_models, retrieval, scoring, streaming, timing
 from benchmarks.random_models import SIZES, Size
+from mmheads.models import VLM
 from mmheads.scoring import score_prompt
+from mmheads.streaming import stream
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +141,22 @@ def test_dense_heads_are_whole_groups_or_single_heads():
     assert len(groups.kv_groups) == 3
     single = streaming.dense_heads(vlm, 0.25, by="head")
     assert [head.layer for head in single] == [0, 0, 1, 1, 2, 2]
+
+
+def test_layers_may_have_other_head_sizes_and_kv_heads():
+    model = families.token_model("gemma4 with fewer global KV heads")
+    vlm = VLM(model=model, processor=families.build("qwen3")[1], model_id="gemma4")
+    weights = sum(w.numel() for w in vlm.decoder.layers.parameters() if w.ndim == 2)
+    linear, pairs = 2 * 64 * weights, 64 * 65 / 2
+    attention = 4 * 4 * (16 + 32 + 16 + 32) * pairs
+    kept = 0.25 + 0.75 * 64 / pairs  # window heads see only themselves
+    expected = (linear + attention) / (linear + kept * attention)
+    assert streaming.arithmetic_limit(vlm, 64, 0.25, 0, 1) == pytest.approx(expected)
+    dense = streaming.dense_heads(vlm, 0.5, by="head")
+    with stream(vlm, dense, 2, 4) as streamed:
+        caches = streaming._filled_caches(vlm, streamed, 8, 12)
+    layers = caches[streaming.STOCK].layers
+    assert [tuple(layer.keys.shape[1:]) for layer in layers] == [(2, 8, 16), (1, 8, 32)] * 2
 
 
 @pytest.mark.parametrize(

@@ -3,36 +3,29 @@
 Random models of each family, some with their stock processor and some given token ids.
 """
 
+import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import exactness
 import example_prompts
-import numpy as np
 import pytest
 import random_models
 import torch
+from test_streaming import masked
 
-from mmheads import decoder
-from mmheads.attention import record_mass
-from mmheads.examples import Example
+from mmheads.attention import ablate
+from mmheads.heads import Head, HeadSet
 from mmheads.models import VLM
-from mmheads.prefix import Prefix, prefill
-from mmheads.prompts import Prompt, Question, Span, encode, null_question
+from mmheads.prefix import prefill
+from mmheads.prompts import Prompt, encode, null_question
 from mmheads.scoring import score_heads
+from mmheads.streaming import stream
 from mmheads.tasks import needles
 
 WHOLE_PASSES = {"paligemma", "paligemma2", "molmo2, images in the question"}
 """Tokens of the context see the question: nothing is cached, each question runs the prompt."""
-
-REFUSED = {
-    "lfm2": "has no attention layer with an `o_proj`",
-}
-
-TOKENS = [3, 50, *[60] * 3, 4, 51, *[60] * 3, 5, 6, 7, 8]
-"""Words, an image, words, an image and words; the questions follow."""
-
-QUESTIONS = {"words": ([9, 10, 11, 12], [13, 14]), "images": ([9, 60, 60, 10], [11, 60, 60, 12])}
 
 
 @dataclass(frozen=True)
@@ -48,36 +41,8 @@ def given_tokens(name: str, questions: str) -> Case:
     model = random_models.token_model(name)
     tokenizer = random_models.build("qwen3")[1]
     vlm = VLM(model=model, processor=tokenizer, model_id=name)
-    context = TOKENS if not vlm.is_text_only else [t if t != 60 else 20 for t in TOKENS]
-
-    def question(tokens: list[int]) -> Question:
-        ids = torch.tensor([context + tokens])
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if not vlm.is_text_only:
-            prefix_lm = name.startswith("paligemma")
-            kinds = torch.zeros_like(ids) if prefix_lm else (ids == 60).long()
-            inputs["token_type_ids" if prefix_lm else "mm_token_type_ids"] = kinds
-        return Question(
-            parts=(),
-            inputs=inputs,
-            tokens=np.arange(len(context), ids.shape[1]),
-            start=len(context),
-            context=(Span(np.arange(1, len(context)), np.ones(len(context) - 1, np.float32)),),
-            evidence=(Span(np.arange(2, 5), np.ones(3, np.float32)),),
-        )
-
-    first, second = QUESTIONS["words" if vlm.is_text_only else questions]
-    return Case(
-        vlm,
-        Prompt(
-            example=Example(context=(), question=()),
-            questions=(question(first), question(second)),
-            shared=len(context),
-            candidates={},
-            boxes={},
-            replacements=(),
-        ),
-    )
+    prompt = exactness.token_prompt(vlm, "words" if vlm.is_text_only else questions)
+    return Case(vlm, prompt)
 
 
 def with_processor(family: str, questions: str) -> Case:
@@ -98,76 +63,11 @@ def cases() -> Iterator[object]:
             yield pytest.param(given_tokens, name, questions, id=f"{name}-{questions}")
 
 
-@torch.no_grad()
-def hidden(vlm: VLM, run: Callable[[], object]) -> torch.Tensor:
-    """[token, channel] what the decoder gives in a call."""
-    outputs = []
-    handle = vlm.decoder.register_forward_hook(
-        lambda module, args, output: outputs.append(output.last_hidden_state[0])
-    )
-    try:
-        run()
-    finally:
-        handle.remove()
-    return outputs[0]
-
-
-def body(vlm: VLM) -> torch.nn.Module:
-    return vlm.model.model
-
-
-def whole(vlm: VLM, question: Question) -> torch.Tensor:
-    return hidden(vlm, lambda: body(vlm)(**question.inputs, use_cache=False))
-
-
-def eager_masses(vlm: VLM, question: Question, spans: list[np.ndarray]) -> torch.Tensor:
-    """[layer, head, question token, span] from the model's own attention maps."""
-    weights = torch.from_numpy(np.stack(spans, axis=-1))
-    return example_prompts.eager_attention(vlm, question) @ weights
-
-
-def close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    scale = float(expected.abs().max())
-    torch.testing.assert_close(found, expected, atol=5e-6 * max(1, scale), rtol=1e-4)
-
-
 @pytest.mark.parametrize(("build", "name", "questions"), list(cases()))
 def test_a_family_is_exact_or_refused_by_name(build, name, questions):
-    if name in REFUSED:
-        case = build(name, questions)
-        with pytest.raises(ValueError, match=REFUSED[name]):
-            prefill(case.vlm, case.prompt)
-        return
     case = build(name, questions)
-    vlm, prompt = case.vlm, case.prompt
-    own = prompt.own
-
-    inputs = decoder.catch(vlm, own.inputs)
-    once = hidden(vlm, lambda: vlm.decoder(**inputs.call(0, len(own)), use_cache=False))
-    assert torch.equal(once, whole(vlm, own)), "one call through our inputs"
-
-    prefix: Prefix = prefill(vlm, prompt)
     in_whole = {name, f"{name}, {questions} in the question"} & WHOLE_PASSES
-    assert (prefix.cache is None) == bool(in_whole)
-    for question in prompt.questions:
-        first, run = prefix._ready(question, pixels=True)
-        assert first == (0 if in_whole else prompt.shared)
-        close(hidden(vlm, run), whole(vlm, question)[first:])
-        spans = [question.weights(question.evidence), question.weights(question.context)]
-        attention = prefix.attention(question, spans)
-        expected = eager_masses(vlm, question, spans)
-        torch.testing.assert_close(attention.mass, expected, atol=1e-5, rtol=0)
-        keys = prefix.keys(question, vlm.every_head)
-        means = np.einsum("hk,ks->hs", keys, np.stack(spans, axis=-1)[: prompt.shared])
-        by_head = expected.mean(2)[list(vlm.attentions)].flatten(0, 1).numpy()
-        np.testing.assert_allclose(means, by_head, atol=1e-5)
-
-    rows, shares = torch.from_numpy(own.tokens)[None], torch.ones(1, len(own), 1)
-    with torch.no_grad():
-        plain = vlm.model(**own.inputs, use_cache=False).logits
-        with record_mass(vlm, rows, shares):
-            recorded = vlm.model(**own.inputs, use_cache=False).logits
-    assert torch.equal(plain, recorded), "logits keep every bit"
+    assert exactness.check(case.vlm, case.prompt) != bool(in_whole)
 
 
 @pytest.mark.parametrize("name", ["paligemma", "paligemma2"])
@@ -194,6 +94,43 @@ def test_needle_tasks_run_through_layers_with_a_state():
     assert (scores.quantities["raw"][:, [1, 3]] > 0).all()
     assert {head.layer for head in scores.top(0.25)} <= {1, 3}
     assert len(scores.top(0.25)) == 4, "a quarter of the 16 heads that there are"
+
+
+def shared_keys() -> tuple[VLM, dict[str, torch.Tensor]]:
+    case = given_tokens("gemma4 with shared KV", "words")
+    return case.vlm, case.prompt.own.inputs
+
+
+def first_logits(vlm: VLM, inputs: dict[str, torch.Tensor], **settings: object) -> torch.Tensor:
+    settings |= {"max_new_tokens": 2, "min_new_tokens": 2, "return_dict_in_generate": True}
+    return vlm.model.generate(**inputs, do_sample=False, output_logits=True, **settings).logits[0]
+
+
+def test_a_prompt_is_not_taken_for_a_decoding_step_where_layers_share_keys():
+    vlm, inputs = shared_keys()
+    chosen = HeadSet((Head(3, 0), Head(3, 2)), vlm.geometry)
+    plain = first_logits(vlm, inputs)
+    other = copy.deepcopy(vlm)
+    weight = other.attentions[3].o_proj.weight
+    for _, head in chosen:
+        weight.data.view(len(weight), 4, -1)[:, head] = 0
+    expected = first_logits(other, inputs)
+    with ablate(vlm, chosen, when="prefill"):
+        torch.testing.assert_close(first_logits(vlm, inputs), expected, atol=1e-4, rtol=1e-4)
+    with ablate(vlm, chosen, when="decode"):
+        torch.testing.assert_close(first_logits(vlm, inputs), plain, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(plain, expected, atol=1e-2)
+
+
+def test_window_heads_of_layers_that_share_keys_equal_a_mask_and_their_keys_stay():
+    vlm, inputs = shared_keys()
+    dense = HeadSet((Head(3, 1),), vlm.geometry)
+    with masked(vlm, dense, 2, 5):
+        expected = first_logits(vlm, inputs)
+    with stream(vlm, dense, 2, 5) as streaming:
+        torch.testing.assert_close(first_logits(vlm, inputs), expected, atol=1e-4, rtol=1e-4)
+        with pytest.raises(ValueError, match="attend to the keys of earlier layers"):
+            streaming.cache()
 
 
 def test_masks_of_another_kind_are_refused_by_name():
