@@ -11,6 +11,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -287,6 +288,17 @@ def without_video(base: type[ProcessorMixin]) -> type[Any]:
         module["num2words"] = module["num2words"] or str
         members["video_processor"] = SimpleNamespace(num_frames=None, fps=None)
     return type(base.__name__, (base,), members)
+
+
+@contextmanager
+def text_as_written(processor: Any) -> Iterator[None]:
+    """Keep a processor from adding to the text that a template writes (PaliGemma)."""
+    layout = partial(ProcessorMixin.prepare_inputs_layout, processor)
+    processor.prepare_inputs_layout = layout
+    try:
+        yield
+    finally:
+        del processor.prepare_inputs_layout
 
 
 def tokens_as_text(tokenizer: Any, text: str) -> list[int] | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -92,7 +93,7 @@ def token_boxes(
         columns, rows = compat.internvl_tiles(processor.image_processor, part)
         grids = _tiles(rows, columns, side, width, height)
         boxes = np.concatenate([*grids, _grid(side, side, full_box)] if len(grids) > 1 else grids)
-    elif family == "gemma3":
+    elif family in ("gemma3", "paligemma"):
         if getattr(processor.image_processor, "do_pan_and_scan", False):
             return None
         side = math.isqrt(processor.image_seq_length)
@@ -173,8 +174,16 @@ PER_TOKEN = ("per_layer_inputs", "ple_input_ids")
 """Decoder inputs [1, token, ...] beside the embeddings (Gemma 3n and small Gemma 4; Qwen4)."""
 
 
+def reading(vlm: VLM) -> AbstractContextManager[None]:
+    """A context in which the processor reads a rendered prompt and adds nothing to its text."""
+    adds = vlm.family == "paligemma"
+    return compat.text_as_written(vlm.processor) if adds else nullcontext()
+
+
 def token_types(vlm: VLM, ids: torch.Tensor) -> torch.Tensor:
     """[1, token] kind of each token id: 0 for text, 1 for an image, 2 for a video."""
+    if vlm.family == "paligemma":  # 1 is for what is to be written, which no prompt holds
+        return torch.zeros_like(ids)
     if not vlm.family.startswith("gemma3"):  # its types have other names than its processor's
         kinds = compat.token_types(vlm.processor, ids)
         if kinds is not None:

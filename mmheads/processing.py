@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from mmheads.examples import Example, Video
-from mmheads.families import TOKEN_TYPES, token_types
+from mmheads.families import TOKEN_TYPES, reading, token_types
 from mmheads.models import VLM
 from mmheads.rendering import Rendered, stand_in, tokenize
 
@@ -37,9 +37,10 @@ def process(
     if videos:
         settings |= _video_settings(vlm, videos)
     try:
-        encoding = dict(
-            vlm.processor(text=[rendered.text], return_text_replacement_offsets=True, **settings)
-        )
+        with reading(vlm):
+            settings |= {"text": [rendered.text], "return_text_replacement_offsets": True}
+            encoding = dict(vlm.processor(**settings))
+        encoding.pop("labels", None)  # what PaliGemma would be trained on
     except (TypeError, AttributeError) as error:
         raise ValueError(
             f"the processor of {vlm} cannot read {len(images)} images and {len(videos)} videos "

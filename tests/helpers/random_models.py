@@ -154,6 +154,7 @@ _NAMED = {
         "boi_token": "<start_of_image>",
         "eoi_token": "<end_of_image>",
     },
+    "paligemma": {"image_token": "<image>"},
     "smolvlm": _IDEFICS,
     "idefics3": _IDEFICS,
     "qwen3": {},
@@ -172,6 +173,7 @@ _MARKS = {
     "internvl": ("<IMG_CONTEXT>\n", "<video>\n"),
     "llava_onevision": ("<image>", "<video>"),
     "gemma3": ("<start_of_image>", ""),
+    "paligemma": ("<image>", ""),
     "smolvlm": ("<image>", "<video>"),
     "idefics3": ("<image>", ""),
     "qwen3": ("", ""),
@@ -234,6 +236,10 @@ def _processor(family: str) -> Any:
             kind = transformers.Gemma3Processor
             images = transformers.Gemma3ImageProcessorPil(size={"height": _SIDE, "width": _SIDE})
             settings = {"image_seq_length": 16}
+        case "paligemma":
+            kind = transformers.PaliGemmaProcessor
+            images = transformers.SiglipImageProcessorPil(size={"height": _SIDE, "width": _SIDE})
+            images.image_seq_length = 16
         case _:
             edges = {
                 "size": {"longest_edge": 2 * _TILE},
@@ -253,13 +259,14 @@ def _processor(family: str) -> Any:
 def _chat_template(family: str) -> str:
     image, video = _MARKS[family]
     parts = _IMAGES_FIRST if family == "llava_onevision" else _IN_ORDER
-    start = "{{ bos_token }}" if family == "gemma3" else ""
+    start = "{{ bos_token }}" if family in ("gemma3", "paligemma") else ""
     return start + _TEMPLATE.replace("PARTS", parts).replace("IMAGE", image).replace("VIDEO", video)
 
 
 def _tokenizer(family: str) -> PreTrainedTokenizerFast:
     named = _NAMED[family]
-    bos = {"bos_token": "<bos>", "add_bos_token": True} if family == "gemma3" else {}
+    begins = family in ("gemma3", "paligemma")
+    bos = {"bos_token": "<bos>", "add_bos_token": True} if begins else {}
     return PreTrainedTokenizerFast(
         tokenizer_object=_byte_pairs(tuple(named.values())),
         pad_token="<|endoftext|>",
@@ -367,6 +374,14 @@ def _config(family: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig
                 "boi_token_id": tokenizer.boi_token_id,
                 "eoi_token_id": tokenizer.eoi_token_id,
                 "mm_tokens_per_image": 16,
+            }
+        case "paligemma":
+            text["model_type"] = "gemma"
+            vision = {**_siglip(patch=8), "projection_dim": text["hidden_size"]}
+            tokens = {
+                "image_token_id": tokenizer.image_token_id,
+                "projection_dim": text["hidden_size"],
+                "hidden_size": text["hidden_size"],
             }
         case _:
             text["model_type"] = "llama"

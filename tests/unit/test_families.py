@@ -20,6 +20,7 @@ from mmheads.heads import Head, HeadSet
 from mmheads.models import VLM
 from mmheads.prefix import prefill
 from mmheads.prompts import Prompt, encode, null_question
+from mmheads.retrieval import DocumentIndex
 from mmheads.scoring import score_heads
 from mmheads.streaming import stream
 from mmheads.tasks import needles
@@ -68,6 +69,18 @@ def test_a_family_is_exact_or_refused_by_name(build, name, questions):
     case = build(name, questions)
     in_whole = {name, f"{name}, {questions} in the question"} & WHOLE_PASSES
     assert exactness.check(case.vlm, case.prompt) != bool(in_whole)
+
+
+@pytest.mark.parametrize("questions", ["words", "images"])
+def test_a_base_model_with_a_prefix_is_scored_by_full_passes_once_it_has_a_template(questions):
+    case = with_processor("paligemma", questions)
+    assert not exactness.check(case.vlm, case.prompt)
+    example = example_prompts.example("paligemma")
+    with pytest.raises(ValueError, match=r"paligemma.* tokens of the context see the question"):
+        DocumentIndex(case.vlm, None, [example.context[1]])
+    case.vlm.processor.chat_template = None
+    with pytest.raises(ValueError, match=r"no chat template.* load\(..., chat_template=...\)"):
+        encode(case.vlm, example)
 
 
 @pytest.mark.parametrize("name", ["paligemma", "paligemma2"])
