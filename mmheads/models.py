@@ -103,9 +103,9 @@ class VLM:
 
     def device_of(self, layer: int) -> torch.device:
         """Where a layer is computed; weights that Accelerate keeps elsewhere are on no device."""
-        module = self.attentions.get(layer)
-        part = compat.output_projection(module) if module else self.decoder.layers[layer]
-        return compat.device_of(part) or self.device
+        numbered = (m for m in self.decoder.modules() if getattr(m, "layer_idx", None) == layer)
+        module = self.attentions.get(layer) or next(numbered, self.decoder)
+        return compat.device_of(compat.output_projection(module) or module) or self.device
 
     @cached_property
     def attentions(self) -> dict[int, Any]:

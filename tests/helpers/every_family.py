@@ -75,7 +75,12 @@ _OWN: dict[str, dict[str, Any]] = {
         ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "paddleocr_vl"), _rope(4, 2, 2)
     ),
     **dict.fromkeys(("kimi_k25", "mistral_large4", "mistral4", "glm5_next"), _LATENT),
-    "hunyuan_vl": {"rope_parameters": _ROPE},
+    "hunyuan_vl": {**_rope(2, 2, 2, 2), "head_dim": 16},
+    "ernie4_5_vl_moe": {**_rope(3, 3, 2), "moe_intermediate_size": [32, 32]},
+    "deepseek_ocr2": {"mlp_layer_types": ["dense", "sparse"] * 2, "num_experts_per_tok": 2},
+    "cohere_compass": {
+        "rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _ROPE)
+    },
     "step3p7": {"sliding_window": 6},
 }
 """Further settings of the language models of some types."""
@@ -84,7 +89,16 @@ _DEPTHS = ("num_hidden_layers", "depth", "num_layers", "encoder_layers", "vision
 
 
 _WIDTHS = ("out_hidden_size", "text_hidden_size")
-_PARTS = {("molmo2", "adapter_config"): {"vision_feature_layer": [1, 0]}}
+_PARTS: dict[tuple[str, str], dict[str, Any]] = {
+    ("molmo2", "adapter_config"): {"vision_feature_layer": [1, 0]},
+    ("perception_lm", "vision_config"): {"model_args": {"embed_dim": 32}},
+    ("fast_vlm", "vision_config"): {"hidden_size": 32},
+    ("nemotron_h_omni", "vision_config"): {"video_temporal_patch_size": 2},
+}
+"""Further settings of other parts of some types."""
+
+_ON_CPU = ("idefics3", "granite_docling")
+"""Types that send their inputs to where their vision tower is."""
 
 _SMALL = 500_000
 """Weights of a layer up to which it is filled."""
@@ -115,7 +129,7 @@ def build(kind: str, seed: int = 0) -> PreTrainedModel:
         if isinstance(getattr(config, name, None), int):
             setattr(config, name, IMAGE_ID)
     config.vision_start_token_id = config.audio_token_id = LAYERS
-    with torch.device("meta"), _without_timm():
+    with torch.device("cpu" if kind in _ON_CPU else "meta"), _without_timm():
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

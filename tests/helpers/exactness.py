@@ -30,6 +30,8 @@ def token_prompt(vlm: VLM, questions: str = "words") -> Prompt:
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if "mm_token_type_ids" in taken:
             inputs["mm_token_type_ids"] = torch.from_numpy(vlm.is_visual(ids)).long()
+        if "moe_mm_token_type_ids" in taken:
+            inputs["moe_mm_token_type_ids"] = torch.zeros_like(ids)
         if "token_type_ids" in taken and vlm.family.startswith("paligemma"):
             inputs["token_type_ids"] = torch.zeros_like(ids)
         elif "token_type_ids" in taken:
