@@ -192,16 +192,6 @@ def test_the_commands_of_a_page_exist(page, capsys):
                     assert (paths.ROOT / argument).exists(), argument
 
 
-def test_what_the_pages_say_of_fresh_runs_is_true():
-    said = "`reproduce.py` has no option\n`--fresh` yet" in read(DOCS / "reproducing.md")
-    try:
-        reproduce.parse_arguments(["--fresh"])
-        known = True
-    except SystemExit:
-        known = False
-    assert said != known, "docs/reproducing.md says whether reproduce.py has the option --fresh"
-
-
 def test_the_extra_for_the_documentation_is_a_part_of_the_one_for_development():
     extras = tomllib.loads(read(paths.ROOT / "pyproject.toml"))["project"]["optional-dependencies"]
     assert extras["docs"]
