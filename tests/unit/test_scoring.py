@@ -384,7 +384,7 @@ def test_some_scores_computed_again_show_the_largest_difference(tiny, tmp_path):
     scores = dataclasses.replace(scores, values=scores.values + 0.25)
     changed = kept_scores.recompute_needles(tiny, scores, split="heldout", seed=1)
     np.testing.assert_allclose(changed["difference"], 0.25, atol=1e-5)
-    with pytest.raises(ValueError, match="none of the first 2 haystacks of 'text'"):
+    with pytest.raises(ValueError, match="none of the first 4 haystacks of 'text'"):
         kept_scores.recompute_needles(tiny, scores, split="test")
 
 
