@@ -11,6 +11,7 @@ import pytest
 from mmheads import paths, published
 from mmheads.scores import HeadScores
 
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 RELEASED = published.complete_folder()
 """The folder with all the released scores, if there is one: tests never download."""
 NOT_HERE = f"not all released scores are here: {published.HOW_TO_GET}"
@@ -24,6 +25,31 @@ def released() -> dict[tuple[str, str, int], HeadScores]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", published.ImpossibleScoreWarning)
         return published.load_all(folder=RELEASED)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Headless Chromium without a network; `resize` sets the width of its window."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    if not CHROMIUM or not DRIVER:
+        pytest.skip("there is no Chromium here: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    offline = {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
+    driver.execute_cdp_cmd("Network.enable", {})
+    driver.execute_cdp_cmd("Network.emulateNetworkConditions", offline)
+
+    def resize(width: int) -> None:
+        metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+    driver.resize = resize
+    yield driver
+    driver.quit()
 
 
 def pytest_configure(config: pytest.Config) -> None:

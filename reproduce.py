@@ -4,6 +4,7 @@ python reproduce.py                               all notebooks, default paramet
 python reproduce.py --only 03 04 --jobs 2         some of them, two at a time
 python reproduce.py -p fraction 0.1               another value of a parameter
 python reproduce.py --params params/FILE.yaml     models, data, a section per notebook
+python reproduce.py --fresh                       without the shipped results of data/results
 python reproduce.py --plan --gpu H100             what would run, and what that would cost
 python reproduce.py --ray ADDRESS                 on a Ray cluster; "local" starts one here
 python reproduce.py --list                        notebooks and their parameters
@@ -51,6 +52,8 @@ def jobs_of(
     chosen: Mapping[Path, dict[str, Any]],
     models: Sequence[str],
     runs: Path,
+    *,
+    fresh: bool = False,
 ) -> list[Job]:
     """Returns the notebooks to run: those with a parameter `model` once per model, the others once.
 
@@ -62,6 +65,7 @@ def jobs_of(
         chosen: The parameters of each that differ from its defaults.
         models: The models; empty: each notebook's own.
         runs: Folder of the executed notebooks.
+        fresh: Set the parameter `fresh` of every notebook that has it.
 
     Raises:
         UsageError: A notebook cannot say what it computes with its parameters.
@@ -71,6 +75,8 @@ def jobs_of(
     def job(path: Path, model: str) -> Job:
         label = name_of(model) if model else ""
         parameters = chosen[path] | ({"model": model} if model else {})
+        if fresh and "fresh" in known[path]:
+            parameters["fresh"] = True
         if models and "figures_folder" in known[path]:
             base = parameters.get("figures_folder")
             folder = Path(base) / label if base else runs / label / "figures"
@@ -215,7 +221,8 @@ def main(
             return 0
         chosen = overrides(select(notebooks, []), selected, options.p, options.params)
         params = read_params(options.params)
-        jobs = [on_gpus(job, options.gpu) for job in jobs_of(selected, chosen, params.models, runs)]
+        made = jobs_of(selected, chosen, params.models, runs, fresh=options.fresh)
+        jobs = [on_gpus(job, options.gpu) for job in made]
         if options.plan:
             print(cost.describe(jobs, options.gpu or ""))
             return 0
@@ -243,6 +250,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     parser.add_argument(
         "--jobs", type=int, metavar="N", help="runs at a time on this machine, default 1"
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="compute again what is shipped in data/results"
     )
     parser.add_argument("--plan", action="store_true", help="show what would run, and its cost")
     parser.add_argument("--gpu", metavar="NAME", help=", ".join(cost.GPUS))

@@ -35,6 +35,7 @@ class ScoreRun:
         data: Folder of the published needles; empty: generated ones.
         folder: Where scores are kept; empty: `runs/scores`.
         gpus: GPUs that the model is spread over.
+        fresh: Leave out shipped scores.
     """
 
     model: str
@@ -47,6 +48,7 @@ class ScoreRun:
     data: str = ""
     folder: str = ""
     gpus: int = 1
+    fresh: bool = False
 
     @property
     def name(self) -> str:
@@ -75,6 +77,7 @@ class ScoreRun:
             image_ratio=self.image_ratio,
             null_images=self.null_images,
             folder=self.folder,
+            fresh=self.fresh,
             source=source,
         )
         return min(scored, self.prompts)
@@ -94,6 +97,7 @@ class ScoreRun:
                 image_ratio=self.image_ratio,
                 null_images=self.null_images,
                 folder=self.folder,
+                fresh=self.fresh,
                 progress=False,
                 source=data_root.haystacks(self.data),
             )
@@ -140,6 +144,7 @@ def score_runs(workload: Workload, parameters: Mapping[str, Any]) -> list[ScoreR
             image_ratio=PAGES if row.image_ratio is None else row.image_ratio,
             data=parameters.get("data", "") if row.image_ratio is None else "",
             folder=parameters.get("scores_folder", ""),
+            fresh=parameters.get("fresh", False),
         )
         for row in workload.scores
     ]

@@ -231,18 +231,18 @@ def _answered(
                 with changed(rows):
                     predictions = _generate(vlm, [row.prompt for row in rows], max_new_tokens)
                 for row, text in zip(rows, predictions, strict=True):
-                    results.add(row.key, {"prediction": text})
+                    results.add(row.key, {"prediction": text, **_how(row, settings)})
                 bar.update(len(rows))
             first = len(table) // len(sets)
             for index, (fingerprint, example) in enumerate(block, start=first):
                 for (name, draw), heads in sets.items():
                     prediction = str(results[key(fingerprint, heads)]["prediction"])
-                    labels = {"ablation": name, "draw": draw, "heads": len(heads), "example": index}
+                    which = {"ablation": name, "draw": draw, "heads": len(heads), "example": index}
                     outcome = {
                         "prediction": prediction,
                         "score": _score(metric, prediction, example),
                     }
-                    table.append({**labels, **_labels(example, fingerprint), **outcome})
+                    table.append({**which, **labels(example, fingerprint), **outcome})
     if not table:
         raise ValueError("there is no example to answer")
     return pd.DataFrame(table)
@@ -269,7 +269,15 @@ def _open(vlm: VLM, folder: str | Path | None, fresh: bool) -> store.Results:
     return store.open("answers", made, version=VERSION, folder=folder, fresh=fresh)
 
 
-def _labels(example: Example, fingerprint: str) -> dict[str, object]:
+def _how(row: _Row, settings: tuple[object, ...]) -> dict[str, object]:
+    """What the store keeps beside an answer, so that it can be computed again."""
+    example = row.prompt.example
+    how = {"answer": example.answer, "heads": json.dumps(sorted(row.heads))}
+    return {**labels(example), **how, "settings": json.dumps(settings)}
+
+
+def labels(example: Example, fingerprint: str = "") -> dict[str, object]:
+    """Task, length, depth and haystack of an example, as tables and the store name them."""
     return {
         "task": example.task,
         "length": example.length,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from mmheads.answers import default_batch_tokens, stacked
+from mmheads import answers, store
 from mmheads.attention.hook import check_finite
 from mmheads.attention.interventions import ablate, gate
 from mmheads.attention.sharing import ablate_rows, can_share
@@ -19,10 +20,22 @@ from mmheads.heads import HeadSet
 from mmheads.models import VLM
 from mmheads.prefix import on_device
 from mmheads.prompts import Prompt, encode
+from mmheads.provenance import code_version, hash_json
+
+VERSION = 1
+"""To be raised by hand when the same example gets other effects: shipped ones are left out."""
+
+MODULES = (*answers.MODULES, "causal")
+"""The code that measures; kept effects are computed again when it changes."""
 
 
 def gate_gradients(
-    vlm: VLM, examples: Iterable[Example], *, progress: bool = True
+    vlm: VLM,
+    examples: Iterable[Example],
+    *,
+    folder: str | Path | None = None,
+    fresh: bool = False,
+    progress: bool = True,
 ) -> NDArray[np.float32]:
     """First-order estimate of what each head does for the answer -> [example, layer, head], nats.
 
@@ -30,22 +43,30 @@ def gate_gradients(
     the head's output: to first order, what is lost when the head is ablated (mode "zero"). One
     forward and backward pass an example gives all heads.
 
+    Args:
+        vlm: The model.
+        examples: Examples with an answer.
+        folder: Folder of the results store; empty: `runs/effects`; None: nothing is read or kept.
+        fresh: Leave out shipped results.
+        progress: Show a progress bar.
+
     Raises:
         ValueError: No example, or one without an answer.
+        OSError: The folder cannot be written.
     """
-    found = []
     shape = (1, vlm.geometry.layers, vlm.geometry.heads)
-    for example in tqdm(examples, desc="gates", disable=not progress, leave=False):
+
+    def slopes(example: Example) -> NDArray[np.float32]:
         gates = torch.ones(shape, device=vlm.device, requires_grad=True)
         with torch.enable_grad(), gate(vlm, gates):
             odds = log_odds(vlm, encode(vlm, example))
         (slope,) = torch.autograd.grad(odds.sum(), gates)
         for layer, of_heads in enumerate(slope[0]):
             check_finite(of_heads[:, None], layer, slice(None), "gate gradients")
-        found.append(slope[0].float().cpu().numpy())
-    if not found:
-        raise ValueError("there is no example to differentiate")
-    return np.stack(found)
+        values: NDArray[np.float32] = slope[0].float().cpu().numpy()
+        return values
+
+    return _measured(vlm, examples, "gradient", slopes, folder, fresh, progress)
 
 
 def single_head_effects(
@@ -53,32 +74,53 @@ def single_head_effects(
     examples: Iterable[Example],
     *,
     batch_tokens: int = 0,
+    folder: str | Path | None = None,
+    fresh: bool = False,
     progress: bool = True,
 ) -> NDArray[np.float32]:
     """What the right answer loses when one head is ablated -> [example, layer, head], nats.
 
     The fall of the right answer's log-odds (see `log_odds`) under the mode "zero": as many forward
-    passes as heads, and one; they share the layers below the head.
-
-    Raises:
-        ValueError: No example, or one without an answer.
+    passes as heads, and one; they share the layers below the head. Arguments and errors are those
+    of `gate_gradients`; `batch_tokens` is that of `mmheads.answers.answer`.
     """
-    found = []
     none = HeadSet((), vlm.geometry, vlm.model_id)
     sets = [none, *(dataclasses.replace(none, heads=(head,)) for head in vlm.every_head)]
-    for example in tqdm(examples, desc="heads", disable=not progress, leave=False):
+
+    def falls(example: Example) -> NDArray[np.float32]:
         prompt = encode(vlm, example)
-        values = []
-        rows = max(1, (batch_tokens or default_batch_tokens(vlm)) // len(prompt))
-        for some in (sets[first : first + rows] for first in range(0, len(sets), rows)):
-            values.append(_ablated_odds(vlm, prompt, some).cpu())
-        whole, *without = torch.cat(values).tolist()
+        rows = max(1, (batch_tokens or answers.default_batch_tokens(vlm)) // len(prompt))
+        some = (sets[first : first + rows] for first in range(0, len(sets), rows))
+        whole, *without = torch.cat([_ablated_odds(vlm, prompt, each).cpu() for each in some])
         effects = np.zeros((vlm.geometry.layers, vlm.geometry.heads), np.float32)
-        effects[vlm.every_head.mask] = whole - np.array(without, np.float32)
-        found.append(effects)
-    if not found:
-        raise ValueError("there is no example to ablate heads on")
-    return np.stack(found)
+        effects[vlm.every_head.mask] = (whole - torch.stack(without)).numpy()
+        return effects
+
+    return _measured(vlm, examples, "effect", falls, folder, fresh, progress)
+
+
+def _measured(
+    vlm: VLM,
+    examples: Iterable[Example],
+    quantity: str,
+    measure: Callable[[Example], NDArray[np.float32]],
+    folder: str | Path | None,
+    fresh: bool,
+    progress: bool,
+) -> NDArray[np.float32]:
+    """[example, layer, head] of a quantity, from the results store where it has it."""
+    made = vlm.provenance("mmheads.causal", code=code_version(MODULES))
+    keys = []
+    with store.open("effects", made, version=VERSION, folder=folder, fresh=fresh) as results:
+        for example in tqdm(examples, desc=quantity, disable=not progress, leave=False):
+            key = hash_json([example.fingerprint(), example.answer, quantity])
+            if key not in results:
+                how = {"quantity": quantity, **answers.labels(example)}
+                results.add(key, {**how, "nats": measure(example)})
+            keys.append(key)
+        if not keys:
+            raise ValueError("there is no example to measure heads on")
+        return np.stack([results[key]["nats"] for key in keys])
 
 
 @torch.no_grad()
@@ -103,7 +145,7 @@ def log_odds(vlm: VLM, prompt: Prompt, rows: int = 1) -> torch.Tensor:
     ids = vlm.tokenizer(expected, add_special_tokens=False)["input_ids"]
     if not ids:
         raise ValueError(f"the answer {expected!r} of an example has no token")
-    inputs = stacked([prompt] * rows)
+    inputs = answers.stacked([prompt] * rows)
     logits = vlm.model(**on_device(vlm, inputs), use_cache=False, logits_to_keep=1).logits
     logits = logits[:, -1].float()
     others = torch.arange(logits.shape[1], device=logits.device) != ids[0]

@@ -43,7 +43,7 @@ MODEL_COLORS = sns.color_palette("Dark2", 6)
 SET_COLORS = (_PALETTE[0], _PALETTE[3], "0.6")
 """Heads of the first set only, of the second only, of both."""
 
-_NAME = re.compile(r"[ABX](_[a-z0-9]+)+_(released|live|gpu|paper)")
+_NAME = re.compile(r"[ABX](_[a-z0-9]+)+_(released|live|real|gpu|paper)")
 _LIBRARIES = ("matplotlib", "mmheads", "numpy", "pandas", "scipy", "seaborn")
 
 
@@ -109,7 +109,7 @@ class Run:
         if not _NAME.fullmatch(name):
             raise ValueError(
                 f"figure name {name!r}: expected <paper>_<id>_<slug>_<source>, paper A, B or X, "
-                "source released, live, gpu or paper"
+                "source released, live, real, gpu or paper"
             )
         folder = Path(self.folder or paths.FIGURES)
         paths.RUNS.mkdir(exist_ok=True)

@@ -1,16 +1,29 @@
-"""Scores of needles read from the results store without the model."""
+"""Scores of needles read from the results store without the model, and a check of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+
 from mmheads import store
+from mmheads.examples import Example
+from mmheads.models import VLM
 from mmheads.provenance import Provenance, code_version, library_versions
 from mmheads.scores import HeadScores, concatenate
-from mmheads.scoring import GENERATED, MODULES, VERSION, Haystacks, collect, needle_condition
+from mmheads.scoring import (
+    GENERATED,
+    MODULES,
+    VERSION,
+    Haystacks,
+    collect,
+    needle_condition,
+    score_heads,
+)
 from mmheads.tasks import needles
 
 
@@ -78,6 +91,7 @@ def count_scored(
     image_ratio: float = 0.5,
     null_images: str = "placeholders",
     folder: str | Path = "",
+    fresh: bool = False,
     source: Haystacks = needles,
 ) -> int:
     """Number of examples of a condition that are scored already, found without the model.
@@ -93,16 +107,67 @@ def count_scored(
         image_ratio: Share of pages in a generated haystack.
         null_images: See `score_heads`.
         folder: Folder of the store.
+        fresh: Leave out shipped results.
         source: What makes the examples.
     """
     condition = needle_condition(task, length, split, image_ratio, source)
     counts = [
         len(note["rows"])
-        for results in _stored(Path(model).name, null_images, folder)
+        for results in _stored(Path(model).name, null_images, folder, fresh)
         for note in results.notes()
         if note["about"] == condition
     ]
     return max(counts, default=0)
+
+
+def recompute_needles(
+    vlm: VLM,
+    scores: HeadScores,
+    *,
+    per_task: int = 2,
+    null_images: str = "placeholders",
+    seed: int = 0,
+    source: Haystacks = needles,
+    **settings: Any,
+) -> pd.DataFrame:
+    """Compute some needle scores again: a check of those that were shipped or kept.
+
+    Args:
+        vlm: The model.
+        scores: What `score_needles` returned.
+        per_task: Examples of each task, drawn by the seed.
+        null_images: See `score_heads`.
+        seed: Seed of the draw.
+        source: What made the examples.
+        settings: `split` and `image_ratio`, if `score_needles` was given any.
+
+    Returns:
+        One row per example: task, length, depth, haystack, example, and the largest `difference`
+        of a head's score.
+
+    Raises:
+        ValueError: The source does not make the examples that were scored.
+    """
+    drawn = scores.metadata.groupby("task", sort=False).sample(per_task, random_state=seed)
+    count = scores.metadata["haystack"].nunique()
+    examples = [_remade(source, row, count, **settings) for row in drawn.to_dict("records")]
+    again = score_heads(vlm, examples, null_images=null_images, progress=False)
+    difference = np.abs(again.values - scores.values[drawn.index]).max(axis=(1, 2))
+    columns = ["task", "length", "depth", "haystack", "example"]
+    return drawn[columns].assign(difference=difference).reset_index(drop=True)
+
+
+def _remade(source: Haystacks, row: Mapping[Any, Any], count: int, **settings: Any) -> Example:
+    """The example of a row of metadata, made again among the first haystacks of the source."""
+    where = [row["task"]], [row["length"]], [row["depth"]]
+    for example in source.generate(*where, count, **settings):
+        if example.fingerprint() == row["example"]:
+            return example
+    raise ValueError(
+        f"none of the first {count} haystacks of {row['task']!r} at length {row['length']} and "
+        f"depth {row['depth']:g} is the example that was scored; give the source and the settings "
+        "that the scores were made with"
+    )
 
 
 def _needle_conditions(
@@ -118,11 +183,10 @@ def _needle_conditions(
     }
 
 
-def _stored(model: str, null_images: str, folder: str | Path) -> list[store.Results]:
+def _stored(
+    model: str, null_images: str, folder: str | Path, fresh: bool = False
+) -> list[store.Results]:
     """Results of a model by its name that the present code would give."""
     now = Provenance(code=code_version(MODULES), versions=library_versions())
-    return [
-        results
-        for results in store.known("scores", model, version=VERSION, now=now, folder=folder)
-        if results.provenance.settings.get("null_images") == null_images
-    ]
+    known = store.known("scores", model, version=VERSION, now=now, folder=folder, fresh=fresh)
+    return [each for each in known if each.provenance.settings.get("null_images") == null_images]

@@ -1,4 +1,4 @@
-"""Files and tables of scores: parquet files, long tables, the authors' JSON, and shipped results.
+"""Files and tables of scores: parquet files, long tables, and the authors' JSON.
 
 Functions take and give the fields of `HeadScores`, so that this module lies below it.
 """
@@ -6,7 +6,7 @@ Functions take and give the fields of `HeadScores`, so that this module lies bel
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,11 +20,7 @@ from mmheads.heads import HeadGeometry
 from mmheads.provenance import Provenance
 from mmheads.tables import read_table, write_table
 
-SHORT = ("raw", "null")
-"""What shipped files hold for every example; of other quantities they hold means."""
-
 _SCORES = "scores"
-_CONDITION = ("task", "length")
 
 Arrays = Mapping[str, NDArray[np.floating[Any]]]
 """[example, layer, head] by name."""
@@ -126,83 +122,4 @@ def to_released_json(
         ],
         "metrics": {"input_len": tokens},
         "averaged_metrics": {"input_len": float(np.mean(tokens))},
-    }
-
-
-def write_shipped(
-    path: Path,
-    quantities: Arrays,
-    metadata: pd.DataFrame,
-    geometry: HeadGeometry,
-    provenance: Provenance,
-    *,
-    conditions: Iterable[Mapping[str, Any]],
-    version: int,
-    machine: str,
-    date: str,
-) -> None:
-    """Write scores as a shipped file for `mmheads.store`, and means beside it.
-
-    The attention under the question and under the null question is written for every example in
-    steps of 1.6e-5; of every other quantity `means/<name>.parquet` holds the mean of each task and
-    length.
-
-    Args:
-        path: `data/results/scores/<name>.parquet`.
-        quantities: By name; "raw" and "null" are needed.
-        metadata: One row per example with the columns `key` (the example's fingerprint),
-            `condition` (index into `conditions`), task, length, depth, haystack, tokens.
-        geometry: The model's heads.
-        provenance: How the scores were computed.
-        conditions: What each condition is made of, as `Results.note` takes it.
-        version: `mmheads.scoring.VERSION` at the time.
-        machine: The machine, "2 CPU cores" or "1 x H100".
-        date: The day, "2026-11-25".
-
-    Raises:
-        ValueError: A column or quantity is missing, or a mass lies outside [0, 1].
-    """
-    needed = {"key", "condition", *_CONDITION, "depth", "haystack", "tokens"}
-    if missing := [*sorted(needed - {*metadata}), *sorted({*SHORT} - {*quantities})]:
-        raise ValueError(f"shipped scores lack {missing}")
-    about = {
-        "geometry": dataclasses.asdict(geometry),
-        "provenance": dataclasses.asdict(provenance),
-        "version": version,
-        "machine": machine,
-        "date": date,
-    }
-    rows = {"kind": "scores", "conditions": [dict(each) for each in conditions], **about}
-    table = pa.Table.from_pandas(metadata, preserve_index=False)
-    write_table(path, table, {name: quantities[name] for name in SHORT}, rows, short=SHORT)
-    rows_of: dict[Any, Any] = metadata.reset_index(drop=True).groupby(list(_CONDITION)).indices
-    means = {
-        name: np.stack([array[index].mean(axis=0) for index in rows_of.values()])
-        for name, array in quantities.items()
-        if name not in SHORT
-    }
-    counts = [{"task": t, "length": n, "n": len(index)} for (t, n), index in rows_of.items()]
-    if means:
-        means_table = pa.Table.from_pylist(counts)
-        write_table(means_path(path), means_table, means, {"kind": "means of scores", **about})
-
-
-def means_path(path: Path) -> Path:
-    """Where the means of a shipped file's other quantities are."""
-    return path.parent / "means" / path.name
-
-
-def read_means(path: Path) -> dict[tuple[str, int], dict[str, NDArray[np.float32]]]:
-    """Means of a shipped file by task and length -> [layer, head] by quantity.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is damaged or of another kind.
-    """
-    about, scalars, arrays = read_table(means_path(path))
-    if about.get("kind") != "means of scores":
-        raise ValueError(f"{means_path(path)} holds {about.get('kind')}, expected means of scores")
-    return {
-        (row["task"], row["length"]): {name: array[index] for name, array in arrays.items()}
-        for index, row in enumerate(scalars.to_pylist())
     }

@@ -64,6 +64,9 @@ ROUNDING = 1e-5
 VERSION = 1
 """To be raised by hand when the same example gets other scores: shipped ones are then left out."""
 
+MASSES = ("raw", "null", "share", "context", "shuffled")
+"""The quantities that lie in [0, 1]; shipped files hold them in 16 bits."""
+
 MODULES = (
     *("families", "compat", "models", "rendering", "processing", "locating", "prompts"),
     *("decoder", "prefix", "together", "attention"),
@@ -319,7 +322,7 @@ def _score_batch(
     for place, (key, (index, prompt)) in enumerate(batch.items()):
         with _named(index):
             values = scored[place] if scored else score_prompt(vlm, prompt, null_images=null_images)
-            for name in ("raw", "null", "share", "context", "shuffled"):
+            for name in MASSES:
                 _check_mass(values[name], name, prompt.example)
                 values[name] = values[name].clip(0, 1)
             _check_finite(values)

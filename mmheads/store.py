@@ -66,6 +66,7 @@ class Results:
         self._new: list[str] = []
         self._written: list[Path] = []
         self._saved = time.monotonic()
+        self._clock = time.process_time()
         self._place = self._scan()
 
     def _scan(self) -> dict[str, Path]:
@@ -101,8 +102,12 @@ class Results:
             self._rows.setdefault(row.pop("key"), row)
 
     def add(self, key: str, row: Row) -> None:
-        """Keep one more row; rows are saved every few seconds and at the end."""
-        self._rows[key] = row
+        """Keep one more row; rows are saved every few seconds and at the end.
+
+        Its `cpu_seconds` are those of this process since the row before, or since the opening.
+        """
+        before, self._clock = self._clock, time.process_time()
+        self._rows[key] = {**row, "cpu_seconds": self._clock - before}
         self._new.append(key)
         if time.monotonic() - self._saved > SAVE_EVERY:
             self.save()
@@ -119,10 +124,7 @@ class Results:
         with paths.write_whole(self._folder / _ABOUT) as temporary:
             temporary.write_text(canonical({"format": FORMAT, **self.about}), encoding="utf-8")
         path = self._folder / f"{uuid.uuid4().hex}.parquet"
-        rows = [{"key": key, **self[key]} for key in keys]
-        arrays = [name for name, value in rows[0].items() if isinstance(value, np.ndarray)]
-        stacked = {name: np.stack([row.pop(name) for row in rows]) for name in arrays}
-        write_table(path, pa.Table.from_pylist(rows), stacked, self.about)
+        _write_rows(path, [{"key": key, **self[key]} for key in keys], self.about)
         self._written.append(path)
         self._place |= dict.fromkeys(keys, path)
 
@@ -160,6 +162,26 @@ class Results:
             for note in notes
         ]
 
+    def write_shipped(self, path: Path, about: Mapping[str, Any], short: Sequence[str]) -> None:
+        """Write all rows as one shipped file; see `ship`."""
+        kept = Results(self.about["kind"], self.provenance, {}, self._folder, [])
+        conditions: dict[str, dict[str, Any]] = {}
+        labels: dict[str, Row] = {}
+        for note in self.notes():
+            conditions.setdefault(canonical(note["about"]), note["about"])
+            number = list(conditions).index(canonical(note["about"]))
+            for row in note["rows"]:
+                label = {n: row[n] for n in ("key", "task", "length", "depth", "haystack")}
+                labels[canonical([number, label])] = {**label, "condition": number}
+        labelled = {label["key"] for label in labels.values()}
+        others = [{"key": key} for key in sorted(set(self._place) - labelled)]
+        rows = [
+            {**(kept if label["key"] in kept else self)[label["key"]], **label}
+            for label in (*labels.values(), *others)
+        ]
+        content = {**self.about, **about, "conditions": list(conditions.values())}
+        _write_rows(path, rows, content, short)
+
     def __enter__(self) -> Self:
         return self
 
@@ -178,6 +200,15 @@ class Results:
         if self._folder:
             with suppress(OSError):  # nothing was computed: leave no empty folder
                 self._folder.rmdir()
+
+
+def _write_rows(
+    path: Path, rows: Sequence[Row], about: Mapping[str, Any], short: Sequence[str] = ()
+) -> None:
+    """Write rows of one kind, each with its `key`, as a table."""
+    arrays = [name for name, value in rows[0].items() if isinstance(value, np.ndarray)]
+    stacked = {name: np.stack([row.pop(name) for row in rows]) for name in arrays}
+    write_table(path, pa.Table.from_pylist(rows), stacked, about, short=short)
 
 
 _ABOUT = "about.json"
@@ -231,7 +262,13 @@ def open(
 
 
 def known(
-    kind: str, model: str, *, version: int, now: Provenance, folder: str | Path = ""
+    kind: str,
+    model: str,
+    *,
+    version: int,
+    now: Provenance,
+    folder: str | Path = "",
+    fresh: bool = False,
 ) -> list[Results]:
     """Results of a model by its name, read without the model: one entry for each provenance.
 
@@ -241,6 +278,7 @@ def known(
         version: See `open`.
         now: Kept results must agree with its `code` and `versions`.
         folder: See `open`.
+        fresh: Leave out shipped results.
     """
     results: dict[str, tuple[dict[str, Any], Provenance, Path | None, list[Path]]] = {}
     for path in sorted(kept_folder(kind, folder).glob(f"*/{_ABOUT}")):
@@ -250,7 +288,7 @@ def known(
         if Path(made.model).name == model and current and about.get("format") == FORMAT:
             stable = dataclasses.replace(made, code="", versions={})
             results[stable.key] = (about, made, path.parent, [])
-    for path, made, number in _shipped(kind, model):
+    for path, made, number in [] if fresh else _shipped(kind, model):
         if number == version:
             stable = dataclasses.replace(made, code="", versions={})
             results.setdefault(stable.key, (read_about(path), made, None, []))[3].append(path)
@@ -258,6 +296,47 @@ def known(
         Results(kind, made, {"geometry": about.get("geometry")}, place, shipped)
         for about, made, place, shipped in results.values()
     ]
+
+
+def ship(
+    kind: str,
+    model: str,
+    *,
+    version: int,
+    now: Provenance,
+    machine: str,
+    date: str,
+    short: Sequence[str] = (),
+    folder: str | Path = "",
+) -> list[Path]:
+    """Write all known results of a model as shipped files, one for each provenance.
+
+    Kept rows replace shipped ones of the same key, and the new files the model's old ones.
+
+    Args:
+        kind: See `known`, like `model`, `version`, `now` and `folder`.
+        model: Name of the model.
+        version: Number of the shipped results.
+        now: Current code and libraries.
+        machine: Where they were computed: "2 CPU cores" or "1 x H100".
+        date: The day: "2026-11-25".
+        short: Names of arrays with values in [0, 1] that are written in 16 bits.
+        folder: Folder of the kept results.
+
+    Raises:
+        ValueError: A value to be written in 16 bits lies outside [0, 1].
+    """
+    old = {path for path, _, _ in _shipped(kind, model)}
+    written = []
+    for results in known(kind, model, version=version, now=now, folder=folder):
+        made = dataclasses.replace(results.provenance, code="", versions={})
+        path = SHIPPED / kind / f"{Path(model).name}-{made.key[:8]}.parquet"
+        settings = {"version": version, "machine": machine, "date": date}
+        results.write_shipped(path, settings, short)
+        written.append(path)
+    for path in old - set(written):
+        path.unlink()
+    return written
 
 
 def kept_folder(kind: str, folder: str | Path = "") -> Path:

@@ -192,16 +192,6 @@ def test_the_commands_of_a_page_exist(page, capsys):
                     assert (paths.ROOT / argument).exists(), argument
 
 
-def test_what_the_pages_say_of_fresh_runs_is_true():
-    said = "`reproduce.py` has no option\n`--fresh` yet" in read(DOCS / "reproducing.md")
-    try:
-        reproduce.parse_arguments(["--fresh"])
-        known = True
-    except SystemExit:
-        known = False
-    assert said != known, "docs/reproducing.md says whether reproduce.py has the option --fresh"
-
-
 def test_the_extra_for_the_documentation_is_a_part_of_the_one_for_development():
     extras = tomllib.loads(read(paths.ROOT / "pyproject.toml"))["project"]["optional-dependencies"]
     assert extras["docs"]
@@ -218,15 +208,17 @@ def words_of(text: str) -> str:
     return " ".join(re.findall(r"\w+", html.unescape(text)))
 
 
-def test_the_documentation_builds_without_a_warning(tmp_path):
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """The folder of the documentation, built without a warning."""
     for module in ("sphinx", "myst_nb", "furo"):
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"{module} is not installed: pip install --editable '.[docs]'")
     before = {page: read(page) for page in PAGES}
-    built = tmp_path / "html"
-    options = ("-q", "-W", "--keep-going", "-c", "docs", "-d", str(tmp_path / "doctrees"))
+    folder = tmp_path_factory.mktemp("docs")
+    options = ("-q", "-W", "--keep-going", "-c", "docs", "-d", str(folder / "doctrees"))
     done = subprocess.run(
-        [sys.executable, "-m", "sphinx", *options, ".", str(built)],
+        [sys.executable, "-m", "sphinx", *options, ".", str(folder / "html")],
         cwd=paths.ROOT,
         capture_output=True,
         text=True,
@@ -234,6 +226,27 @@ def test_the_documentation_builds_without_a_warning(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert {page: read(page) for page in PAGES} == before
+    return folder / "html"
+
+
+OPENED = ("docs/index.html", "docs/figures.html", "docs/api.html", "notebooks/02_score_heads.html")
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_pages_of_the_documentation_open_in_a_browser(built, browser, width):
+    browser.resize(width)
+    for name in OPENED:
+        browser.get((built / name).as_uri())
+        said = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+        assert said == [], name
+        broken = "return [...document.images].filter(i => i.complete && !i.naturalWidth).length"
+        assert browser.execute_script(broken) == 0, name
+        assert browser.execute_script("return document.body.innerText.length") > 500, name
+        wide = browser.execute_script("return document.documentElement.scrollWidth")
+        assert wide <= width, f"{name} is {wide} px wide"
+
+
+def test_the_documentation_holds_every_page_picture_and_public_name(built):
     for page in DOCS.glob("*.md"):
         assert (built / "docs" / f"{page.stem}.html").stat().st_size > 1000
     api = read(built / "docs" / "api.html")

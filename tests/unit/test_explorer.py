@@ -5,7 +5,6 @@ import dataclasses
 import io
 import json
 import re
-import shutil
 import zlib
 
 import example_prompts
@@ -18,8 +17,6 @@ from mmheads import causal, cli, explorer, paths, prompts, scoring
 from mmheads.examples import Example, Video
 from mmheads.models import VLM, load
 from mmheads.tasks import needles
-
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
 
 def content(page: explorer.Explorer) -> dict:
@@ -315,25 +312,6 @@ def test_the_command_refuses_bad_input_in_one_sentence(
     assert {path.name for path in tmp_path.iterdir()} == {"mine.jsonl", "folder.html", "blocked"}
 
 
-@pytest.fixture(scope="module")
-def browser():
-    """Headless Chromium without a network."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    if not CHROMIUM or not DRIVER:
-        pytest.skip("there is no Chromium here: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    offline = {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
-    driver.execute_cdp_cmd("Network.enable", {})
-    driver.execute_cdp_cmd("Network.emulateNetworkConditions", offline)
-    yield driver
-    driver.quit()
-
-
 EXAMPLES = [
     needles.make("rendered_text", 128, 0.4, split="test"),
     needles.make("text", 128, 0.4, split="test"),
@@ -351,17 +329,12 @@ def written(tiny, tmp_path_factory):
 @pytest.fixture
 def opened(browser, written):
     """The page at a desktop's width, with nothing chosen yet."""
-    resize(browser, 1280)
+    browser.resize(1280)
     browser.get(written.as_uri())
     ready(browser)
     yield browser
     said = [entry for entry in browser.get_log("browser") if entry["source"] != "rendering"]
     assert said == []
-
-
-def resize(browser, width):
-    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
 
 
 def wait(browser, script):
@@ -520,7 +493,7 @@ def test_the_map_works_by_keyboard(opened):
 
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_screenshot_is_not_blank_and_nothing_overflows(opened, width):
-    resize(opened, width)
+    opened.resize(width)
     opened.refresh()
     ready(opened)
     assert opened.execute_script("return document.documentElement.scrollWidth") <= width

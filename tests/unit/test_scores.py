@@ -387,49 +387,6 @@ def test_a_selection_says_where_it_comes_from():
     assert scores.bottom(2).origin.rule == "bottom 2 by mean score"
 
 
-def test_shipped_scores_hold_masses_in_sixteen_bits_and_means_of_the_rest(tmp_path):
-    rng = np.random.default_rng(0)
-    raw, null, norm = rng.random((3, 4, 2, 4), dtype=np.float32)
-    raw[0, 0, :2] = 0, 1
-    metadata = pd.DataFrame(
-        {
-            "key": list("abcd"),
-            "condition": [0, 0, 1, 1],
-            "task": ["text", "text", "image", "image"],
-            "length": 128,
-            "depth": [0.0, 1.0, 0.0, 1.0],
-            "haystack": "h",
-            "tokens": 120,
-        }
-    )
-    path = tmp_path / "toy.parquet"
-    settings = {
-        "conditions": [{"task": "text"}, {"task": "image"}],
-        "version": 1,
-        "machine": "2 CPU cores",
-        "date": "2026-11-25",
-    }
-    quantities = {"raw": raw, "null": null, "norm": norm}
-    fields = (metadata, GEOMETRY, Provenance(model="toy"))
-    score_files.write_shipped(path, quantities, *fields, **settings)
-    about, scalars, arrays = tables.read_table(path)
-    assert (about["machine"], about["date"]) == ("2 CPU cores", "2026-11-25")
-    assert pq.read_schema(path).field("raw").type.value_type == "uint16"
-    assert set(arrays) == {"raw", "null"}
-    np.testing.assert_allclose(arrays["raw"], raw, atol=0.5 / tables.STEPS + 1e-7)
-    np.testing.assert_array_equal(arrays["raw"][0, 0, :2], [0, 1])
-    assert scalars["haystack"].to_pylist() == ["h"] * 4
-    means = score_files.read_means(path)
-    assert set(means) == {("text", 128), ("image", 128)}
-    np.testing.assert_allclose(means["image", 128]["norm"], norm[2:].mean(axis=0), atol=1e-6)
-    with pytest.raises(ValueError, match="raw cannot be written in 16 bits"):
-        score_files.write_shipped(path, {**quantities, "raw": raw + 1}, *fields, **settings)
-    with pytest.raises(ValueError, match=r"lack \['haystack', 'null'\]"):
-        score_files.write_shipped(
-            path, {"raw": raw}, metadata.drop(columns="haystack"), *fields[1:], **settings
-        )
-
-
 def test_frame_has_one_row_per_example_and_head():
     table = several().to_frame()
     assert len(table) == 4 * 2 * 3

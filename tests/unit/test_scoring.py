@@ -9,7 +9,7 @@ import pytest
 import random_models
 import torch
 
-from mmheads import kept_scores, models, paths, prompts, score_files, scoring, store
+from mmheads import kept_scores, models, paths, prompts, scoring, store
 from mmheads.examples import Example, Region
 from mmheads.models import VLM, load
 from mmheads.tasks import needles
@@ -348,33 +348,46 @@ def test_scores_of_another_provenance_are_computed_again(
 
 
 def test_shipped_scores_are_used_unless_fresh(tiny, tmp_path, monkeypatch, scored):
-    example = needles.make("text", 64, 0.0)
-    scores = scoring.score_heads(tiny, [example], progress=False)
+    settings = {"tasks": ["text"], "lengths": [64], "pairs": 1, "progress": False}
+    scores = scoring.score_needles(tiny, folder=tmp_path / "made", **settings)
+    count = len(scored)
     monkeypatch.setattr(store, "SHIPPED", tmp_path / "data")
-    metadata = scores.metadata.rename(columns={"example": "key"}).assign(condition=0)
-    score_files.write_shipped(
-        tmp_path / "data" / "scores" / "tiny.parquet",
-        scores.quantities,
-        metadata,
-        scores.geometry,
-        scores.provenance,
-        conditions=[scoring.needle_condition("text", 64, "detection", 0.5)],
-        version=scoring.VERSION,
-        machine="2 CPU cores",
-        date="2026-11-25",
+    about = {"version": scoring.VERSION, "machine": "2 CPU cores", "date": "2026-11-25"}
+    store.ship(
+        "scores",
+        "tiny-qwen3-vl-m",
+        now=scores.provenance,
+        short=scoring.MASSES,
+        folder=tmp_path / "made",
+        **about,
     )
-    settings = {"folder": tmp_path / "kept", "progress": False}
-    shipped = scoring.score_heads(tiny, [example], **settings)
-    assert len(scored) == 1
+    settings["folder"] = tmp_path / "kept"
+    shipped = scoring.score_needles(tiny, **settings)
+    assert len(scored) == count
     np.testing.assert_allclose(shipped.values, scores.values, atol=2e-5)
-    assert set(shipped.quantities) == {"raw", "null"}
+    assert set(shipped.quantities) == set(scores.quantities)
+    np.testing.assert_array_equal(shipped["norm"].values, scores["norm"].values)
     stored = kept_scores.load_needle_scores(
         "tiny-qwen3-vl-m", tasks=["text"], folder=tmp_path / "kept"
     )
     np.testing.assert_array_equal(stored.values, shipped.values)
-    fresh = scoring.score_heads(tiny, [example], fresh=True, **settings)
-    assert len(scored) == 2
+    fresh = scoring.score_needles(tiny, fresh=True, **settings)
+    assert len(scored) == 2 * count
     np.testing.assert_array_equal(fresh.values, scores.values)
+
+
+def test_some_scores_computed_again_show_the_largest_difference(tiny, tmp_path):
+    settings = {"tasks": ["text", "image"], "lengths": [64], "pairs": 2, "split": "heldout"}
+    scores = scoring.score_needles(tiny, folder=tmp_path, progress=False, **settings)
+    again = kept_scores.recompute_needles(tiny, scores, split="heldout", seed=1)
+    assert again["task"].tolist() == ["text", "text", "image", "image"]
+    assert set(again["example"]) <= set(scores.metadata["example"])
+    assert again["difference"].max() < 1e-5
+    scores = dataclasses.replace(scores, values=scores.values + 0.25)
+    changed = kept_scores.recompute_needles(tiny, scores, split="heldout", seed=1)
+    np.testing.assert_allclose(changed["difference"], 0.25, atol=1e-5)
+    with pytest.raises(ValueError, match="none of the first 4 haystacks of 'text'"):
+        kept_scores.recompute_needles(tiny, scores, split="test")
 
 
 def test_what_cannot_be_scored_is_an_error(tiny):

@@ -7,11 +7,10 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
-from mmheads import paths, score_files, store
-from mmheads.heads import HeadGeometry
+from mmheads import paths, store, tables
 from mmheads.provenance import Provenance
 
 MADE = Provenance(
@@ -27,9 +26,9 @@ MADE = Provenance(
 
 @pytest.fixture(autouse=True)
 def shipped(tmp_path, monkeypatch) -> Path:
-    """A repository without shipped results."""
+    """The folder of shipped results, which is empty."""
     monkeypatch.setattr(store, "SHIPPED", tmp_path / "data")
-    return tmp_path / "data" / "scores" / "toy.parquet"
+    return tmp_path / "data"
 
 
 def opened(folder: Path, made: Provenance = MADE, **more) -> store.Results:
@@ -182,26 +181,19 @@ def test_a_file_that_another_process_joined_with_others_is_found_again(tmp_path)
     assert reader["a"]["raw"][0, 0] == 1
 
 
-def ship(path: Path, made: Provenance = MADE, version: int = 1) -> None:
-    metadata = pd.DataFrame(
-        {"key": ["a"], "condition": 0, "task": "text", "length": 128}
-        | {"depth": 0.0, "haystack": "h", "tokens": 120}
-    )
-    score_files.write_shipped(
-        path,
-        {"raw": np.full((1, 2, 3), 0.5), "null": np.zeros((1, 2, 3)), "norm": np.ones((1, 2, 3))},
-        metadata,
-        HeadGeometry(2, 3, 3),
-        made,
-        conditions=[{"task": "text"}],
-        version=version,
-        machine="2 CPU cores",
-        date="2026-11-25",
-    )
+def ship(folder: Path, made: Provenance = MADE, version: int = 1, value: float = 0.5) -> Path:
+    """Keep one row, and ship it."""
+    with opened(folder, made, about={"geometry": {"layers": 2}}) as results:
+        results.add("a", row(value))
+        labels = {"task": "text", "length": 128, "haystack": "h"}
+        results.note({"task": "text"}, [{"key": "a", "depth": at, **labels} for at in (0.5, 0.0)])
+    settings = {"machine": "2 CPU cores", "date": "2026-11-25", "short": ["raw"]}
+    (path,) = store.ship("scores", "toy", version=version, now=made, folder=folder, **settings)
+    return path
 
 
 def test_shipped_rows_come_first_and_fresh_leaves_them_out(tmp_path, shipped):
-    ship(shipped)
+    ship(tmp_path / "made")
     with opened(tmp_path / "kept", fresh=True) as results:
         assert "a" not in results
         results.add("a", row(0.25))
@@ -215,6 +207,38 @@ def test_shipped_rows_come_first_and_fresh_leaves_them_out(tmp_path, shipped):
             assert results.notes()[-1]["about"] == {"task": "text"}
     with opened(tmp_path / "kept", fresh=True) as results:
         assert results["a"]["raw"][0, 0] == 0.25
+
+
+def test_a_shipped_file_holds_masses_in_sixteen_bits_and_says_how_it_was_made(tmp_path, shipped):
+    path = ship(tmp_path / "made", value=0.123456)
+    assert path.parent == shipped / "scores"
+    about, scalars, arrays = tables.read_table(path)
+    assert (about["machine"], about["date"], about["version"]) == ("2 CPU cores", "2026-11-25", 1)
+    assert about["conditions"] == [{"task": "text"}]
+    assert pq.read_schema(path).field("raw").type.value_type == "uint16"
+    np.testing.assert_allclose(arrays["raw"], 0.123456, atol=0.5 / tables.STEPS + 1e-7)
+    assert scalars["cpu_seconds"].to_pylist()[0] >= 0
+    with pytest.raises(ValueError, match="raw cannot be written in 16 bits"):
+        ship(tmp_path / "wrong", value=1.5)
+
+
+def test_rows_computed_later_join_and_replace_those_that_are_shipped(tmp_path, shipped):
+    first = ship(tmp_path / "first")
+    newer = dataclasses.replace(MADE, code="d")
+    with opened(tmp_path / "second", newer, fresh=True) as results:
+        results.add("b", row(0.75))
+    settings = {"machine": "1 x H100", "date": "2026-11-26", "version": 1, "now": newer}
+    (second,) = store.ship("scores", "toy", folder=tmp_path / "second", **settings)
+    assert second == first
+    _, scalars, arrays = tables.read_table(second)
+    assert scalars["key"].to_pylist() == ["a", "a", "b"]
+    assert scalars["depth"].to_pylist() == [0.5, 0.0, None]
+    np.testing.assert_allclose(arrays["raw"][:, 0, 0], [0.5, 0.5, 0.75], atol=1e-5)
+    with opened(tmp_path / "second", newer, fresh=True) as results:
+        results.add("a", row(0.25))
+    store.ship("scores", "toy", folder=tmp_path / "second", **settings)
+    values = tables.read_table(second)[2]["raw"][:, 0, 0]
+    np.testing.assert_allclose(values, [0.25, 0.25, 0.75], atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -233,8 +257,8 @@ def test_shipped_rows_come_first_and_fresh_leaves_them_out(tmp_path, shipped):
 def test_shipped_rows_that_do_not_fit_are_left_out_with_the_difference(
     tmp_path, shipped, changes, version, message
 ):
-    ship(shipped, dataclasses.replace(MADE, **changes), version)
-    with pytest.warns(UserWarning, match=f"toy.parquet is not used: {message}"):
+    ship(tmp_path / "made", dataclasses.replace(MADE, **changes), version)
+    with pytest.warns(UserWarning, match=f"toy-.*parquet is not used: {message}"):
         results = opened(tmp_path / "kept")
     assert "a" not in results
     with warnings.catch_warnings():
@@ -255,7 +279,7 @@ def test_results_are_known_by_the_models_name(tmp_path, shipped):
     assert store.known("scores", "other", now=now, **find) == []
     for stale in ({"code": "d"}, {"versions": {"torch": "2.14.0"}}):
         assert store.known("scores", "toy", now=dataclasses.replace(now, **stale), **find) == []
-    ship(shipped)
+    ship(tmp_path / "made")
     (known,) = store.known("scores", "toy", now=now, **find)
     assert len(known.notes()) == 2
     (known,) = store.known("scores", "toy", now=dataclasses.replace(now, code="d"), **find)
