@@ -146,7 +146,8 @@ class VLM:
         every = tuple(self.attentions)
         heads = self._count("num_attention_heads", every)
         groups = self._count("num_key_value_heads", full or every) or heads
-        return HeadGeometry(layers, heads, groups, None if len(full) == layers else full)
+        some = None if len(full) == layers else full
+        return HeadGeometry(layers, heads, groups, some, self.family)
 
     def _count(self, name: str, layers: tuple[int, ...]) -> int:
         """A number of heads that some layers have in common; 0 if the model has no such setting.

@@ -19,6 +19,7 @@ NOTEBOOKS = ROOT / "notebooks"
 FIGURES = ROOT / "figures"
 PAPERS = ROOT / "data" / "papers"
 MODELS = ROOT / "data" / "models"
+HEADS = ROOT / "data" / "heads"
 RUNS = ROOT / "runs"
 
 
