@@ -92,6 +92,11 @@ class VLM:
         return self.text_config is self.model.config
 
     @property
+    def positions(self) -> int:
+        """Longest prompt in tokens that the model's positions allow; 0 if it names no limit."""
+        return compat.setting(self.text_config, "max_position_embeddings") or 0
+
+    @property
     def reads_video(self) -> bool:
         """Whether the processor takes videos: only with torchvision."""
         return callable(getattr(self.processor, "video_processor", None))

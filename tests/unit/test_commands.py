@@ -53,7 +53,7 @@ def own_images(tmp_path):
 def test_command_scores_a_users_own_examples(own_images, tmp_path, capsys):
     model = str(paths.MODELS / "tiny-qwen3-vl-m")
     out = tmp_path / "out"
-    arguments = ["score", "--model", model, "--examples", str(own_images), "--out", str(out)]
+    arguments = ["score", model, str(own_images), "--out", str(out)]
     assert cli.main([*arguments, "--device", "cpu"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 6
@@ -94,8 +94,8 @@ LINE = {"context": ["rain falls . B7 K ."], "question": "? B7", "evidence": [{"p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "no-such-model"], "no-such-model could not be loaded"),
-        (["--examples", "missing.jsonl"], "missing.jsonl does not exist"),
+        (["no-such-model"], "no-such-model could not be loaded"),
+        (["missing.jsonl"], "missing.jsonl does not exist"),
         (["--device", "nonsense"], "nonsense"),
         (["--device", "cuda:0"], "cuda:0"),
         (["--out", "blocked/results"], "blocked/results cannot be written to"),
@@ -107,8 +107,11 @@ def test_score_refuses_bad_options_in_one_sentence(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples.jsonl").write_text(json.dumps(LINE), encoding="utf-8")
     (tmp_path / "blocked").write_text("a file where a folder is expected", encoding="utf-8")
-    given = ["score", "--model", "tiny-qwen3-vl-m", "--examples", "examples.jsonl", "--out", "out"]
-    assert cli.main([*given, *arguments]) == 1
+    model, examples, *options = {
+        "no-such-model": ["no-such-model", "examples.jsonl"],
+        "missing.jsonl": ["tiny-qwen3-vl-m", "missing.jsonl"],
+    }.get(arguments[0], ["tiny-qwen3-vl-m", "examples.jsonl", *arguments])
+    assert cli.main(["score", model, examples, "--out", "out", *options]) == 1
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) == 1
@@ -117,7 +120,7 @@ def test_score_refuses_bad_options_in_one_sentence(
 @pytest.mark.parametrize("value", ["1.5", "0", "nan", "-0.1", "five"])
 def test_a_share_of_heads_outside_0_to_1_is_refused_before_anything_runs(value, capsys):
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["score", "--model", "m", "--examples", "e", "--fraction", value])
+        cli.main(["score", "m", "e", "--fraction", value])
     assert stopped.value.code == 2
     assert f"{value!r} is not a number from 1e-06 to 1" in capsys.readouterr().err
 
@@ -129,7 +132,7 @@ def test_an_example_without_evidence_is_named_before_the_model_is_loaded(
     path = tmp_path / "mine.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     monkeypatch.setattr("mmheads.models.load", None)
-    assert cli.main(["score", "--model", "tiny-qwen3-vl-m", "--examples", str(path)]) == 1
+    assert cli.main(["score", "tiny-qwen3-vl-m", str(path)]) == 1
     assert f"{path}, line 2: the example has no evidence" in capsys.readouterr().err
 
 
@@ -140,8 +143,8 @@ def test_files_of_one_name_in_two_folders_keep_their_own_results(tmp_path):
         (tmp_path / folder / "v1.examples.jsonl").write_text(json.dumps(line), encoding="utf-8")
     for folder in ("a", "b"):
         path = tmp_path / folder / "v1.examples.jsonl"
-        arguments = ["--examples", str(path), "--out", str(tmp_path / "out")]
-        assert cli.main(["score", "--model", "tiny-qwen3-vl-m", *arguments]) == 0
+        arguments = [str(path), "--out", str(tmp_path / "out")]
+        assert cli.main(["score", "tiny-qwen3-vl-m", *arguments]) == 0
     for suffix in ("parquet", "csv", "json", "png"):
         assert len(list((tmp_path / "out").glob(f"tiny-qwen3-vl-m-v1.examples-*.{suffix}"))) == 2
 
@@ -205,8 +208,8 @@ def test_rank_refuses_numbers_out_of_range(option, capsys):
 
 def test_a_closed_pipe_is_not_an_error(tmp_path):
     (tmp_path / "examples.jsonl").write_text(json.dumps(LINE), encoding="utf-8")
-    command = [sys.executable, "-m", "mmheads", "score", "--model", "tiny-qwen3-vl-m"]
-    command += ["--examples", str(tmp_path), "--out", str(tmp_path / "out"), "--fraction", "1"]
+    command = [sys.executable, "-m", "mmheads", "score", "tiny-qwen3-vl-m"]
+    command += [str(tmp_path), "--out", str(tmp_path / "out"), "--fraction", "1"]
     environment = {"PYTHONPATH": str(paths.ROOT), "PATH": "", "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE

@@ -9,6 +9,7 @@ import pytest
 
 from mmheads import paths
 from mmheads.heads import Head, HeadGeometry, HeadSet, Origin, format_heads, overlap
+from mmheads.provenance import folder_revision
 
 GEOMETRY = HeadGeometry(2, 4, 2, architecture="toy_vl")
 
@@ -129,6 +130,8 @@ def test_every_shipped_list_is_of_the_model_that_it_is_named_for():
         assert heads.geometry.architecture
         assert all(dataclasses.astuple(heads.origin))
         assert heads.model.rpartition("/")[2] == path.stem
+        if (folder := paths.MODELS / path.stem).is_dir():
+            assert heads.origin.revision == folder_revision(folder), "run mmheads detect again"
 
 
 @pytest.mark.parametrize(
