@@ -9,12 +9,13 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from mmheads.commands import NOTHING_FOUND, Outcome, detect, explore, note, rank, score
+from mmheads.commands import NOTHING_FOUND, Outcome, ablate, detect, explore, note, rank, score
 
 ABOUT = f"""examples:
   mmheads detect tiny-qwen3-vl-m
   mmheads rank report.pdf --model Qwen/Qwen3-VL-8B-Instruct --question "What was the total?"
   mmheads score tiny-qwen3-vl-m examples.jsonl
+  mmheads ablate tiny-qwen3-vl-m tiny-qwen3-vl-m examples.jsonl
   mmheads explore tiny-qwen3-vl-m examples.jsonl -o heads.html
 
 exit codes:
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (detect, score, rank, explore):
+    for command in (detect, rank, score, ablate, explore):
         command.add(subparsers)
     options = parser.parse_args(arguments)
     try:

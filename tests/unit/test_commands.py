@@ -288,6 +288,9 @@ def test_what_the_page_on_your_model_shows_runs(tmp_path, capsys, monkeypatch):
     (command,) = commands("docs/your_model.md", "mmheads explore")
     assert cli.main(command) == 0
     assert (tmp_path / "heads.html").stat().st_size > 10_000
+    (ablated,) = commands("docs/your_model.md", "mmheads ablate")
+    assert cli.main([*ablated[:-1], "2"]) == 0
+    assert "2 random sets are as low" in capsys.readouterr().out
     score, explored, mask, streamed = blocks("docs/your_model.md", "python")
     names: dict = {}
     exec(score, names)
