@@ -173,7 +173,6 @@ def test_a_model_of_text_ranks_the_texts_of_pages(tmp_path, capsys, monkeypatch)
         (["--question-file", "latin.txt"], "latin.txt is not a text in UTF-8"),
         (["--question-file", "empty.txt"], "the question is empty; give --question"),
         (["a.pdf", "--question", "? B7"], "two of the documents have one name"),
-        (["--question", "? B7", "--window", "3", "--dpi", "2000"], "in windows of 3: the longest"),
         (["--question", "? B7", "--memory", "0.001"], "beside its forward passes, of 0.001 GB; gi"),
     ],
 )
@@ -212,6 +211,10 @@ def test_the_resolution_is_the_highest_that_fits_window_and_memory(tiny):
     }
     assert chosen[3] == 144
     assert chosen[12] < 144
+    with pytest.raises(
+        ValueError, match="12 pages do not fit at 144 dpi in windows of 12: the lon"
+    ):
+        fit_pages(tiny, heads, [A4] * 12, ["? B7"], window=12, dpi=144)
     free = fit_pages(tiny, heads, [A4] * 12, ["? B7"])
     assert free.dpi == 144
     less = fit_pages(tiny, heads, [A4] * 12, ["? B7"], memory=free.bytes / 2)
