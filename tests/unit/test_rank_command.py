@@ -204,22 +204,27 @@ def test_the_largest_window_fits_the_positions_and_a_larger_one_does_not(tiny):
     assert fit_pages(tiny, heads, [A4] * 40, ["? B7"], dpi=48, window=7).window == 7
 
 
-def test_the_resolution_is_the_highest_that_fits_window_and_memory(tiny):
+def test_the_resolution_is_the_highest_that_fits_window_and_memory(tiny, monkeypatch):
+    """A token is 32 x 32 pixels here: A4 has 2014 at 144 dpi, 1364 at 120, and 513 at 72."""
+    monkeypatch.setattr(fitting, "_image_tokens", lambda vlm, size: size[0] * size[1] // 32**2)
     heads = HeadSet.load("tiny-qwen3-vl-m")
-    chosen = {
-        window: fit_pages(tiny, heads, [A4] * 12, ["? B7"], window=window).dpi for window in (3, 12)
+    settings = {window: {"window": window} for window in (0, 3, 8, 12)}  # 8: two windows of 6
+    fitted = {
+        window: fit_pages(tiny, heads, [A4] * 12, ["? B7"], **given)
+        for window, given in settings.items()
     }
-    assert chosen[3] == 144
-    assert chosen[12] < 144
-    with pytest.raises(
-        ValueError, match="12 pages do not fit at 144 dpi in windows of 12: the lon"
-    ):
-        fit_pages(tiny, heads, [A4] * 12, ["? B7"], window=12, dpi=144)
-    free = fit_pages(tiny, heads, [A4] * 12, ["? B7"])
-    assert free.dpi == 144
-    less = fit_pages(tiny, heads, [A4] * 12, ["? B7"], memory=free.bytes / 2)
+    assert {window: fit.dpi for window, fit in fitted.items()} == {0: 144, 3: 144, 8: 120, 12: 72}
+    assert fitted[0].window == 4
+    cache = fitted[0].bytes
+    less = fit_pages(tiny, heads, [A4] * 12, ["? B7"], memory=cache)
     assert less.dpi in fitting.DPIS[1:]
-    assert less.bytes < free.bytes / 2
+    assert less.bytes < cache
+    with pytest.raises(ValueError, match="12 pages do not fit at 144 dpi in windows of 12: "):
+        fit_pages(tiny, heads, [A4] * 12, ["? B7"], window=12, dpi=144)
+    with pytest.raises(
+        ValueError, match=r"12 pages do not fit at 48 dpi in windows of 1: .*memory"
+    ):
+        fit_pages(tiny, heads, [A4] * 12, ["? B7"], memory=1000)
 
 
 def test_windows_of_texts_fit_the_longest_of_them():
