@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mmheads.models import VLM
     from mmheads.pdfs import Page
     from mmheads.retrieval.fitting import Fit
+    from mmheads.retrieval.index import DocumentIndex
 
 EXAMPLES = """  mmheads rank a.pdf --model Qwen/Qwen3-VL-8B-Instruct --question "What was sold?"
   mmheads rank a.pdf b.pdf --model Qwen/Qwen3-VL-8B-Instruct --question-file questions.txt \\
@@ -136,39 +137,13 @@ def run(options: argparse.Namespace) -> Outcome:
         about=json.dumps(about),
         progress=True,
     )
-    several = len(files) > 1
     lines: list[str] = []
     results = []
     for question, picture in zip(questions, pictures, strict=True):
-        ranking = index.rank(question)
-        rows = []
-        for row in ranking.table().head(options.top).to_dict("records"):
-            best = pages[row["candidate"]]
-            rows.append(
-                {
-                    "rank": row["rank"],
-                    "document": best.document,
-                    "page": best.page.number,
-                    "label": best.page.label,
-                    "score": row["score"],
-                }
-            )
-            where = f"{best.document} " if several else ""
-            lines.append(f"{row['rank']:>4}  {where}page {best.page.title:<10} {row['score']:+.5f}")
-        if len(questions) > 1:
-            lines.insert(len(lines) - len(rows), question)
-        result = {"question": question, "pages": rows, "picture": None}
-        if not vlm.is_text_only:
-            labels = [
-                f"{each.page.title} of {each.document}" if several else each.page.label
-                for each in pages
-            ]
-            images = [each.page.image for each in pages]
-            figure = ranking.picture(images, heat=options.heat, labels=labels)
-            commands.write_picture(figure, picture)
-            result["picture"] = str(picture)
-            lines.append(str(picture))
+        lines += [question] if len(questions) > 1 else []
+        result, printed = _answered(index, question, pages, options, picture)
         results.append(result)
+        lines += printed
     data = {
         "model": vlm.model_id,
         "heads": commands.listed(heads),
@@ -178,6 +153,37 @@ def run(options: argparse.Namespace) -> Outcome:
         "questions": results,
     }
     return Outcome(data, lines)
+
+
+def _answered(
+    index: DocumentIndex,
+    question: str,
+    pages: Sequence[_Candidate],
+    options: argparse.Namespace,
+    picture: Path,
+) -> tuple[dict[str, Any], list[str]]:
+    """The best pages for a question, for `--json` and in lines; writes their picture."""
+    several = len(options.pdf) > 1
+    ranking = index.rank(question)
+    rows, lines = [], []
+    for row in ranking.table().head(options.top).to_dict("records"):
+        best = pages[row["candidate"]]
+        place = {"document": best.document, "page": best.page.number, "label": best.page.label}
+        rows.append({"rank": row["rank"], **place, "score": row["score"]})
+        where = f"{best.document} " if several else ""
+        lines.append(f"{row['rank']:>4}  {where}page {best.page.title:<10} {row['score']:+.5f}")
+    result = {"question": question, "pages": rows, "picture": None}
+    if not index.vlm.is_text_only:
+        labels = [
+            f"{each.page.title} of {each.document}" if several else each.page.label
+            for each in pages
+        ]
+        images = [each.page.image for each in pages]
+        figure = ranking.picture(images, heat=options.heat, labels=labels)
+        commands.write_picture(figure, picture)
+        result["picture"] = str(picture)
+        lines.append(str(picture))
+    return result, lines
 
 
 def _questions(options: argparse.Namespace) -> list[str]:

@@ -136,7 +136,7 @@ def test_an_example_without_evidence_is_named_before_the_model_is_loaded(
     assert f"{path}, line 2: the example has no evidence" in capsys.readouterr().err
 
 
-def test_files_of_one_name_in_two_folders_keep_their_own_results(tmp_path):
+def test_files_of_one_name_in_two_folders_keep_their_own_results(tmp_path, capsys):
     for folder, text in (("a", "B7 K ."), ("b", "rain falls .")):
         (tmp_path / folder).mkdir()
         line = LINE | {"evidence": [{"part": 0, "text": text}]}
@@ -144,7 +144,11 @@ def test_files_of_one_name_in_two_folders_keep_their_own_results(tmp_path):
     for folder in ("a", "b"):
         path = tmp_path / folder / "v1.examples.jsonl"
         arguments = [str(path), "--out", str(tmp_path / "out")]
-        assert cli.main(["score", "tiny-qwen3-vl-m", *arguments]) == 0
+        assert cli.main(["score", "tiny-qwen3-vl-m", *arguments, "--json"]) == 0
+        data = json.loads(capsys.readouterr().out)
+        assert [len(data["heads"]), data["examples"]] == [5, 1]
+        scores = HeadScores.load(data["files"]["parquet"])
+        assert data["heads"][0]["score"] == pytest.approx(scores.mean.max())
     for suffix in ("parquet", "csv", "json", "png"):
         assert len(list((tmp_path / "out").glob(f"tiny-qwen3-vl-m-v1.examples-*.{suffix}"))) == 2
 
@@ -287,8 +291,9 @@ def test_what_the_page_on_your_model_shows_runs(tmp_path, capsys, monkeypatch):
     assert cli.main([*command, "--out", str(tmp_path), "--device", "cpu"]) == 0
     assert "2 examples" in capsys.readouterr().out
     (command,) = commands("docs/your_model.md", "mmheads explore")
-    assert cli.main(command) == 0
-    assert (tmp_path / "heads.html").stat().st_size > 10_000
+    assert cli.main([*command, "--json"]) == 0
+    page = json.loads(capsys.readouterr().out)
+    assert (tmp_path / page["page"]).stat().st_size == page["bytes"] > 10_000
     (ablated,) = commands("docs/your_model.md", "mmheads ablate")
     assert cli.main([*ablated[:-1], "2"]) == 0
     assert "2 random sets are as low" in capsys.readouterr().out
