@@ -20,8 +20,9 @@ def random_controls(
     draws: int = 5,
     seed: int,
     match: str = "",
+    disjoint: bool = True,
 ) -> list[HeadSet]:
-    """Random sets of the size of a selection that hold none of its heads.
+    """Random sets of the size of a selection that hold none of its heads, or may hold some.
 
     Where a match cannot be kept, the missing heads come from the nearest layers that have some,
     whatever their KV group, and a warning says so.
@@ -34,11 +35,13 @@ def random_controls(
         match: "layer" keeps the number of heads per layer. "kv_group" keeps how many heads share
             a KV group: for each group with n selected heads, n heads of one group without any, of
             the same layer if there is such a group left. "" matches nothing.
+        disjoint: Leave out the selected heads, and the KV groups that hold one. For a test of the
+            selection's rank among random sets, draw from all eligible heads.
 
     Raises:
         ValueError: An unknown match, no draw, an empty selection, or fewer heads left than it has.
     """
-    pool = eligible & ~selected.mask
+    pool = eligible & ~selected.mask if disjoint else eligible
     expect_one_of("match", match, MATCHES)
     if draws < 1 or not 1 <= len(selected) <= pool.sum():
         raise ValueError(
@@ -47,7 +50,7 @@ def random_controls(
         )
     rng = np.random.default_rng(seed)
     draw = {"": _draw_any, "layer": _draw_by_layer, "kv_group": _draw_by_group}[match]
-    drawn = [draw(selected, pool.copy(), rng) for _ in range(draws)]
+    drawn = [draw(selected, pool.copy(), rng, disjoint) for _ in range(draws)]
     displaced = max(count for _, count in drawn)
     if displaced:
         warnings.warn(
@@ -66,23 +69,29 @@ _Drawn = tuple[tuple[Head, ...], int]
 """Heads, and how many of them do not match."""
 
 
-def _draw_any(selected: HeadSet, pool: NDArray[np.bool_], rng: np.random.Generator) -> _Drawn:
+def _draw_any(
+    selected: HeadSet, pool: NDArray[np.bool_], rng: np.random.Generator, _: bool
+) -> _Drawn:
     chosen = rng.choice(np.argwhere(pool), len(selected), replace=False)
     return tuple(Head(*map(int, head)) for head in chosen), 0
 
 
-def _draw_by_layer(selected: HeadSet, pool: NDArray[np.bool_], rng: np.random.Generator) -> _Drawn:
+def _draw_by_layer(
+    selected: HeadSet, pool: NDArray[np.bool_], rng: np.random.Generator, _: bool
+) -> _Drawn:
     layers = rng.permutation([head.layer for head in selected])
     heads = tuple(_draw_nearest(int(layer), pool, rng) for layer in layers)
     return heads, sum(h.layer != layer for h, layer in zip(heads, layers, strict=True))
 
 
-def _draw_by_group(selected: HeadSet, pool: NDArray[np.bool_], rng: np.random.Generator) -> _Drawn:
+def _draw_by_group(
+    selected: HeadSet, pool: NDArray[np.bool_], rng: np.random.Generator, disjoint: bool
+) -> _Drawn:
     geometry = selected.geometry
     shared = geometry.heads // geometry.kv_groups
     by_group = pool.reshape(geometry.layers, geometry.kv_groups, shared)
     free = np.ones(by_group.shape[:2], dtype=bool)
-    for group in selected.kv_groups:
+    for group in selected.kv_groups if disjoint else ():
         free[group] = False
     heads: list[Head] = []
     displaced = 0

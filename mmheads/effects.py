@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from mmheads.answers import FULL_MODEL
-from mmheads.statistics import bootstrap_interval, holm, paired_difference
+from mmheads.statistics import (
+    bootstrap_interval,
+    draws_p_value,
+    exact_sign_test,
+    holm,
+    paired_difference,
+)
 
 
 def effects(
@@ -73,3 +80,51 @@ def effects(
         padded = np.concatenate([p, np.ones(max(0, family - len(p)))])
         result.loc[compared, "p_holm"] = holm(padded)[: len(p)]
     return result
+
+
+def exact_p_value(table: pd.DataFrame, ablation: str, *, baseline: str = FULL_MODEL) -> float:
+    """Exact two-sided p-value of an ablation against the baseline, paired over haystacks.
+
+    Of right and wrong answers it is that of McNemar's test; of other scores, of a sign test.
+
+    Args:
+        table: What `answer` returned.
+        ablation: Name of the ablation.
+        baseline: The ablation to compare with.
+    """
+    units = table.groupby(["ablation", "haystack"], sort=False)["score"].mean()
+    return exact_sign_test(units[ablation].loc[units[baseline].index], units[baseline])
+
+
+class AmongRandom(NamedTuple):
+    """Where the mean score of an ablation lies among those of random sets.
+
+    Attributes:
+        draws: Number of random sets.
+        mean: Mean of their mean scores.
+        as_low: How many of them have the ablation's mean score or a lower one.
+        p: Two-sided Monte-Carlo p-value: exact if the sets are drawn as the selected one would be
+            if it were random, that is, from all eligible heads.
+    """
+
+    draws: int
+    mean: float
+    as_low: int
+    p: float
+
+
+def against_random(table: pd.DataFrame, selected: str, random: str) -> AmongRandom:
+    """Where an ablation of selected heads lies among ablations of random heads.
+
+    Args:
+        table: What `answer` returned.
+        selected: Name of the ablation of the selected heads.
+        random: Name of the ablation whose draws are the random sets.
+
+    Raises:
+        ValueError: There are fewer than two draws.
+    """
+    scores = table.groupby(["ablation", "draw"])["score"].mean()
+    observed, draws = float(scores[selected].mean()), scores[random].to_numpy()
+    p = draws_p_value(observed, draws)
+    return AmongRandom(len(draws), float(draws.mean()), int((draws <= observed).sum()), p)

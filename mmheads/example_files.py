@@ -147,6 +147,11 @@ class ExampleFile(Sequence[Example]):
         """Whether each example has evidence."""
         return tuple(bool(record.evidence) for record in self._records)
 
+    @property
+    def has_answer(self) -> tuple[bool, ...]:
+        """Whether each example has an answer."""
+        return tuple(bool(record.answer.strip()) for record in self._records)
+
     def __len__(self) -> int:
         return len(self._records)
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,8 @@ class HeadGeometry:
         kv_groups: Number of key-value heads per layer; `heads / kv_groups` query heads share one.
         global_layers: The layers that attend to the whole context; None if all do.
         without_heads: The layers that have no heads, but a recurrence or a convolution.
+        architecture: The stock model type, "qwen3_vl"; empty if unknown. Geometries are equal
+            without it; `fits` compares it.
     """
 
     layers: int
@@ -53,6 +55,7 @@ class HeadGeometry:
     kv_groups: int
     global_layers: tuple[int, ...] | None = None
     without_heads: tuple[int, ...] = ()
+    architecture: str = field(default="", compare=False)
 
     __pydantic_config__ = ONLY_KNOWN_FIELDS
 
@@ -84,6 +87,13 @@ class HeadGeometry:
         mask = np.zeros((self.layers, self.heads), dtype=bool)
         mask[slice(None) if self.global_layers is None else list(self.global_layers)] = True
         return mask
+
+    def fits(self, other: HeadGeometry) -> bool:
+        """Whether heads can be used in each other's model: equal geometries of one architecture.
+
+        An unknown architecture fits any other.
+        """
+        return self == other and len({self.architecture, other.architecture} - {""}) < 2
 
     def kv_group(self, head: Head) -> tuple[int, int]:
         """The (layer, KV group) whose keys and values the head reads."""
@@ -229,15 +239,26 @@ class HeadSet:
 
     @classmethod
     def load(cls, path: str | Path) -> HeadSet:
-        """Read what `save` wrote.
+        """Read what `save` wrote, or a list that is shipped in `data/heads`.
+
+        Args:
+            path: A file, or the name of a model ("tiny-qwen3-vl-m", "Qwen/Qwen3-VL-8B-Instruct");
+                of a name or folder with slashes, the last part counts.
 
         Raises:
-            FileNotFoundError: There is no such file.
+            FileNotFoundError: There is no such file, and no list is shipped for such a model.
             ValueError: It is not a file of heads of this version; the message names the file.
         """
         path = Path(path)
+        shipped = paths.HEADS / f"{path.name}.json"
+        if not path.is_file() and shipped.is_file():
+            path = shipped
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is not a file; expected a JSON file of heads")
+            known = ", ".join(sorted(each.stem for each in paths.HEADS.glob("*.json"))) or "none"
+            raise FileNotFoundError(
+                f"{path} is not a file; expected a JSON file of heads, or the name of a model "
+                f"whose heads are shipped ({known})"
+            )
         try:
             content = parse(_File, path.read_bytes())
             scores = {Head(layer, head): score for layer, head, score in content.heads}
@@ -254,6 +275,25 @@ class HeadSet:
             raise ValueError(
                 f"{path} is not a file of heads ({error}); expected what `HeadSet.save` writes"
             ) from error
+
+    @classmethod
+    def released(cls, model: str | HeadGeometry, **settings: Any) -> HeadSet:
+        """The heads of a model of paper A, from the scores that its authors released.
+
+        The scores are downloaded once and checked.
+
+        Args:
+            model: "Qwen3-VL-8B", a name on the hub, a folder of that name, or `vlm.geometry`,
+                which is recognised by its architecture and its numbers of heads.
+            **settings: `tasks`, `length`, `fraction`, `folder` or `cache` of `published.heads`.
+
+        Raises:
+            ValueError: No scores of such a model were released, or a file is damaged.
+            FileNotFoundError: A file is not here and cannot be downloaded.
+        """
+        from mmheads import published
+
+        return published.heads(model, **settings)
 
 
 @dataclass(frozen=True)

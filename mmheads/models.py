@@ -92,6 +92,11 @@ class VLM:
         return self.text_config is self.model.config
 
     @property
+    def positions(self) -> int:
+        """Longest prompt in tokens that the model's positions allow; 0 if it names no limit."""
+        return compat.setting(self.text_config, "max_position_embeddings") or 0
+
+    @property
     def reads_video(self) -> bool:
         """Whether the processor takes videos: only with torchvision."""
         return callable(getattr(self.processor, "video_processor", None))
@@ -152,7 +157,8 @@ class VLM:
         heads = self._count("num_attention_heads", every)
         groups = self._count("num_key_value_heads", full or every) or heads
         bare = tuple(layer for layer in range(layers) if layer not in self.attentions)
-        return HeadGeometry(layers, heads, groups, None if len(full) == layers else full, bare)
+        some = None if len(full) == layers else full
+        return HeadGeometry(layers, heads, groups, some, bare, self.family)
 
     def _count(self, name: str, layers: tuple[int, ...]) -> int:
         """A number of heads that some layers have in common; 0 if the model has no such setting.

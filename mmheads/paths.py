@@ -17,9 +17,14 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
 FIGURES = ROOT / "figures"
-PAPERS = ROOT / "data" / "papers"
-MODELS = ROOT / "data" / "models"
-RUNS = ROOT / "runs"
+IN_CLONE = (ROOT / "data" / "models").is_dir()
+"""Whether the package runs in a clone of the repository; an installed one has its own data."""
+DATA = ROOT / "data" if IN_CLONE else Path(__file__).parent / "data"
+PAPERS = DATA / "papers"
+MODELS = DATA / "models"
+HEADS = DATA / "heads"
+RUNS = (ROOT if IN_CLONE else Path.cwd()) / "runs"
+"""Where results are kept: in the clone, or in the folder in which an installed package is run."""
 
 
 def cache(folder: str | Path = "") -> Path:

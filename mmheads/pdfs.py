@@ -55,12 +55,14 @@ class Page:
         read_text: Returns the text layer of a PDF, or the text that OCR found; "" if there is none.
         image: Returns the page as displayed, in RGB.
         label: The number that is printed on the page, such as "iv"; "" if the file names none.
+        size: Width and height in points, as displayed; (0, 0) where they are not known.
     """
 
     number: int
     read_text: Callable[[], str]
     image: Callable[[], Image.Image]
     label: str = ""
+    size: tuple[float, float] = (0.0, 0.0)
 
     @cached_property
     def text(self) -> str:
@@ -189,7 +191,11 @@ class _Pdf:
                 + (f"{dpi} dpi or less would fit" if dpi else "no resolution would fit")
             )
         return Page(
-            number, lambda: self.text(index, title), lambda: self.image(index, title), label
+            number,
+            lambda: self.text(index, title),
+            lambda: self.image(index, title),
+            label,
+            (width, height),
         )
 
     @cached_property

@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from mmheads import compat
 from mmheads.examples import Example, Part, Video
 from mmheads.families import (
     GRIDS,
@@ -414,7 +413,7 @@ def _common(a: NDArray[np.int64], b: NDArray[np.int64]) -> int:
 
 
 def _check_length(vlm: VLM, tokens: int, max_tokens: int) -> None:
-    allowed = max_tokens or compat.setting(vlm.text_config, "max_position_embeddings")
+    allowed = max_tokens or vlm.positions
     if allowed and tokens > allowed:
         raise ValueError(
             f"the prompt has {tokens} tokens, {vlm} takes {allowed}; a "

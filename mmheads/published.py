@@ -6,13 +6,16 @@ read from a folder, and always checked against their SHA-256. They are never cop
 repository.
 """
 
+import functools
 import hashlib
 import json
+import operator
 import statistics
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,7 +24,7 @@ from tqdm import tqdm
 
 from mmheads import paths
 from mmheads.checks import expect
-from mmheads.heads import Head, HeadGeometry, format_heads
+from mmheads.heads import Head, HeadGeometry, HeadSet, format_heads
 from mmheads.provenance import Provenance
 from mmheads.scores import HeadScores
 
@@ -42,12 +45,12 @@ def _every_sixth(layers: int) -> tuple[int, ...]:
 
 
 GEOMETRIES = {
-    "Qwen2.5-VL-7B-Instruct": HeadGeometry(28, 28, 4),
-    "Qwen2.5-VL-32B-Instruct": HeadGeometry(64, 40, 8),
-    "Qwen3-VL-8B-Instruct": HeadGeometry(36, 32, 8),
-    "Qwen3-VL-32B-Instruct": HeadGeometry(64, 64, 8),
-    "gemma-3-12b-it": HeadGeometry(48, 16, 8, _every_sixth(48)),
-    "gemma-3-27b-it": HeadGeometry(62, 32, 16, _every_sixth(62)),
+    "Qwen2.5-VL-7B-Instruct": HeadGeometry(28, 28, 4, None, architecture="qwen2_5_vl"),
+    "Qwen2.5-VL-32B-Instruct": HeadGeometry(64, 40, 8, None, architecture="qwen2_5_vl"),
+    "Qwen3-VL-8B-Instruct": HeadGeometry(36, 32, 8, None, architecture="qwen3_vl"),
+    "Qwen3-VL-32B-Instruct": HeadGeometry(64, 64, 8, None, architecture="qwen3_vl"),
+    "gemma-3-12b-it": HeadGeometry(48, 16, 8, _every_sixth(48), architecture="gemma3"),
+    "gemma-3-27b-it": HeadGeometry(62, 32, 16, _every_sixth(62), architecture="gemma3"),
 }
 """The released models. In Gemma 3 every sixth layer is global, the others slide."""
 
@@ -109,7 +112,8 @@ def load(
     """The released scores of one model, task and context length.
 
     Args:
-        model: Short name, or name on the hub: "Qwen3-VL-8B", "Qwen/Qwen3-VL-8B-Instruct".
+        model: Short name, name on the hub, or folder of that name: "Qwen3-VL-8B",
+            "Qwen/Qwen3-VL-8B-Instruct", "models/Qwen3-VL-8B-Instruct".
         task: One of `TASKS`.
         length: Context length in tokens, one of `LENGTHS`; "8K" means 8192.
         folder: Read from this folder; by default from that of `paths.published`, and without
@@ -128,7 +132,7 @@ def load(
     Warns:
         ImpossibleScoreWarning: a score outside [-1, 1] of a model that is known to have some.
     """
-    name = MODELS.get(model, model.removeprefix("Qwen/").removeprefix("google/"))
+    name = MODELS.get(Path(model).name, Path(model).name)
     expect(name in GEOMETRIES, "model", model, f"one of {', '.join(MODELS)}")
     expect(task in TASKS, "task", task, f"one of {', '.join(TASKS)}")
     tokens = _tokens(length)
@@ -137,6 +141,39 @@ def load(
         "_size20_sampFalse_addnullTrue_42.json"
     )
     return parse(_fetch(key, folder, cache), key, task=task, length=tokens)
+
+
+def heads(
+    model: str | HeadGeometry,
+    *,
+    tasks: Sequence[str] = tuple(TASKS),
+    length: int | str = "128K",
+    fraction: float = 0.05,
+    folder: str | Path = "",
+    cache: str | Path = "",
+) -> HeadSet:
+    """The union of the strongest heads of some tasks, as paper A ranks documents with.
+
+    Args:
+        model: As in `load`, or the geometry of a loaded model.
+        tasks: Some of `TASKS`.
+        length: See `load`.
+        fraction: Share of all heads that each task selects.
+        folder: See `load`.
+        cache: See `load`.
+
+    Raises:
+        ValueError: No released model has this name or geometry, or as `load` does.
+        NotAvailableError: As `load` does.
+    """
+    expect(bool(tasks), "tasks", tasks, f"at least one of {', '.join(TASKS)}")
+    if isinstance(model, HeadGeometry):
+        names = [name for name, geometry in GEOMETRIES.items() if geometry.fits(model)]
+        expect(names, "model", model, f"the heads of one of {', '.join(MODELS)}")
+        model = names[0]
+    where: Any = {"folder": folder, "cache": cache}
+    sets = (load(model, task, length, **where).top(fraction) for task in tasks)
+    return functools.reduce(operator.or_, sets)
 
 
 def load_all(

@@ -48,6 +48,9 @@ QUANTITIES = {
 """What `score_heads` records beside the calibrated score: means over question tokens."""
 
 
+COUNTS = ("tokens", "question_tokens", "evidence_tokens")
+"""Tokens of the prompt, of its question, and of its evidence, in the metadata of scores."""
+
 NULL_IMAGES = ("pixels", "placeholders")
 
 
@@ -112,8 +115,8 @@ def score_heads(
             or a value is not finite; the message names the example.
         OSError: The folder cannot be written.
     """
-    with _open(vlm, folder, fresh, null, null_images, seed) as results:
-        return _scored(vlm, examples, results, max_tokens=max_tokens, progress=progress)
+    with open_results(vlm, folder, fresh, null, null_images, seed) as results:
+        return score_into(vlm, examples, results, max_tokens=max_tokens, progress=progress)
 
 
 def score_needles(
@@ -156,11 +159,11 @@ def score_needles(
     if source is needles:
         settings["image_ratio"] = image_ratio
     parts = []
-    with _open(vlm, folder, fresh, null_images=null_images) as results:
+    with open_results(vlm, folder, fresh, null_images=null_images) as results:
         for task, length in product(tasks, lengths):
             condition = needle_condition(task, length, split, image_ratio, source)
             examples = source.generate([task], [length], depths, pairs, **settings)
-            parts.append(_scored(vlm, examples, results, condition, progress=progress))
+            parts.append(score_into(vlm, examples, results, condition, progress=progress))
     return concatenate(parts)
 
 
@@ -178,9 +181,9 @@ def score_datasets(
     Raises:
         ValueError: As `score_heads` does.
     """
-    with _open(vlm, folder, fresh, null_images=null_images) as results:
+    with open_results(vlm, folder, fresh, null_images=null_images) as results:
         return {
-            name: _scored(vlm, examples, results, {"dataset": name}, progress=progress)
+            name: score_into(vlm, examples, results, {"dataset": name}, progress=progress)
             for name, examples in datasets.items()
         }
 
@@ -216,7 +219,7 @@ def needle_condition(
     return {**condition, "needles": str(getattr(source, "name", "published"))}
 
 
-def _open(
+def open_results(
     vlm: VLM,
     folder: str | Path | None,
     fresh: bool,
@@ -224,6 +227,7 @@ def _open(
     null_images: str = "placeholders",
     seed: int = 0,
 ) -> store.Results:
+    """The store of a model's scores, for `score_into`; see `score_heads` for the settings."""
     if null_images not in NULL_IMAGES:
         raise ValueError(f"null_images is {null_images!r}; expected one of {NULL_IMAGES}")
     settings = {"null_images": null_images, "shuffle_seed": seed}
@@ -238,7 +242,7 @@ def _open(
     )
 
 
-def _scored(
+def score_into(
     vlm: VLM,
     examples: Iterable[Example],
     results: store.Results,
@@ -326,7 +330,11 @@ def _score_batch(
                 _check_mass(values[name], name, prompt.example)
                 values[name] = values[name].clip(0, 1)
             _check_finite(values)
-        counts = {"tokens": len(prompt), "question_tokens": len(prompt.question)}
+        counts = {
+            "tokens": len(prompt),
+            "question_tokens": len(prompt.question),
+            "evidence_tokens": float(sum(span.weights.sum() for span in prompt.evidence)),
+        }
         results.add(key, {**counts, **values})
 
 
@@ -353,7 +361,7 @@ def collect(results: store.Results, rows: Sequence[Mapping[str, Any]]) -> HeadSc
         {
             **{name: row[name] for name in labels},
             "example": row["key"],
-            **{n: values[n] for n in ("tokens", "question_tokens") if n in values},
+            **{name: values[name] for name in COUNTS if name in values},
         }
         for row, values in zip(rows, stored, strict=True)
     ]

@@ -121,6 +121,20 @@ def paired_difference(
     return PairedDifference(*interval[:3], float(p), interval.n)
 
 
+def exact_sign_test(a: ArrayLike, b: ArrayLike) -> float:
+    """Two-sided exact p-value of pairs, [unit] each: whether one side is the larger more often.
+
+    Pairs of equal values do not count. Of paired right and wrong answers it is McNemar's exact
+    test.
+
+    Raises:
+        ValueError: fewer than two pairs, or values that are not finite.
+    """
+    difference = _finite(a) - _finite(b)
+    larger, other = int((difference > 0).sum()), int((difference < 0).sum())
+    return float(scipy.stats.binomtest(larger, larger + other).pvalue) if larger + other else 1.0
+
+
 def draws_p_value(observed: float, draws: ArrayLike) -> float:
     """Two-sided Monte-Carlo p-value of a value among random draws of the same statistic.
 

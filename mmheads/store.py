@@ -30,7 +30,7 @@ from mmheads.checks import parse
 from mmheads.provenance import Provenance, canonical, hash_json
 from mmheads.tables import FORMAT, read_about, read_keys, read_table, write_table
 
-SHIPPED = paths.ROOT / "data" / "results"
+SHIPPED = paths.DATA / "results"
 
 SAVE_EVERY = 5.0
 """Seconds between two saves of a long run: what a killed process may lose."""

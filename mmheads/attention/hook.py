@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -122,7 +123,10 @@ class EnoughError(Exception):
 
 
 def check_heads(vlm: VLM, sets: Sequence[HeadSet], what: str) -> None:
-    """Raise ValueError if heads are of another model; warn once if they are of other weights.
+    """Raise ValueError if heads do not fit a model; warn once if they may be of another one.
+
+    Heads fit a model of their architecture and geometry. If the architecture is unknown, the names
+    have to agree in their last part, so that a folder's copy of a model on the hub is accepted.
 
     Args:
         vlm: The model that the heads are used in.
@@ -130,29 +134,51 @@ def check_heads(vlm: VLM, sets: Sequence[HeadSet], what: str) -> None:
         what: What is done with them, "ablated".
 
     Warns:
-        UserWarning: The heads were scored with other weights; the message names both revisions.
+        UserWarning: The heads were scored in a model of another name, or with other weights; the
+            message names both.
     """
     for chosen in sets:
-        of_other = chosen.model and vlm.model_id and chosen.model != vlm.model_id
-        if of_other or chosen.geometry != vlm.geometry:
+        same = Path(chosen.model).name == Path(vlm.model_id).name or not _other_name(vlm, chosen)
+        known = chosen.geometry.architecture and vlm.geometry.architecture
+        if not chosen.geometry.fits(vlm.geometry) or not (known or same):
             raise ValueError(
                 f"heads of {chosen.model or 'a model'} with {chosen.geometry} cannot be {what} in "
-                f"{vlm} with {vlm.geometry}"
+                f"{vlm} with {vlm.geometry}; find the heads of {vlm} with `mmheads detect`"
             )
         if missing := [head for head in chosen if head.layer in vlm.geometry.without_heads]:
             raise ValueError(
                 f"{format_heads(missing[:4])} cannot be {what} in {vlm}: of its layers, only "
                 f"{list(vlm.attentions)} have attention heads"
             )
+        if _other_name(vlm, chosen):
+            _warn_of_other_name(chosen.model, str(vlm))
     if any(chosen.origin.revision not in ("", vlm.revision) for chosen in sets):
         check_revision(vlm, sets, vlm.weights)
 
 
 def check_revision(vlm: VLM, sets: Iterable[HeadSet], now: str) -> None:
-    """Warn once if heads were scored with other weights than those of the revision `now`."""
-    for revision in dict.fromkeys(chosen.origin.revision for chosen in sets):
+    """Warn once if heads were scored with other weights than those of the revision `now`.
+
+    Heads of a model of another name are not compared: `check_heads` warns of them.
+    """
+    same = [chosen for chosen in sets if not _other_name(vlm, chosen)]
+    for revision in dict.fromkeys(chosen.origin.revision for chosen in same):
         if revision not in ("", now):
             _warn_of_other_weights(str(vlm), revision, now)
+
+
+def _other_name(vlm: VLM, heads: HeadSet) -> bool:
+    return bool(heads.model and vlm.model_id and heads.model != vlm.model_id)
+
+
+@cache
+def _warn_of_other_name(scored: str, used: str) -> None:
+    """Warn once per pair of models, although heads are checked for every batch."""
+    warnings.warn(
+        f"heads that were scored in {scored} are used in {used}, which has the same architecture "
+        "and as many heads; score them again if it is not a copy of that model",
+        stacklevel=5,
+    )
 
 
 @cache

@@ -7,6 +7,8 @@ gets from a null question: mean over selected heads and question tokens, sum ove
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,6 +79,8 @@ class DocumentIndex:
         instruction: str = "",
         keep: str = "device",
         max_tokens: int = 0,
+        path: str | Path = "",
+        about: str = "",
         progress: bool = False,
     ) -> None:
         """Run the candidates through the model, window by window.
@@ -95,6 +99,9 @@ class DocumentIndex:
             keep: Where the cache is kept between questions, "device" or "cpu".
             max_tokens: Longest prompt allowed, in tokens; by default what the model's positions
                 allow.
+            path: File in which the index is kept while it grows, and from which it goes on if it
+                holds a part of the same index; by default it is only in memory.
+            about: What the candidates are; a file with other words is refused.
             progress: Show a progress bar.
 
         Raises:
@@ -108,17 +115,22 @@ class DocumentIndex:
         else:
             expect_one_of("keep", keep, KEEP)
             check_candidates(candidates)
-            spread(len(candidates), window, overlap)
+            count = len(candidates)
+            ranges = spread(count, window, overlap)
+            chosen = _checked_heads(vlm, heads)
+            begun = IndexedDocument(chosen, (), overlap, instruction, max_tokens, count, about)
+            if path and Path(path).exists():
+                begun = _continued(
+                    Path(path), begun, read_index(Path(path), vlm, keep=keep), ranges
+                )
             self.document = index_candidates(
                 vlm,
-                _checked_heads(vlm, heads),
+                begun,
                 candidates,
-                window=window,
-                overlap=overlap,
-                instruction=instruction,
+                ranges,
                 keep=keep,
-                max_tokens=max_tokens,
                 progress=progress,
+                save=functools.partial(write_index, Path(path), vlm) if path else None,
             )
         self._null: dict[str, list[Attention]] = {
             NULL_QUESTION: [each.null_attention for each in self.document.windows]
@@ -129,11 +141,18 @@ class DocumentIndex:
         """Read an index that `save` wrote.
 
         Raises:
-            ValueError: There is no such file, it is damaged, or it was made with another model,
-                other weights, another version or other settings.
+            ValueError: There is no such file, it is damaged, it holds only a part of its
+                candidates, or it was made with another model, other weights, another version or
+                other settings.
         """
         expect_one_of("keep", keep, KEEP)
-        return cls(vlm, None, read_index(Path(path), vlm, keep=keep))
+        document = read_index(Path(path), vlm, keep=keep)
+        if document.done < document.count:
+            raise ValueError(
+                f"{path} holds only the first {document.done} of {document.count} candidates; "
+                "index them again with this path, and it goes on from there"
+            )
+        return cls(vlm, None, document)
 
     def save(self, path: str | Path) -> None:
         """Write the index to a file (safetensors), whole or not at all.
@@ -278,6 +297,28 @@ class DocumentIndex:
             windows = self.document.windows
             self._null[null] = [question_attention(self.document, w, (null,)) for w in windows]
         return self._null[null]
+
+
+def _continued(
+    path: Path, begun: IndexedDocument, kept: IndexedDocument, ranges: Sequence[range]
+) -> IndexedDocument:
+    """The windows of a file, if they are the first ones of an index that has begun."""
+    names = ("heads", "overlap", "instruction", "max_tokens", "count", "about")
+    before, now = ({name: getattr(each, name) for name in names} for each in (kept, begun))
+    before["heads"], now["heads"] = str(kept.heads), str(begun.heads)
+    before["windows"] = [range(w.first, w.first + len(w.parts)) for w in kept.windows]
+    now["windows"] = list(ranges[: len(kept.windows)])
+    different = [
+        f"{name} {value!r}, now {now[name]!r}"
+        for name, value in before.items()
+        if value != now[name]
+    ]
+    if different:
+        raise ValueError(
+            f"{path} is an index of other things ({'; '.join(different)}); name another file, or "
+            "delete it"
+        )
+    return dataclasses.replace(begun, windows=kept.windows)
 
 
 def _sums(

@@ -32,7 +32,7 @@ from mmheads.prompts import restore
 from mmheads.provenance import Provenance
 from mmheads.retrieval.windows import NULL_QUESTION, IndexedDocument, Window
 
-FORMAT = 3
+FORMAT = 4
 """Version of the file; raised when its content or what an index computes changes."""
 
 _KEY = "mmheads"
@@ -75,6 +75,8 @@ class _About:
     overlap: _Count
     instruction: str
     max_tokens: _Count
+    count: _Size
+    about: str
     windows: Annotated[list[_Window], Field(min_length=1)]
     checksum: str = ""
 
@@ -97,6 +99,8 @@ def write_index(path: Path, vlm: VLM, document: IndexedDocument) -> None:
         overlap=document.overlap,
         instruction=document.instruction,
         max_tokens=document.max_tokens,
+        count=document.count,
+        about=document.about,
         windows=[_described(window) for window in document.windows],
     )
     text = json.dumps(asdict(replace(about, checksum=_checksum(asdict(about), tensors))))
@@ -134,6 +138,23 @@ def read_index(path: Path, vlm: VLM, *, keep: str) -> IndexedDocument:
     if document is None:
         raise ValueError(f"{path} was indexed differently: {different}; index the document again")
     return document if keep == "cpu" else _on_device(document)
+
+
+def what_is_indexed(path: Path) -> tuple[str, int]:
+    """What a file says of its candidates, and their number per window, read without the model.
+
+    Raises:
+        ValueError: There is no such file, or it is damaged or of another kind or version.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = parse(_About, json.loads((file.metadata() or {})[_KEY]))
+        return about.about, len(about.windows[0].parts)
+    except (*_BROKEN, OSError) as error:
+        raise ValueError(
+            f"{path} is not an index that this version can read ({type(error).__name__}); name "
+            "another file, or delete it"
+        ) from error
 
 
 def _on_device(document: IndexedDocument) -> IndexedDocument:
@@ -226,9 +247,12 @@ def _document(vlm: VLM, content: Mapping[str, Any], tensors: _Tensors) -> Indexe
         windows[0].first == 0 and all(0 < step <= size - about.overlap for step in steps),
         "its windows do not cover its candidates",
     )
-    return IndexedDocument(
-        heads, tuple(windows), about.overlap, about.instruction, about.max_tokens
+    document = IndexedDocument(
+        *(heads, tuple(windows), about.overlap, about.instruction, about.max_tokens, about.count),
+        about.about,
     )
+    _expect(document.done <= document.count, "it has more windows than candidates")
+    return document
 
 
 def _prefix(vlm: VLM, heads: HeadSet, about: _About, window: _Window, tensors: _Tensors) -> Prefix:

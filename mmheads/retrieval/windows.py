@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -18,7 +20,10 @@ from mmheads.models import VLM
 from mmheads.pdfs import PageBox
 from mmheads.prefix import Prefix, prefill
 from mmheads.prompts import Prompt, Question, Span, ask, encode, without_pixels
-from mmheads.retrieval.candidates import Candidate, candidate_parts, spread
+from mmheads.retrieval.candidates import Candidate, candidate_parts
+
+SAVE_EVERY = 30.0
+"""Seconds between two saves of an index: what a killed process may lose."""
 
 NULL_QUESTION = "N/A"
 """The question that asks nothing, whose attention calibrates scores (paper A, retrieval)."""
@@ -91,6 +96,8 @@ class IndexedDocument:
         overlap: Least number of candidates that two neighbouring windows share.
         instruction: Text after each question.
         max_tokens: Longest prompt allowed; 0 for as many tokens as the model has positions.
+        count: Number of candidates.
+        about: What the candidates are, in the caller's words; compared when a file is continued.
     """
 
     heads: HeadSet
@@ -98,11 +105,13 @@ class IndexedDocument:
     overlap: int
     instruction: str
     max_tokens: int
+    count: int
+    about: str = ""
 
     @property
-    def count(self) -> int:
-        """Number of candidates."""
-        return self.windows[-1].first + len(self.windows[-1].parts)
+    def done(self) -> int:
+        """Number of candidates that have run; less than `count` after an interrupt."""
+        return self.windows[-1].first + len(self.windows[-1].parts) if self.windows else 0
 
     @property
     def bytes(self) -> int:
@@ -112,34 +121,63 @@ class IndexedDocument:
 
 def index_candidates(
     vlm: VLM,
-    heads: HeadSet,
+    document: IndexedDocument,
     candidates: Sequence[Candidate],
+    ranges: Sequence[range],
     *,
-    window: int,
-    overlap: int,
-    instruction: str,
     keep: str,
-    max_tokens: int,
     progress: bool,
+    save: Callable[[IndexedDocument], None] | None = None,
 ) -> IndexedDocument:
-    """Run candidates and the null question through the model; see `DocumentIndex`."""
-    windows = []
-    ranges = spread(len(candidates), window, overlap)
-    for numbers in tqdm(ranges, desc="index", unit="window", disable=not progress, leave=False):
-        made = [candidate_parts(candidates[number], number) for number in numbers]
-        example = Example(
-            context=tuple(part for parts in made for part in parts),
-            question=(NULL_QUESTION,),
-            instruction=instruction,
-        )
-        ends = np.cumsum([0, *map(len, made)]).tolist()
-        parts = tuple(tuple(range(first, stop)) for first, stop in pairwise(ends))
-        prompt = encode(vlm, example, max_tokens=max_tokens)
-        for number, of_candidate in zip(numbers, parts, strict=True):
-            if all(prompt.parts[part] is None for part in of_candidate):
-                raise ValueError(f"candidate {number} has no token: it is blank")
-        windows.append(_run_window(vlm, heads, prompt, numbers[0], parts, keep))
-    return IndexedDocument(heads, tuple(windows), overlap, instruction, max_tokens)
+    """Run the windows that a document lacks through the model; see `DocumentIndex`.
+
+    Args:
+        vlm: The model.
+        document: Its settings, and the windows that have run before.
+        candidates: All candidates.
+        ranges: The candidates of each window.
+        keep: Where the cache is kept, "device" or "cpu".
+        progress: Show a progress bar.
+        save: Called with what is done every `SAVE_EVERY` seconds, at the end, and at an interrupt.
+    """
+    done = saved = len(document.windows)
+    last = time.monotonic()
+    bar = tqdm(ranges, "index", unit="window", initial=done, disable=not progress, leave=False)
+    try:
+        for numbers in ranges[done:]:
+            window = _indexed(vlm, document, candidates, numbers, keep)
+            document = dataclasses.replace(document, windows=(*document.windows, window))
+            bar.update()
+            if save and time.monotonic() - last > SAVE_EVERY:
+                save(document)
+                saved, last = len(document.windows), time.monotonic()
+    finally:
+        bar.close()
+        if save and len(document.windows) > saved:
+            save(document)
+    return document
+
+
+def _indexed(
+    vlm: VLM,
+    document: IndexedDocument,
+    candidates: Sequence[Candidate],
+    numbers: range,
+    keep: str,
+) -> Window:
+    made = [candidate_parts(candidates[number], number) for number in numbers]
+    example = Example(
+        context=tuple(part for parts in made for part in parts),
+        question=(NULL_QUESTION,),
+        instruction=document.instruction,
+    )
+    ends = np.cumsum([0, *map(len, made)]).tolist()
+    parts = tuple(tuple(range(first, stop)) for first, stop in pairwise(ends))
+    prompt = encode(vlm, example, max_tokens=document.max_tokens)
+    for number, of_candidate in zip(numbers, parts, strict=True):
+        if all(prompt.parts[part] is None for part in of_candidate):
+            raise ValueError(f"candidate {number} has no token: it is blank")
+    return _run_window(vlm, document.heads, prompt, numbers[0], parts, keep)
 
 
 def _run_window(

@@ -16,7 +16,7 @@ from mmheads import paths
 from mmheads.images import open_frames
 from mmheads.pdfs import open_pdf
 
-CORPUS = paths.ROOT / "data" / "corpus" / "factbook.txt"
+CORPUS = paths.DATA / "corpus" / "factbook.txt"
 
 TEXT_SUFFIXES = (".txt", ".md")
 PDF_SUFFIXES = (".pdf",)

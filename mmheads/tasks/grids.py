@@ -23,6 +23,11 @@ class Grid:
     depths: ClassVar[Sequence[float]] = DEPTHS
 
     @property
+    def name(self) -> str:
+        """Name of the examples in the names of files; see the classes that make them."""
+        raise NotImplementedError
+
+    @property
     def tasks(self) -> tuple[str, ...]:
         """The needle tasks."""
         return TASKS

@@ -220,11 +220,17 @@ def test_bad_settings_are_refused(settings, message):
 
 def test_heads_of_another_model_are_refused():
     vlm = example_prompts.vlm("qwen3")
-    wrong_model = dataclasses.replace(heads(vlm), model="other")
-    geometry = dataclasses.replace(vlm.geometry, layers=2)
-    wrong_shape = HeadSet((), geometry, vlm.model_id)
-    for wrong in (wrong_model, wrong_shape):
-        with pytest.raises(ValueError, match="cannot be ablated in qwen3"), ablate(vlm, wrong):
+    wrong = [
+        HeadSet((), dataclasses.replace(vlm.geometry, **other), vlm.model_id)
+        for other in ({"layers": 2}, {"architecture": "llama"})
+    ]
+    unknown = dataclasses.replace(vlm.geometry, architecture="")
+    wrong.append(HeadSet((), unknown, "other/model"))
+    for wrong_heads in wrong:
+        with (
+            pytest.raises(ValueError, match="cannot be ablated in qwen3"),
+            ablate(vlm, wrong_heads),
+        ):
             pass
     with pytest.raises(ValueError, match="L9H0 not among the 4 layers"):
         heads(vlm, (9, 0))

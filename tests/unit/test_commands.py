@@ -53,7 +53,7 @@ def own_images(tmp_path):
 def test_command_scores_a_users_own_examples(own_images, tmp_path, capsys):
     model = str(paths.MODELS / "tiny-qwen3-vl-m")
     out = tmp_path / "out"
-    arguments = ["score", "--model", model, "--examples", str(own_images), "--out", str(out)]
+    arguments = ["score", model, str(own_images), "--out", str(out)]
     assert cli.main([*arguments, "--device", "cpu"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 6
@@ -94,8 +94,8 @@ LINE = {"context": ["rain falls . B7 K ."], "question": "? B7", "evidence": [{"p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "no-such-model"], "no-such-model could not be loaded"),
-        (["--examples", "missing.jsonl"], "missing.jsonl does not exist"),
+        (["no-such-model"], "no-such-model could not be loaded"),
+        (["missing.jsonl"], "missing.jsonl does not exist"),
         (["--device", "nonsense"], "nonsense"),
         (["--device", "cuda:0"], "cuda:0"),
         (["--out", "blocked/results"], "blocked/results cannot be written to"),
@@ -107,8 +107,11 @@ def test_score_refuses_bad_options_in_one_sentence(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples.jsonl").write_text(json.dumps(LINE), encoding="utf-8")
     (tmp_path / "blocked").write_text("a file where a folder is expected", encoding="utf-8")
-    given = ["score", "--model", "tiny-qwen3-vl-m", "--examples", "examples.jsonl", "--out", "out"]
-    assert cli.main([*given, *arguments]) == 1
+    model, examples, *options = {
+        "no-such-model": ["no-such-model", "examples.jsonl"],
+        "missing.jsonl": ["tiny-qwen3-vl-m", "missing.jsonl"],
+    }.get(arguments[0], ["tiny-qwen3-vl-m", "examples.jsonl", *arguments])
+    assert cli.main(["score", model, examples, "--out", "out", *options]) == 1
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) == 1
@@ -117,7 +120,7 @@ def test_score_refuses_bad_options_in_one_sentence(
 @pytest.mark.parametrize("value", ["1.5", "0", "nan", "-0.1", "five"])
 def test_a_share_of_heads_outside_0_to_1_is_refused_before_anything_runs(value, capsys):
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["score", "--model", "m", "--examples", "e", "--fraction", value])
+        cli.main(["score", "m", "e", "--fraction", value])
     assert stopped.value.code == 2
     assert f"{value!r} is not a number from 1e-06 to 1" in capsys.readouterr().err
 
@@ -129,19 +132,23 @@ def test_an_example_without_evidence_is_named_before_the_model_is_loaded(
     path = tmp_path / "mine.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     monkeypatch.setattr("mmheads.models.load", None)
-    assert cli.main(["score", "--model", "tiny-qwen3-vl-m", "--examples", str(path)]) == 1
+    assert cli.main(["score", "tiny-qwen3-vl-m", str(path)]) == 1
     assert f"{path}, line 2: the example has no evidence" in capsys.readouterr().err
 
 
-def test_files_of_one_name_in_two_folders_keep_their_own_results(tmp_path):
+def test_files_of_one_name_in_two_folders_keep_their_own_results(tmp_path, capsys):
     for folder, text in (("a", "B7 K ."), ("b", "rain falls .")):
         (tmp_path / folder).mkdir()
         line = LINE | {"evidence": [{"part": 0, "text": text}]}
         (tmp_path / folder / "v1.examples.jsonl").write_text(json.dumps(line), encoding="utf-8")
     for folder in ("a", "b"):
         path = tmp_path / folder / "v1.examples.jsonl"
-        arguments = ["--examples", str(path), "--out", str(tmp_path / "out")]
-        assert cli.main(["score", "--model", "tiny-qwen3-vl-m", *arguments]) == 0
+        arguments = [str(path), "--out", str(tmp_path / "out")]
+        assert cli.main(["score", "tiny-qwen3-vl-m", *arguments, "--json"]) == 0
+        data = json.loads(capsys.readouterr().out)
+        assert [len(data["heads"]), data["examples"]] == [5, 1]
+        scores = HeadScores.load(data["files"]["parquet"])
+        assert data["heads"][0]["score"] == pytest.approx(scores.mean.max())
     for suffix in ("parquet", "csv", "json", "png"):
         assert len(list((tmp_path / "out").glob(f"tiny-qwen3-vl-m-v1.examples-*.{suffix}"))) == 2
 
@@ -150,12 +157,13 @@ def test_rank_orders_the_pages_of_a_pdf_and_draws_them(score_file, tmp_path, cap
     example_prompts.write_pdf(tmp_path / "d.pdf", 3)
     command = ["rank", "--model", "tiny-qwen3-vl-m", "--heads", str(score_file)]
     command += ["--out", str(tmp_path / "d.png"), "--window", "2", "--top", "2"]
-    question = "is $5 more than 3% of $100 ? B7"
+    question = "? B7 $ ? B7 $"  # not a formula in the title of the picture
     assert cli.main([*command, "--question", question, str(tmp_path / "d.pdf")]) == 0
-    first, second, about, picture_line = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr()
+    first, second, picture_line = printed.out.splitlines()
     assert [line.split()[0] for line in (first, second)] == ["1", "2"]
     assert {line.split()[2] for line in (first, second)} < {"1", "2", "3"}
-    assert "5 heads of tiny-qwen3-vl-m; 3 pages in windows of 2" in about
+    assert "5 heads of tiny-qwen3-vl-m; 3 pages at 144 dpi in windows of 2" in printed.err
     assert picture_line == str(tmp_path / "d.png")
     with Image.open(tmp_path / "d.png") as picture:
         assert picture.size[0] > 300
@@ -188,6 +196,8 @@ def test_rank_refuses_bad_input_in_one_sentence(
     files = [name for name in arguments if name.endswith(".pdf")] or ["d.pdf"]
     options = [word for word in arguments if not word.endswith(".pdf")]
     command = ["rank", "--model", "tiny-qwen3-vl-m", "--heads", str(score_file), "--question", "?"]
+    if "--question" in options:
+        command = command[:-2]
     assert cli.main([*command, *options, *files]) == 1
     error = capsys.readouterr().err
     assert message in error
@@ -205,8 +215,8 @@ def test_rank_refuses_numbers_out_of_range(option, capsys):
 
 def test_a_closed_pipe_is_not_an_error(tmp_path):
     (tmp_path / "examples.jsonl").write_text(json.dumps(LINE), encoding="utf-8")
-    command = [sys.executable, "-m", "mmheads", "score", "--model", "tiny-qwen3-vl-m"]
-    command += ["--examples", str(tmp_path), "--out", str(tmp_path / "out"), "--fraction", "1"]
+    command = [sys.executable, "-m", "mmheads", "score", "tiny-qwen3-vl-m"]
+    command += [str(tmp_path), "--out", str(tmp_path / "out"), "--fraction", "1"]
     environment = {"PYTHONPATH": str(paths.ROOT), "PATH": "", "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -267,11 +277,9 @@ def test_what_the_readme_shows_for_a_released_model_runs(tmp_path, capsys, monke
     example_prompts.write_pdf(tmp_path / "report.pdf", 3)
     exec(blocks("README.md", "python")[0], {})
     assert "candidate" in capsys.readouterr().out
-    ((_, code),) = commands("README.md", "python -c")
-    exec(code, {})
     (rank,) = commands("README.md", "mmheads rank")
     assert cli.main(rank) == 0
-    assert "58 heads of Qwen/Qwen3-VL-8B-Instruct; 3 pages" in capsys.readouterr().out
+    assert "heads of Qwen/Qwen3-VL-8B-Instruct; 3 pages at 144 dpi" in capsys.readouterr().err
     assert (tmp_path / "report.rank.png").exists()
 
 
@@ -283,8 +291,12 @@ def test_what_the_page_on_your_model_shows_runs(tmp_path, capsys, monkeypatch):
     assert cli.main([*command, "--out", str(tmp_path), "--device", "cpu"]) == 0
     assert "2 examples" in capsys.readouterr().out
     (command,) = commands("docs/your_model.md", "mmheads explore")
-    assert cli.main(command) == 0
-    assert (tmp_path / "heads.html").stat().st_size > 10_000
+    assert cli.main([*command, "--json"]) == 0
+    page = json.loads(capsys.readouterr().out)
+    assert (tmp_path / page["page"]).stat().st_size == page["bytes"] > 10_000
+    (ablated,) = commands("docs/your_model.md", "mmheads ablate")
+    assert cli.main([*ablated[:-1], "2"]) == 0
+    assert "2 random sets are as low" in capsys.readouterr().out
     score, explored, mask, streamed = blocks("docs/your_model.md", "python")
     names: dict = {}
     exec(score, names)
@@ -307,7 +319,9 @@ def test_what_the_page_on_your_documents_shows_runs(score_file, tmp_path, capsys
     assert {path.name for path in tmp_path.iterdir()} >= {"report.rank.png", "report.safetensors"}
     (command,) = commands("docs/your_documents.md", "mmheads rank")
     assert cli.main(command) == 0
-    assert "3 pages in windows of 2" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "16 heads of tiny-qwen3-vl-m; 3 pages at 144 dpi" in printed.err
+    assert printed.out.splitlines()[-1] == "report.rank.png"
 
 
 def test_what_the_page_on_the_tiny_models_shows_runs(tmp_path, monkeypatch):

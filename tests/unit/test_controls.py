@@ -41,6 +41,16 @@ def test_controls_match_kv_groups():
         assert sorted(shared.values()) == [1, 1, 2]
 
 
+@pytest.mark.parametrize("match", ["", "layer", "kv_group"])
+def test_random_sets_for_a_rank_test_may_hold_selected_heads(match):
+    draws = random_controls(SELECTED, EVERY, draws=200, seed=0, match=match, disjoint=False)
+    shared = [len(drawn & SELECTED) for drawn in draws]
+    assert max(shared) > 0
+    assert min(shared) == 0
+    if match:
+        assert all(Counter(h.layer for h in drawn) == {1: 3, 3: 1} for drawn in draws)
+
+
 def test_what_cannot_match_comes_from_the_nearest_layer_and_is_said():
     eligible = EVERY.copy()
     eligible[1] = SELECTED.mask[1]

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mmheads.effects import effects
+from mmheads.effects import against_random, effects, exact_p_value
 
 
 def test_effects_are_paired_over_haystacks():
@@ -35,3 +35,18 @@ def test_effects_are_paired_over_haystacks():
     assert np.isnan(paired.loc["some", "p_holm"])
     with pytest.raises(ValueError, match="has no ablation 'full model'"):
         effects(pd.DataFrame(rows[20:]))
+
+
+def test_a_selection_is_tested_in_pairs_and_ranked_among_random_sets():
+    """Ten haystacks: the selection loses eight, each random set loses as many as its number."""
+    rows = [
+        {"ablation": name, "draw": draw, "haystack": str(unit), "score": float(unit >= lost)}
+        for name, losses in (("full model", [0]), ("chosen", [8]), ("random", range(10)))
+        for draw, lost in enumerate(losses)
+        for unit in range(10)
+    ]
+    table = pd.DataFrame(rows)
+    assert exact_p_value(table, "chosen") == pytest.approx(2 / 2**8)
+    among = against_random(table, "chosen", "random")
+    assert (among.draws, among.as_low, among.mean) == (10, 2, pytest.approx(0.55))
+    assert among.p == pytest.approx(2 * (2 + 1) / (10 + 1))

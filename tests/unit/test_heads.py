@@ -1,17 +1,31 @@
 """Heads, geometries, and sets of heads with their files."""
 
+import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 
+from mmheads import paths
 from mmheads.heads import Head, HeadGeometry, HeadSet, Origin, format_heads, overlap
+from mmheads.provenance import folder_revision
 
-GEOMETRY = HeadGeometry(2, 4, 2)
+GEOMETRY = HeadGeometry(2, 4, 2, architecture="toy_vl")
 
 
 def test_head_prints_layer_first_and_counts_from_zero():
     assert str(Head(8, 10)) == "L8H10"
     assert format_heads([(0, 1), (8, 10)]) == "L0H1, L8H10"
+
+
+def test_heads_fit_a_model_of_equal_geometry_and_architecture():
+    unknown = HeadGeometry(2, 4, 2)
+    assert unknown == GEOMETRY
+    assert GEOMETRY.fits(unknown)
+    assert unknown.fits(GEOMETRY)
+    assert not GEOMETRY.fits(HeadGeometry(2, 4, 2, architecture="toy"))
+    assert not GEOMETRY.fits(HeadGeometry(2, 4, 4, architecture="toy_vl"))
 
 
 def test_set_algebra_and_views():
@@ -76,13 +90,48 @@ def test_head_sets_survive_a_round_trip(tmp_path):
     assert (again.origin, dict(again.scores)) == (heads.origin, heads.scores)
 
 
+READER = """
+import json, sys
+content = json.load(open(sys.argv[1], encoding="utf-8"))
+about = {name: content[name] for name in ("model", "revision", "task", "length", "rule", "source")}
+shape = content["geometry"]
+print(about, shape["architecture"], f"{shape['layers']} x {shape['heads']}")
+for layer, head, score in content["heads"]:
+    print(f"L{layer}H{head}", "not scored" if score is None else score)
+"""
+"""How other tools read a list of heads, without mmheads."""
+
+
 def test_files_of_heads_are_read_by_plain_python(tmp_path):
     selected().save(tmp_path / "heads.json")
-    content = json.loads((tmp_path / "heads.json").read_text())
-    assert content["heads"] == [[1, 3, 0.5], [0, 0, None]]
-    expected = ("toy", "abc", "text", "128", "top 5% by mean score", "mmheads.scoring")
-    names = ("model", "revision", "task", "length", "rule", "source")
-    assert tuple(content[name] for name in names) == expected
+    assert len(READER.strip().splitlines()) <= 10
+    command = [sys.executable, "-I", "-S", "-c", READER, str(tmp_path / "heads.json")]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    about = {
+        **{"model": "toy", "revision": "abc", "task": "text", "length": "128"},
+        **{"rule": "top 5% by mean score", "source": "mmheads.scoring"},
+    }
+    assert printed.splitlines() == [f"{about} toy_vl 2 x 4", "L1H3 0.5", "L0H0 not scored"]
+
+
+def test_a_shipped_list_is_found_by_the_name_of_its_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "HEADS", tmp_path)
+    selected().save(tmp_path / "Toy-VL2.5.json")
+    for name in ("Toy-VL2.5", "maker/Toy-VL2.5", "/models/Toy-VL2.5/"):
+        assert HeadSet.load(name) == selected()
+    with pytest.raises(FileNotFoundError, match=r"Toy-VL3 is not a file; .* \(Toy-VL2\.5\)"):
+        HeadSet.load("maker/Toy-VL3")
+
+
+def test_every_shipped_list_is_of_the_model_that_it_is_named_for():
+    for path in paths.HEADS.glob("*.json"):
+        heads = HeadSet.load(path.stem)
+        assert len(heads.scores) == len(heads) > 0
+        assert heads.geometry.architecture
+        assert all(dataclasses.astuple(heads.origin))
+        assert heads.model.rpartition("/")[2] == path.stem
+        if (folder := paths.MODELS / path.stem).is_dir():
+            assert heads.origin.revision == folder_revision(folder), "run mmheads detect again"
 
 
 @pytest.mark.parametrize(
@@ -117,7 +166,7 @@ def test_other_files_are_not_read_as_heads(tmp_path, text):
     path.write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=r"heads.json is not a file of heads"):
         HeadSet.load(path)
-    with pytest.raises(FileNotFoundError, match="expected a JSON file of heads"):
+    with pytest.raises(FileNotFoundError, match="expected a JSON file of heads, or the name"):
         HeadSet.load(tmp_path)
 
 

@@ -172,6 +172,20 @@ def test_heads_of_other_weights_are_used_with_one_warning_that_names_both(vlm):
         check_heads(made, [used(made, made.weights)], "ablated")
 
 
+def test_heads_of_a_model_of_another_name_are_used_with_one_note(vlm):
+    vlm = dataclasses.replace(vlm, model_id="my-copy", revision="new")
+    hub = dataclasses.replace(used(vlm, "old"), model="maker/Qwen3")
+    with pytest.warns(UserWarning, match=r"scored in maker/Qwen3 are used in my-copy") as caught:
+        [check_heads(vlm, [hub], "ablated") for _ in range(3)]
+    assert len(caught) == 1
+    copied = dataclasses.replace(vlm, model_id="Qwen3", revision="")
+    geometry = dataclasses.replace(vlm.geometry, architecture="")
+    with pytest.warns(UserWarning, match="if it is not a copy of that model"):
+        check_heads(copied, [dataclasses.replace(hub, geometry=geometry)], "ablated")
+    with pytest.raises(ValueError, match=r"heads of maker/Qwen3 .* cannot be ablated in my-copy"):
+        check_heads(vlm, [dataclasses.replace(hub, geometry=geometry)], "ablated")
+
+
 def test_selected_heads_carry_the_revision_of_their_scores(vlm):
     shape = (1, vlm.geometry.layers, vlm.geometry.heads)
     scores = HeadScores(

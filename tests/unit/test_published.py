@@ -4,6 +4,7 @@ The files are made here in the released layout; those of the authors are read in
 test_released_figures.py.
 """
 
+import dataclasses
 import hashlib
 import json
 import threading
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from mmheads import paths, published
+from mmheads.heads import HeadSet
 
 MODEL = "gemma-3-12b-it"
 KEY = next(key for key in published.REGISTRY if f"/{MODEL}/mm_niah_retrieval-text" in key)
@@ -49,6 +51,22 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path.write_bytes(raw)
     monkeypatch.setitem(published.REGISTRY, KEY, hashlib.sha256(raw).hexdigest())
     return tmp_path / "published"
+
+
+def test_released_heads_are_found_by_name_folder_and_geometry(folder):
+    shape = published.GEOMETRIES[MODEL]
+    strongest = published.load("Gemma3-12B", "text", LENGTH, folder=folder).top(0.01)
+    settings = {"tasks": ["text"], "length": LENGTH, "fraction": 0.01, "folder": folder}
+    for name in ("Gemma3-12B", f"google/{MODEL}", f"/models/{MODEL}/", shape):
+        heads = HeadSet.released(name, **settings)
+        assert heads == strongest
+        assert heads.origin.source.startswith("ab-cli/MMRetHead@")
+    other = dataclasses.replace(shape, architecture="qwen3")
+    for unknown in ("my-model", other, dataclasses.replace(shape, layers=49)):
+        with pytest.raises(ValueError, match=r"model is .*expected .*Qwen2.5-VL-7B"):
+            HeadSet.released(unknown, **settings)
+    with pytest.raises(ValueError, match=r"tasks is \[\]; expected at least one of text"):
+        HeadSet.released(MODEL, tasks=[])
 
 
 def test_a_file_becomes_scores(folder):

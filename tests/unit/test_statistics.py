@@ -1,6 +1,7 @@
 """Intervals and tests, against hand-worked cases and known distributions."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import scipy.stats
 from mmheads.statistics import (
     bootstrap_interval,
     draws_p_value,
+    exact_sign_test,
     holm,
     paired_difference,
     stratified_interval,
@@ -88,3 +90,13 @@ def test_strata_are_drawn_apart():
     assert interval == (1.0, 1.0, 1.0, 8)
     with pytest.raises(ValueError, match="at least two"):
         stratified_interval([low, [1.0]], lambda strata: 0.0, seed=0)
+
+
+def test_the_exact_sign_test_counts_which_side_is_larger_more_often():
+    right, wrong = np.array([1, 1, 1, 1, 1, 0, 1, 0]), np.array([0, 0, 0, 0, 0, 1, 1, 0])
+    ways = math.comb(6, 0) + math.comb(6, 1)  # one of six pairs, or none, to either side
+    assert exact_sign_test(right, wrong) == pytest.approx(2 * ways / 2**6)
+    assert exact_sign_test(wrong, right) == exact_sign_test(right, wrong)
+    assert exact_sign_test(right, right) == 1.0
+    with pytest.raises(ValueError, match="at least two finite values"):
+        exact_sign_test([1], [0])

@@ -1,0 +1,132 @@
+"""`mmheads ablate`: what answers lose without some heads, beside as many random heads."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from mmheads import commands, paths
+from mmheads.commands import Outcome
+
+EXAMPLES = """  mmheads ablate tiny-qwen3-vl-m tiny-qwen3-vl-m examples.jsonl --draws 50
+  mmheads ablate my-model runs/detect/my-model-natural-corpus-0.5.json examples.jsonl --json"""
+
+METRICS = ("same", "token_f1", "document_answer")
+"""Rules of `mmheads.metrics`."""
+
+SELECTED, RANDOM = "selected", "random"
+
+
+def add(subparsers: Any) -> None:
+    """Add the command."""
+    parser = commands.add(
+        subparsers,
+        "ablate",
+        run,
+        "Answer examples without some heads, and without as many random heads. Answers are "
+        "compared in pairs with those of the full model, by an exact test, and the selected heads "
+        "are ranked among the random sets.",
+        EXAMPLES,
+    )
+    commands.add_model(parser)
+    parser.add_argument("heads", help="head list, score file, or name of a shipped list")
+    commands.add_examples(parser)
+    parser.add_argument("-o", "--out", default="", help="table of all answers, a .csv file")
+    parser.add_argument(
+        "--draws", type=commands.number(int, 2), default=200, help="random sets of heads: 200"
+    )
+    parser.add_argument(
+        "--match", default="layer", choices=("layer", "kv_group", "none"), help="of random heads"
+    )
+    parser.add_argument("--mode", default="zero", choices=("zero", "uniform"), help="of ablation")
+    parser.add_argument(
+        "--when", default="both", choices=("prefill", "decode", "both", "answer"), help="ablated"
+    )
+    parser.add_argument(
+        "--metric", default="same", choices=METRICS, help="how an answer is compared with yours"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=commands.number(int, 1), default=32, help="of an answer"
+    )
+    parser.add_argument(
+        "--fraction", type=commands.SHARE, default=0.05, help="share of heads of a score file"
+    )
+    parser.add_argument("--seed", type=commands.number(int, 0), default=0, help="of random sets")
+
+
+def run(options: argparse.Namespace) -> Outcome:
+    """Answer the examples, compare, and write the table of answers."""
+    from mmheads import metrics
+    from mmheads.answers import answer
+    from mmheads.attention import check_heads
+    from mmheads.controls import random_controls
+    from mmheads.effects import against_random, effects, exact_p_value
+    from mmheads.example_files import read_examples
+    from mmheads.models import load
+
+    examples = read_examples(options.examples)
+    for line, has_answer in zip(examples.lines, examples.has_answer, strict=True):
+        if not has_answer:
+            raise ValueError(f"{examples.path}, line {line}: the example has no answer to compare")
+    if len(examples) < 2:
+        raise ValueError(f"{examples.path} holds one example; expected at least 2 to compare")
+    heads = commands.read_heads(options.heads, options.fraction)
+    if options.out:
+        paths.writable(Path(options.out).parent)
+    vlm = load(options.model, device=options.device)
+    check_heads(vlm, [heads], "ablated")
+    controls = random_controls(
+        heads,
+        vlm.geometry.eligible,
+        draws=options.draws,
+        seed=options.seed,
+        match="" if options.match == "none" else options.match,
+        disjoint=False,
+    )
+    settings: dict[str, Any] = {
+        "mode": options.mode,
+        "when": options.when,
+        "max_new_tokens": options.max_new_tokens,
+        "metric": getattr(metrics, options.metric),
+    }
+    for _ in range(2):  # the first one warms up
+        start = time.perf_counter()
+        answer(vlm, examples[:1], {SELECTED: heads}, folder=None, progress=False, **settings)
+    each = (time.perf_counter() - start) / 2
+    count = len(examples) * (options.draws + 2)
+    commands.note(
+        f"{len(heads)} heads of {vlm} and {options.draws} random sets matched by {options.match}: "
+        f"{count} answers take at most about {commands.duration(each * count)}; fewer --draws take "
+        "less, and after an interrupt the same command goes on"
+    )
+    table = answer(vlm, examples, {SELECTED: heads, RANDOM: controls}, **settings)
+    if options.out:
+        with paths.write_whole(Path(options.out)) as path:
+            table.to_csv(path, index=False)
+    effect = effects(table.assign(examples="all"), ("examples",), seed=options.seed)
+    among, p = against_random(table, SELECTED, RANDOM), exact_p_value(table, SELECTED)
+    data = {
+        "model": vlm.model_id,
+        "revision": vlm.revision,
+        "heads": commands.listed(heads),
+        "effects": commands.records(effect.drop(columns="examples")),
+        "p_exact": p,
+        "among_random": among._asdict(),
+        "file": options.out,
+    }
+    lines = []
+    for row in effect.to_dict("records"):
+        change = ""
+        if row["ablation"] == SELECTED:
+            change = f", change {100 * row['change']:+.1f} points, exact p = {p:.3g}"
+        lines.append(
+            f"{row['ablation']}: {row['score']:.1%} [{row['low']:.1%}, {row['high']:.1%}]{change}, "
+            f"{row['heads']} heads ablated, n = {row['n']}"
+        )
+    lines.append(
+        f"{among.as_low} of {among.draws} random sets are as low as the selected heads or lower: "
+        f"p = {among.p:.3g}"
+    )
+    return Outcome(data, lines + [options.out] * bool(options.out))

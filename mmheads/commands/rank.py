@@ -1,0 +1,320 @@
+"""`mmheads rank`: rank the pages of PDF files for questions."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmheads import commands, paths
+from mmheads.commands import Outcome
+
+if TYPE_CHECKING:
+    from mmheads.heads import HeadSet
+    from mmheads.models import VLM
+    from mmheads.pdfs import Page
+    from mmheads.retrieval.fitting import Fit
+    from mmheads.retrieval.index import DocumentIndex
+
+EXAMPLES = """  mmheads rank a.pdf --model Qwen/Qwen3-VL-8B-Instruct --question "What was sold?"
+  mmheads rank a.pdf b.pdf --model Qwen/Qwen3-VL-8B-Instruct --question-file questions.txt \\
+    --index ab.safetensors --json"""
+
+KNOWN = 0.5
+"""Part of the words of a question that a tokenizer must know."""
+
+
+def add(subparsers: Any) -> None:
+    """Add the command."""
+    parser = commands.add(
+        subparsers,
+        "rank",
+        run,
+        "Rank the pages of PDF files for questions. Pages are ranked by the attention of chosen "
+        "heads; the best ones are printed, and a picture of them is written for each question. A "
+        "model that reads only text ranks the texts of the pages. Resolution and window are chosen "
+        "to fit the model and the memory.",
+        EXAMPLES,
+    )
+    parser.add_argument("pdf", nargs="+", help="the documents; their pages are ranked together")
+    parser.add_argument("--model", required=True, help="folder, shipped model, or name on the hub")
+    parser.add_argument("--question", action="append", default=[], help="may be given repeatedly")
+    parser.add_argument(
+        "--question-file", default="", help="one question per line, in UTF-8; - reads the input"
+    )
+    parser.add_argument(
+        "--heads",
+        default="",
+        help="score file, head list, or name of a shipped list; by default that of the model, "
+        "shipped or released",
+    )
+    parser.add_argument(
+        "--fraction", type=commands.SHARE, default=0.05, help="share of heads of a score file"
+    )
+    parser.add_argument(
+        "--index", default="", help="file in which the index is kept; it goes on from there"
+    )
+    parser.add_argument(
+        "--window", type=commands.number(int, 1), default=0, help="pages per forward pass"
+    )
+    parser.add_argument(
+        "--dpi", type=commands.number(int, 1, 2400), default=0, help="resolution of the pages"
+    )
+    parser.add_argument(
+        "--memory", type=commands.number(float, 0.001), default=0, help="GB that may be used"
+    )
+    parser.add_argument("--password", default="", help="of encrypted PDF files")
+    parser.add_argument(
+        "--skip-broken", action="store_true", help="leave out pages that cannot be read"
+    )
+    parser.add_argument("--top", type=commands.number(int, 1), default=5, help="pages to print")
+    parser.add_argument(
+        "--heat",
+        default="calibrated",
+        choices=("calibrated", "raw"),
+        help="attention in the picture: without that of a question that asks nothing, or all",
+    )
+    parser.add_argument("-o", "--out", default="", help="picture, default <document>.rank.png here")
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A page of a document, and what of it is ranked."""
+
+    document: str
+    page: Page
+    ranked: str | Callable[[], Any]
+
+    @property
+    def title(self) -> str:
+        """The page and its document, "page iv (4) of report.pdf"."""
+        return f"page {self.page.title} of {self.document}"
+
+
+def run(options: argparse.Namespace) -> Outcome:
+    """Index the documents and rank their pages for each question."""
+    from mmheads.models import load
+    from mmheads.retrieval.fitting import DPIS, fit_pages, fit_texts
+    from mmheads.retrieval.index import DocumentIndex
+
+    questions = _questions(options)
+    pictures = _pictures(options, len(questions))
+    files = _files(options)
+    before = _index_before(options, files)
+    pages = _pages(options, before.get("dpi") or DPIS[-1])
+    given = commands.read_heads(options.heads, options.fraction) if options.heads else None
+    vlm = load(options.model, device=options.device)
+    heads = given or commands.known_heads(vlm)
+    for question in questions:
+        _check_words(vlm, question)
+    asked: dict[str, Any] = {
+        "window": options.window or before.get("window", 0),
+        "memory": 1e9 * options.memory,
+    }
+    if vlm.is_text_only:
+        pages = _with_text(pages)
+        texts = [str(each.ranked) for each in pages]
+        fit = fit_texts(vlm, heads, texts, questions, **asked)
+    else:
+        sizes = [each.page.size for each in pages]
+        asked["dpi"] = options.dpi or before.get("dpi", 0)
+        fit = fit_pages(vlm, heads, sizes, questions, **asked)
+        pages = _pages(options, fit.dpi, warn=False)
+    ranked = [each.ranked for each in pages]
+    _say(vlm, heads, ranked, fit, options)
+    about = {"documents": files, "dpi": fit.dpi, "skip_broken": options.skip_broken}
+    index = DocumentIndex(
+        vlm,
+        heads,
+        ranked,
+        window=fit.window,
+        path=options.index,
+        about=json.dumps(about),
+        progress=True,
+    )
+    lines: list[str] = []
+    results = []
+    for question, picture in zip(questions, pictures, strict=True):
+        lines += [question] if len(questions) > 1 else []
+        result, printed = _answered(index, question, pages, options, picture)
+        results.append(result)
+        lines += printed
+    data = {
+        "model": vlm.model_id,
+        "heads": commands.listed(heads),
+        "pages": len(pages),
+        "dpi": fit.dpi,
+        "window": fit.window,
+        "questions": results,
+    }
+    return Outcome(data, lines)
+
+
+def _answered(
+    index: DocumentIndex,
+    question: str,
+    pages: Sequence[_Candidate],
+    options: argparse.Namespace,
+    picture: Path,
+) -> tuple[dict[str, Any], list[str]]:
+    """The best pages for a question, for `--json` and in lines; writes their picture."""
+    several = len(options.pdf) > 1
+    ranking = index.rank(question)
+    rows, lines = [], []
+    for row in ranking.table().head(options.top).to_dict("records"):
+        best = pages[row["candidate"]]
+        place = {"document": best.document, "page": best.page.number, "label": best.page.label}
+        rows.append({"rank": row["rank"], **place, "score": row["score"]})
+        where = f"{best.document} " if several else ""
+        lines.append(f"{row['rank']:>4}  {where}page {best.page.title:<10} {row['score']:+.5f}")
+    result = {"question": question, "pages": rows, "picture": None}
+    if not index.vlm.is_text_only:
+        labels = [
+            f"{each.page.title} of {each.document}" if several else each.page.label
+            for each in pages
+        ]
+        images = [each.page.image for each in pages]
+        figure = ranking.picture(images, heat=options.heat, labels=labels)
+        commands.write_picture(figure, picture)
+        result["picture"] = str(picture)
+        lines.append(str(picture))
+    return result, lines
+
+
+def _questions(options: argparse.Namespace) -> list[str]:
+    """The questions of the options and of the file, at least one."""
+    questions = list(options.question)
+    if options.question_file:
+        name = options.question_file
+        try:
+            raw = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+            text = raw.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name} is not a text in UTF-8 ({error})") from error
+        questions += [line.strip() for line in text.split("\n") if line.strip()]
+    if not questions or not all(question.strip() for question in questions):
+        raise ValueError(
+            "the question is empty; give --question, or a --question-file with a question per line"
+        )
+    return questions
+
+
+def _pictures(options: argparse.Namespace, count: int) -> list[Path]:
+    """The picture of each question, if pictures can be written there."""
+    from matplotlib.figure import Figure
+
+    path = Path(options.out or f"{Path(options.pdf[0]).stem}.rank.png")
+    kinds = sorted(Figure().canvas.get_supported_filetypes())
+    if path.suffix.removeprefix(".").lower() not in kinds:
+        raise ValueError(
+            f"--out is {path}; expected the name of a picture that ends in one of "
+            f"{', '.join('.' + kind for kind in kinds)}"
+        )
+    if path.is_dir():
+        raise ValueError(f"--out {path} is a folder; give the name of a picture")
+    paths.writable(path.parent)
+    several = [path.with_stem(f"{path.stem}-{number}") for number in range(1, count + 1)]
+    return several if count > 1 else [path]
+
+
+def _files(options: argparse.Namespace) -> dict[str, str]:
+    """SHA-256 of each document by its name, checked to be there and to have names of their own."""
+    from mmheads.provenance import file_sha256
+
+    for path in options.pdf:
+        if not Path(path).is_file():
+            raise ValueError(f"{path} does not exist; expected a PDF file")
+    files = {Path(path).name: file_sha256(Path(path)) for path in options.pdf}
+    if len(files) < len(options.pdf):
+        raise ValueError(f"two of the documents have one name ({', '.join(options.pdf)})")
+    return files
+
+
+def _index_before(options: argparse.Namespace, files: dict[str, str]) -> dict[str, Any]:
+    """`dpi` and `window` of the index that is kept, if there is one and it is of these files."""
+    from mmheads.retrieval.saved import what_is_indexed
+
+    if not options.index:
+        return {}
+    paths.writable(Path(options.index).parent)
+    if not Path(options.index).exists():
+        return {}
+    text, window = what_is_indexed(Path(options.index))
+    about: dict[str, Any] = json.loads(text or "{}")
+    if about.get("documents") != files:
+        raise ValueError(
+            f"{options.index} is an index of other documents ({text[:200]}), not of "
+            f"{', '.join(files)} as they are now; name another file, or delete it"
+        )
+    return {"dpi": about["dpi"], "window": window}
+
+
+def _pages(options: argparse.Namespace, dpi: int, *, warn: bool = True) -> list[_Candidate]:
+    """The pages of all documents as images, at the resolution of the options or another."""
+    from mmheads.pdfs import open_pdf
+
+    pages = []
+    for path in options.pdf:
+        document = open_pdf(
+            path,
+            dpi=options.dpi or dpi,
+            password=options.password or None,
+            skip_broken=options.skip_broken,
+        )
+        for problem in document.problems if warn else ():
+            commands.note(f"warning: {problem}")
+        pages += [_Candidate(document.name, page, page.image) for page in document.pages]
+    return pages
+
+
+def _with_text(pages: Sequence[_Candidate]) -> list[_Candidate]:
+    """The pages as texts, without those that have none."""
+    texts = [each.page.text.strip() for each in pages]
+    blank = [each.title for each, text in zip(pages, texts, strict=True) if not text]
+    if blank:
+        commands.note(f"warning: without text, and left out: {', '.join(blank)}")
+    if len(blank) == len(pages):
+        raise ValueError("no page holds text, and the model reads only text; take another model")
+    return [
+        _Candidate(each.document, each.page, f"{text}\n\n")
+        for each, text in zip(pages, texts, strict=True)
+        if text
+    ]
+
+
+def _check_words(vlm: VLM, question: str) -> None:
+    """Raise ValueError if the tokenizer does not know most words of a question."""
+    encoded = vlm.tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)
+    ids, places = encoded["input_ids"], encoded["offset_mapping"]
+    unknown = vlm.tokenizer.unk_token_id
+    words = [question[slice(*place)] for i, place in zip(ids, places, strict=True) if i == unknown]
+    if unknown is not None and len(words) > (1 - KNOWN) * len(ids):
+        raise ValueError(
+            f"{vlm} does not know the words {', '.join(dict.fromkeys(words))} of the question; "
+            "take a model that reads natural language"
+        )
+
+
+def _say(
+    vlm: VLM, heads: HeadSet, ranked: Sequence[Any], fit: Fit, options: argparse.Namespace
+) -> None:
+    """Say what was chosen, and about how long the index takes, measured on the first page."""
+    from mmheads.retrieval.index import DocumentIndex
+
+    pages = f"{len(ranked)} pages" + (f" at {fit.dpi} dpi" if fit.dpi else " as texts")
+    commands.note(
+        f"{len(heads)} heads of {vlm}; {pages} in windows of {fit.window}, at most {fit.tokens} of "
+        f"{vlm.positions or 'any number of'} tokens; the index takes about {fit.bytes / 1e6:.0f} MB"
+    )
+    if options.index and Path(options.index).exists():
+        commands.note(f"going on with {options.index}")
+        return
+    start = time.perf_counter()
+    DocumentIndex(vlm, heads, ranked[:1])
+    seconds = (time.perf_counter() - start) / fit.share
+    commands.note(f"the index takes at most about {commands.duration(seconds)}")

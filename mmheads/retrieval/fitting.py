@@ -1,0 +1,202 @@
+"""Which resolution and which window of pages fit a model and the memory."""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import psutil
+import torch
+from PIL import Image
+
+from mmheads import compat
+from mmheads.examples import Example, Part
+from mmheads.heads import HeadSet
+from mmheads.models import VLM
+from mmheads.prompts import encode
+from mmheads.retrieval.candidates import spread
+
+DPIS = (144, 120, 96, 72, 60, 48)
+"""Resolutions to choose from, in pixels per inch; the first one that fits is taken."""
+
+MOST = 200
+"""Most pages per window (paper A)."""
+
+SHARE = 0.8
+"""Share of the free memory that an index may take by default."""
+
+STEP = 32
+"""Pixels; sizes of pages are rounded up to multiples before their tokens are counted."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A choice that fits.
+
+    Attributes:
+        dpi: Resolution of the pages; 0 for texts.
+        window: Pages per forward pass.
+        windows: Number of forward passes.
+        tokens: Tokens of the longest window with the longest question.
+        share: Tokens of the first page, as a share of those of all pages.
+        bytes: About how large the index becomes.
+    """
+
+    dpi: int
+    window: int
+    windows: int
+    tokens: int
+    share: float
+    bytes: int
+
+
+def fit_pages(
+    vlm: VLM,
+    heads: HeadSet,
+    sizes: Sequence[tuple[float, float]],
+    questions: Sequence[str],
+    *,
+    dpi: int = 0,
+    window: int = 0,
+    memory: float = 0,
+) -> Fit:
+    """The highest resolution, and then the largest window, at which pages fit.
+
+    Args:
+        vlm: The model.
+        heads: The heads that rank: only layers up to the deepest of them are kept.
+        sizes: Width and height of each page, in points.
+        questions: What will be asked.
+        dpi: Resolution; by default one of `DPIS`.
+        window: Pages per forward pass; by default as many as fit, at most `MOST`.
+        memory: Bytes that index and forward pass may take; by default most of what is free.
+
+    Raises:
+        ValueError: No choice fits; the message says what a page takes and what there is.
+    """
+    memory = memory or free_memory(vlm)
+    base = _base(vlm, questions)
+    tokens: list[int] = []
+    for resolution in (dpi,) if dpi else DPIS:
+        pixels = [
+            (_rounded(width * resolution / 72), _rounded(height * resolution / 72))
+            for width, height in sizes
+        ]
+        tokens = [_image_tokens(vlm, size) for size in pixels]
+        if found := _fit(vlm, heads, tokens, base, resolution, window, memory):
+            return found
+    raise ValueError(_refusal(vlm, heads, tokens, base, window, memory, f" at {resolution} dpi"))
+
+
+def fit_texts(
+    vlm: VLM,
+    heads: HeadSet,
+    texts: Sequence[str],
+    questions: Sequence[str],
+    *,
+    window: int = 0,
+    memory: float = 0,
+) -> Fit:
+    """The largest window at which pages as texts fit; see `fit_pages`."""
+    memory = memory or free_memory(vlm)
+    base = _base(vlm, questions)
+    ids = vlm.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    tokens = [len(each) + 2 for each in ids]
+    found = _fit(vlm, heads, tokens, base, 0, window, memory)
+    if not found:
+        raise ValueError(_refusal(vlm, heads, tokens, base, window, memory, ""))
+    return found
+
+
+def free_memory(vlm: VLM) -> float:
+    """Bytes that an index may take: most of what is free on the model's device."""
+    if vlm.device.type == "cuda":
+        return SHARE * torch.cuda.mem_get_info(vlm.device)[0]
+    return SHARE * float(psutil.virtual_memory().available)
+
+
+def _fit(
+    vlm: VLM,
+    heads: HeadSet,
+    tokens: Sequence[int],
+    base: int,
+    dpi: int,
+    window: int,
+    memory: float,
+) -> Fit | None:
+    """The largest window, or the given one, if it fits."""
+    cache = sum(tokens) * _cache_bytes(vlm, heads)
+    room = _room(vlm, cache, memory)
+    for size in (window,) if window else range(min(MOST, len(tokens)), 0, -1):
+        ranges = spread(len(tokens), size, 0)
+        longest = base + max(sum(tokens[each.start : each.stop]) for each in ranges)
+        if longest <= room:
+            first = tokens[0] / sum(tokens)
+            return Fit(dpi, len(ranges[0]), len(ranges), longest, first, cache)
+    return None
+
+
+def _refusal(
+    vlm: VLM,
+    heads: HeadSet,
+    tokens: Sequence[int],
+    base: int,
+    window: int,
+    memory: float,
+    where: str,
+) -> str:
+    cache = sum(tokens) * _cache_bytes(vlm, heads)
+    takes = f"{vlm} takes {vlm.positions} tokens" if vlm.positions else f"{vlm} takes any length"
+    return (
+        f"{len(tokens)} pages do not fit{where} in windows of {window or 1}: the longest page has "
+        f"{max(tokens)} tokens and the longest question {base}, {takes}, and the index needs "
+        f"{cache / 1e9:.2g} GB beside its forward passes, of {memory / 1e9:.2g} GB; give fewer "
+        "pages, a smaller --window or --dpi, or more --memory"
+    )
+
+
+def _room(vlm: VLM, cache: float, memory: float) -> float:
+    """Longest prompt in tokens: what the positions allow, and the memory beside the cache.
+
+    A forward pass is taken to hold, per token, 16 hidden states and 4 of the feed-forward layer:
+    a rough upper estimate.
+    """
+    config = vlm.text_config
+    wide = 16 * config.hidden_size + 4 * (compat.setting(config, "intermediate_size") or 0)
+    by_memory: float = (memory - cache) / (wide * vlm.model.dtype.itemsize)
+    return min(vlm.positions or math.inf, by_memory)
+
+
+def _cache_bytes(vlm: VLM, heads: HeadSet) -> int:
+    """Bytes of one token's keys and values in the layers up to the deepest head."""
+    config = vlm.text_config
+    width = compat.setting(config, "head_dim") or config.hidden_size // vlm.geometry.heads
+    layers = heads.layers[-1] + 1
+    return int(2 * layers * vlm.geometry.kv_groups * width * vlm.model.dtype.itemsize)
+
+
+def _base(vlm: VLM, questions: Sequence[str]) -> int:
+    """Tokens of the longest question with the chat template."""
+    return max(_tokens(vlm, ("Text.",), question) for question in questions)
+
+
+def _rounded(pixels: float) -> int:
+    return STEP * math.ceil(pixels / STEP)
+
+
+@functools.lru_cache(maxsize=4096)
+def _image_tokens(vlm: VLM, size: tuple[int, int]) -> int:
+    """Tokens that an image of a size adds to a prompt."""
+    image = Image.new("RGB", size)
+    return _tokens(vlm, (image, image)) - _tokens(vlm, (image,))
+
+
+def _tokens(vlm: VLM, context: tuple[Part, ...], question: str = "What is it?") -> int:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of words that a model does not know: they only count
+        example = Example(context=context, question=(question,))
+        return len(encode(vlm, example, max_tokens=sys.maxsize))

@@ -1,0 +1,239 @@
+"""`mmheads rank`: documents, questions, what it chooses, and the index that it keeps."""
+
+import io
+import json
+import math
+import sys
+
+import example_prompts
+import pypdfium2
+import pytest
+from PIL import Image
+
+from mmheads import cli
+from mmheads.examples import Example
+from mmheads.heads import Head, HeadSet
+from mmheads.models import load
+from mmheads.pdfs import open_pdf
+from mmheads.prompts import encode
+from mmheads.retrieval import DocumentIndex, fitting, windows
+from mmheads.retrieval.fitting import fit_pages, fit_texts
+
+A4 = (595.0, 842.0)
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The shipped tiny model, loaded once."""
+    return load("tiny-qwen3-vl-m", device="cpu")
+
+
+@pytest.fixture
+def here(tiny, tmp_path, monkeypatch):
+    """A folder with two documents of three and two pages, where commands use the loaded model."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mmheads.models.load", lambda name, **_: {tiny.model_id: tiny}[name])
+    example_prompts.write_pdf(tmp_path / "a.pdf", 3)
+    example_prompts.write_pdf(tmp_path / "b.pdf", 2)
+    return tmp_path
+
+
+def rank(*words):
+    return cli.main(["rank", "--model", "tiny-qwen3-vl-m", "--dpi", "48", *words])
+
+
+def test_several_documents_are_ranked_together_for_several_questions(here, tiny, capsys):
+    (here / "questions.txt").write_text("? B7\n\n? C3\r\n", encoding="utf-8")
+    words = ["a.pdf", "b.pdf", "--question", "? D1", "--question-file", "questions.txt"]
+    assert rank(*words, "--json", "--window", "2", "--top", "9", "--heat", "raw") == 0
+    printed = capsys.readouterr()
+    data = json.loads(printed.out)
+    assert "16 heads of tiny-qwen3-vl-m; 5 pages at 48 dpi in windows of 2, at most" in printed.err
+    assert "of 8192 tokens; the index takes about" in printed.err
+    assert [each["question"] for each in data["questions"]] == ["? D1", "? B7", "? C3"]
+    assert (data["window"], data["dpi"], data["pages"]) == (2, 48, 5)
+    pages = [page for name in ("a", "b") for page in open_pdf(f"{name}.pdf", dpi=48).pages]
+    index = DocumentIndex(
+        tiny, HeadSet.load("tiny-qwen3-vl-m"), [page.image for page in pages], window=2
+    )
+    for each in data["questions"]:
+        expected = index.rank(each["question"])
+        places = [(row["document"], row["page"]) for row in each["pages"]]
+        names = ["a.pdf"] * 3 + ["b.pdf"] * 2
+        assert places == [(names[i], pages[i].number) for i in expected.order]
+        assert [row["score"] for row in each["pages"]] == pytest.approx(
+            expected.scores[expected.order].tolist()
+        )
+        with Image.open(each["picture"]) as picture:
+            assert picture.size[0] > 300
+    assert sorted(path.name for path in here.glob("*.png")) == [
+        f"a.rank-{number}.png" for number in (1, 2, 3)
+    ]
+
+
+def test_questions_come_from_a_pipe_too(here, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"? B7\n? C3\n")))
+    assert rank("b.pdf", "--question-file", "-", "--top", "1") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [lines[0], lines[3]] == ["? B7", "? C3"]
+    assert lines[1].split()[:2] == ["1", "page"]
+
+
+def test_an_index_is_kept_goes_on_after_an_interrupt_and_is_read_again(
+    here, tiny, capsys, monkeypatch
+):
+    run, calls = windows._run_window, []
+
+    def interrupted(*given):
+        calls.append(given)
+        if len(calls) == 3:  # the first call measures
+            raise KeyboardInterrupt
+        return run(*given)
+
+    monkeypatch.setattr(windows, "_run_window", interrupted)
+    words = ["a.pdf", "--question", "? B7", "--window", "1", "--index", "a.index"]
+    assert rank(*words) == 130
+    with pytest.raises(ValueError, match=r"a\.index holds only the first 1 of 3 candidates"):
+        DocumentIndex.load("a.index", tiny)
+    assert rank(*words[:-4], "--index", "a.index") == 0  # resolution and window are the kept ones
+    assert len(calls) == 3 + 2
+    printed = capsys.readouterr()
+    assert "going on with a.index" in printed.err
+    assert cli.main(["rank", "--model", "tiny-qwen3-vl-m", *words[:-4], *words[-2:]]) == 0
+    assert capsys.readouterr().out == printed.out
+    assert len(calls) == 3 + 2
+    assert DocumentIndex.load("a.index", tiny).count == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["b.pdf"], "a.index is an index of other documents ("),
+        (["a.pdf", "--window", "2"], "a.index is an index of other things (windows [range(0, 1)"),
+        (["a.pdf", "--dpi", "60"], "a.index is an index of other things (about "),
+        (["a.pdf", "--heads", "other.json"], "a.index is an index of other things (heads "),
+        (["a.pdf", "--index", "b.pdf"], "b.pdf is not an index that this version can read"),
+    ],
+)
+def test_an_index_of_other_things_is_refused(here, tiny, words, message, capsys):
+    HeadSet((Head(1, 13),), tiny.geometry, tiny.model_id).save("other.json")
+    asked = ["--question", "? B7"]
+    assert rank("a.pdf", *asked, "--window", "1", "--index", "a.index") == 0
+    capsys.readouterr()
+    assert rank("--index", "a.index", *words, *asked) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_of_text_ranks_the_texts_of_pages(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    vlm = example_prompts.vlm("qwen3")
+    monkeypatch.setattr("mmheads.models.load", lambda *_, **__: vlm)
+    file = pypdfium2.PdfDocument.new()
+    for text in ("the rain falls", "", "which rain falls in the needle"):
+        page = file.new_page(300, 300)
+        if text:
+            font = pypdfium2.raw.FPDFText_LoadStandardFont(file, b"Helvetica")
+            written = pypdfium2.raw.FPDFPageObj_CreateTextObj(file, font, 12)
+            encoded = (text + "\0").encode("utf-16-le")
+            letters = (pypdfium2.raw.FPDF_WCHAR * (len(encoded) // 2)).from_buffer_copy(encoded)
+            pypdfium2.raw.FPDFText_SetText(written, letters)
+            pypdfium2.raw.FPDFPage_InsertObject(page, written)
+            page.gen_content()
+    file.save(tmp_path / "t.pdf")
+    HeadSet((Head(1, 0),), vlm.geometry, "qwen3").save("heads.json")
+    words = ["rank", "t.pdf", "--model", "m", "--question", "which rain falls"]
+    assert cli.main([*words, "--heads", "heads.json", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert "without text, and left out: page 2 of t.pdf" in printed.err
+    assert "2 pages as texts in windows of 2" in printed.err
+    (result,) = json.loads(printed.out)["questions"]
+    assert {row["page"] for row in result["pages"]} == {1, 3}
+    assert result["picture"] is None
+    assert not list(tmp_path.glob("*.png"))
+
+    assert cli.main(words) == 1
+    assert "no heads of qwen3 are shipped or released; find them with `mmheads detect" in (
+        capsys.readouterr().err
+    )
+    example_prompts.write_pdf(tmp_path / "blank.pdf", 2)
+    both = ["rank", "blank.pdf", *words[1:], "--heads", "heads.json"]
+    assert cli.main(both) == 0
+    assert "page 1 of blank.pdf, page 2 of blank.pdf, page 2 of t.pdf" in capsys.readouterr().err
+    (tmp_path / "t.pdf").unlink()
+    (tmp_path / "blank.pdf").rename("t.pdf")
+    assert cli.main([*words, "--heads", "heads.json"]) == 1
+    assert "no page holds text, and the model reads only text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--question", "What was sold?"], "does not know the words What, was, sold? of the"),
+        (["--question-file", "none.txt"], "none.txt"),
+        (["--question-file", "latin.txt"], "latin.txt is not a text in UTF-8"),
+        (["--question-file", "empty.txt"], "the question is empty; give --question"),
+        (["a.pdf", "--question", "? B7"], "two of the documents have one name"),
+        (["--question", "? B7", "--memory", "0.001"], "beside its forward passes, of 0.001 GB; gi"),
+    ],
+)
+def test_questions_and_limits_that_do_not_fit_are_refused_in_one_sentence(
+    here, words, message, capsys
+):
+    (here / "latin.txt").write_bytes("Größe?".encode("latin-1"))
+    (here / "empty.txt").write_text("\n\n")
+    assert rank("a.pdf", *words) == 1
+    (error,) = capsys.readouterr().err.splitlines()
+    assert message in error
+
+
+def test_the_largest_window_fits_the_positions_and_a_larger_one_does_not(tiny):
+    heads = HeadSet.load("tiny-qwen3-vl-m")
+    fit = fit_pages(tiny, heads, [A4] * 40, ["? B7"], dpi=48)
+    page = Image.new("RGB", (416, 576))  # 397 x 562 pixels, rounded up
+
+    def tokens(count):
+        example = Example(context=(page,) * count, question=("? B7",))
+        return len(encode(tiny, example, max_tokens=10**6))
+
+    assert fit.windows == math.ceil(40 / (8192 // (tokens(2) - tokens(1))))
+    assert tokens(fit.window) <= fit.tokens <= tokens(fit.window) + 2 <= 8192
+    assert tokens(math.ceil(40 / (fit.windows - 1))) > 8192
+    assert fit.share == pytest.approx(1 / 40)
+    per_token = 2 * (heads.layers[-1] + 1) * 4 * tiny.text_config.head_dim * 4
+    assert fit.bytes == 40 * (tokens(2) - tokens(1)) * per_token
+    assert fit_pages(tiny, heads, [A4] * 40, ["? B7"], dpi=48, window=7).window == 7
+
+
+def test_the_resolution_is_the_highest_that_fits_window_and_memory(tiny, monkeypatch):
+    """A token is 32 x 32 pixels here: A4 has 2014 at 144 dpi, 1364 at 120, and 513 at 72."""
+    monkeypatch.setattr(fitting, "_image_tokens", lambda vlm, size: size[0] * size[1] // 32**2)
+    heads = HeadSet.load("tiny-qwen3-vl-m")
+    settings = {window: {"window": window} for window in (0, 3, 8, 12)}  # 8: two windows of 6
+    fitted = {
+        window: fit_pages(tiny, heads, [A4] * 12, ["? B7"], **given)
+        for window, given in settings.items()
+    }
+    assert {window: fit.dpi for window, fit in fitted.items()} == {0: 144, 3: 144, 8: 120, 12: 72}
+    assert fitted[0].window == 4
+    cache = fitted[0].bytes
+    less = fit_pages(tiny, heads, [A4] * 12, ["? B7"], memory=cache)
+    assert less.dpi in fitting.DPIS[1:]
+    assert less.bytes < cache
+    with pytest.raises(ValueError, match="12 pages do not fit at 144 dpi in windows of 12: "):
+        fit_pages(tiny, heads, [A4] * 12, ["? B7"], window=12, dpi=144)
+    with pytest.raises(
+        ValueError, match=r"12 pages do not fit at 48 dpi in windows of 1: .*memory"
+    ):
+        fit_pages(tiny, heads, [A4] * 12, ["? B7"], memory=1000)
+
+
+def test_windows_of_texts_fit_the_longest_of_them():
+    vlm = example_prompts.vlm("qwen3")
+    heads = HeadSet((Head(1, 0),), vlm.geometry)
+    texts = ["rain falls " * 4] * 6 + ["rain falls " * 40] * 2
+    limit = vlm.positions
+    fit = fit_texts(vlm, heads, texts, ["which rain"])
+    assert fit.window == len(texts)
+    assert fit.tokens <= limit
+    with pytest.raises(ValueError, match="8 pages do not fit in windows of 1: the longest page"):
+        fit_texts(vlm, heads, ["rain falls " * limit, *texts[1:]], ["which rain"])
