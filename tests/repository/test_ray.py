@@ -27,15 +27,15 @@ MODEL = "tiny-qwen3-vl-m"
 PARAMETERS = f"""\
 model = "{MODEL}"  # a shipped model
 lengths = [64, 96, 128]  # tokens
-pairs = 1  # a condition
+haystacks = 1  # per condition
 scores_folder = ""  # where scores are
 figures_folder = ""  # where figures go
 """
 WORKLOAD = """\
-from mmheads.tasks.needles import TASKS
+from mmheads.tasks.grids import TASKS
 
 rows = [{"task": task, "length": length} for task in TASKS for length in lengths]
-workload = {"scores": [row | {"haystacks": pairs, "split": "detection"} for row in rows]}
+workload = {"scores": [row | {"haystacks": haystacks, "split": "detection"} for row in rows]}
 """
 SOURCE = """\
 import matplotlib.pyplot as plt
@@ -44,7 +44,7 @@ from mmheads import figures, plots
 from mmheads.models import load
 from mmheads.scoring import score_needles
 
-settings = {"lengths": lengths, "pairs": pairs, "folder": scores_folder, "progress": False}
+settings = {"lengths": lengths, "haystacks": haystacks, "folder": scores_folder, "progress": False}
 settings["null_images"] = "placeholders"
 scores = score_needles(load(model), **settings)
 figure, axis = plt.subplots()
