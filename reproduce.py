@@ -186,13 +186,13 @@ def execute(jobs: list[Job], runner: Runner, *, workers: int = 0) -> dict[str, s
     """
     scores = merged(run for job in jobs for run in job.scores)
     errors = dict(zip(scores, runner(scores, "scores"), strict=True)) if scores else {}
-    failed = {replace(run, pairs=0): error for run, error in errors.items() if error}
+    failed = {replace(run, haystacks=0): error for run, error in errors.items() if error}
     for run, error in errors.items():
         if error:
             print(f"FAILED scores of {run.name}: {error}")
     results = {}
     for job in jobs:
-        missing = [run for run in job.scores if replace(run, pairs=0) in failed]
+        missing = [run for run in job.scores if replace(run, haystacks=0) in failed]
         if missing:
             results[job.name] = f"not run, the scores of {missing[0].name} failed"
     ready = [job for job in jobs if job.name not in results]

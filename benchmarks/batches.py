@@ -22,7 +22,7 @@ from mmheads.models import VLM
 from mmheads.prefix import on_device, prefill
 from mmheads.prompts import encode, null_question, shuffled_question
 from mmheads.scoring import score_heads
-from mmheads.tasks import needles
+from mmheads.tasks.needles import GENERATED
 
 MODEL = "tiny-qwen3-vl-m"
 DRAWS = 5
@@ -51,7 +51,7 @@ def measure_batches(vlm: VLM, lengths: Sequence[int], *, repeats: int) -> pd.Dat
     """
     tables = []
     for length in tqdm(lengths, desc="batches", leave=False):
-        examples = list(needles.generate(needles.TASKS, [length], depths=(0.0, 0.5, 1.0), pairs=1))
+        examples = list(GENERATED.generate((), [length], (0.0, 0.5, 1.0), haystacks=1))
         scores = score_heads(vlm, examples, progress=False)
         difference = float(np.abs(_scores_one_by_one(vlm, examples) - scores.values).max())
         scoring: dict[str, Callable[[], object]] = {

@@ -14,7 +14,7 @@ from typing import Any
 
 from cluster.models import HIDDEN_STATES, MODELS, Size, name_of, size_of
 from cluster.notebooks import Job
-from cluster.scores import PAGES, ScoreRun, merged
+from cluster.scores import ScoreRun, merged
 
 SCORING = (1.07, 1.42)
 """Time of scoring with the null question to that of a plain pass, least and most, as
@@ -122,9 +122,8 @@ def plan_rows(runs: Iterable[ScoreRun], jobs: Iterable[Job]) -> list[Row]:
     """Returns the rows of the plan: one per score run, then one per notebook and prompt length."""
     rows = []
     for run in runs:
-        work = run.task + ("" if run.image_ratio == PAGES else f", {run.image_ratio:g} images")
         numbers: dict[str, Any] = {"length": run.length, "passes": run.prompts}
-        rows.append(Row(model=run.model, work=work, scored=run.scored(), **numbers))
+        rows.append(Row(model=run.model, work=run.task + run.share, scored=run.scored(), **numbers))
     for job in jobs:
         if not job.workload.passes:
             continue
@@ -190,8 +189,8 @@ def _numbers(row: Row, gpu: str) -> dict[str, Any]:
 
 def _counts(runs: Sequence[ScoreRun]) -> str:
     """Returns how many prompts are scored, as models x tasks x lengths x prompts for a grid."""
-    grid = [run for run in runs if run.image_ratio == PAGES]
-    others = [run for run in runs if run.image_ratio != PAGES]
+    grid = [run for run in runs if not run.share]
+    others = [run for run in runs if run.share]
     lines = []
     if grid:
         sides = [len({getattr(r, side) for r in grid}) for side in ("model", "task", "length")]

@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, Any
 from cluster.models import UsageError, name_of
 from cluster.units import first_line
 from cluster.workload import Workload
-from mmheads.tasks import needles
+from mmheads.tasks.grids import DEPTHS, Grid
+from mmheads.tasks.needles import GENERATED, Needles
 
 if TYPE_CHECKING:
     from mmheads.models import VLM
-
-PAGES = 0.5
-"""Share of pages in haystacks whose share is not named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +24,12 @@ class ScoreRun:
 
     Attributes:
         model: Shipped model, folder, or name on the hub.
-        task: One of `needles.TASKS`.
+        task: One of the source's tasks.
         length: Context length in tokens.
-        pairs: Question-evidence pairs, each at every depth.
+        haystacks: Number of haystacks, each at every depth.
         split: Which needles.
         null_images: See `score_heads`.
-        image_ratio: See `needles.make`.
-        data: Folder of the published needles; empty: generated ones.
+        source: What makes the needles, or the folder of published ones.
         folder: Where scores are kept; empty: `runs/scores`.
         gpus: GPUs that the model is spread over.
         fresh: Leave out shipped scores.
@@ -41,11 +38,10 @@ class ScoreRun:
     model: str
     task: str
     length: int
-    pairs: int
+    haystacks: int
     split: str = "detection"
     null_images: str = "placeholders"
-    image_ratio: float = PAGES
-    data: str = ""
+    source: Needles | str = GENERATED
     folder: str = ""
     gpus: int = 1
     fresh: bool = False
@@ -53,13 +49,19 @@ class ScoreRun:
     @property
     def name(self) -> str:
         """Its name on the screen."""
-        share = "" if self.image_ratio == PAGES else f", {self.image_ratio:g} images"
-        return f"{name_of(self.model)} {self.task} {self.length}{share}"
+        return f"{name_of(self.model)} {self.task} {self.length}{self.share}"
+
+    @property
+    def share(self) -> str:
+        """What the name says of the share of pages in generated haystacks, unless it is usual."""
+        if isinstance(self.source, str) or self.source == GENERATED:
+            return ""
+        return f", {self.source.image_ratio:g} images"
 
     @property
     def prompts(self) -> int:
-        """Number of prompts: depths x pairs."""
-        return len(needles.DEPTHS) * self.pairs
+        """Number of prompts: depths x haystacks."""
+        return len(DEPTHS) * self.haystacks
 
     def scored(self) -> int:
         """Returns the prompts that these versions have scored already with this null question.
@@ -68,38 +70,36 @@ class ScoreRun:
         """
         from mmheads.kept_scores import count_scored
 
-        source = open_haystacks(self.data) if self.data and Path(self.data).is_dir() else needles
+        if isinstance(self.source, str) and not Path(self.source).is_dir():
+            return 0
         scored = count_scored(
             name_of(self.model),
             self.task,
             self.length,
             split=self.split,
-            image_ratio=self.image_ratio,
             null_images=self.null_images,
             folder=self.folder,
             fresh=self.fresh,
-            source=source,
+            source=opened(self.source),
         )
         return min(scored, self.prompts)
 
     def run(self) -> str:
         """Score; prompts that are scored already are not scored again."""
         from mmheads.scoring import score_needles
-        from mmheads.tasks import data_root
 
         try:
             score_needles(
                 _loaded(self.model, "auto" if self.gpus > 1 else ""),
                 tasks=[self.task],
                 lengths=[self.length],
-                pairs=self.pairs,
+                haystacks=self.haystacks,
                 split=self.split,
-                image_ratio=self.image_ratio,
                 null_images=self.null_images,
                 folder=self.folder,
                 fresh=self.fresh,
                 progress=False,
-                source=data_root.haystacks(self.data),
+                source=opened(self.source),
             )
         except Exception as error:
             return first_line(error)
@@ -124,25 +124,25 @@ def _loaded(model: str, device: str) -> VLM:
 
 
 @cache
-def open_haystacks(data: str) -> Any:
-    """Returns the haystacks of a folder; its files are opened, and searched for pairs, once."""
+def opened(source: Needles | str) -> Grid:
+    """Returns what makes the examples; files of a folder are opened, and searched, once."""
     from mmheads.tasks import data_root
 
-    return data_root.haystacks(data)
+    return data_root.haystacks(source) if isinstance(source, str) else source
 
 
 def score_runs(workload: Workload, parameters: Mapping[str, Any]) -> list[ScoreRun]:
     """Returns the score runs that a notebook with this workload and these parameters needs."""
+    usual = parameters.get("data") or GENERATED
     return [
         ScoreRun(
             model=row.model or parameters["model"],
             task=row.task,
             length=row.length,
-            pairs=row.haystacks,
+            haystacks=row.haystacks,
             split=row.split,
             null_images=parameters.get("null_images", "placeholders"),
-            image_ratio=PAGES if row.image_ratio is None else row.image_ratio,
-            data=parameters.get("data", "") if row.image_ratio is None else "",
+            source=usual if row.image_ratio is None else Needles(row.image_ratio),
             folder=parameters.get("scores_folder", ""),
             fresh=parameters.get("fresh", False),
         )
@@ -154,26 +154,26 @@ def check_haystacks(workload: Workload, data: str) -> None:
     """Refuses a workload that needs more published needles than there are.
 
     Raises:
-        UsageError: A task, length and split has fewer pairs than the notebook asks for.
+        UsageError: A task, length and split has fewer haystacks than the notebook asks for.
     """
     if not data or not workload.scores:
         return
-    source = open_haystacks(data)
-    for (task, length, split), pairs in workload.haystacks(len(source.depths)).items():
+    source: Any = opened(data)
+    for (task, length, split), needed in workload.haystacks(len(source.depths)).items():
         there = source.count(task, length, split)
-        if there < pairs:
+        if there < needed:
             raise UsageError(
-                f"{data} has {there} pairs of the task {task} at {length} tokens in the split "
-                f"{split}; {pairs} are asked for: lower pairs, detection_pairs or prompts"
+                f"{data} has {there} haystacks of the task {task} at {length} tokens in the split "
+                f"{split}; {needed} are asked for: lower haystacks, detection_haystacks or prompts"
             )
 
 
 def merged(runs: Iterable[ScoreRun]) -> list[ScoreRun]:
-    """Returns each score run once, with the most pairs that are asked for; models together."""
+    """Returns each score run once, with the most haystacks that are asked for; models together."""
     most: dict[ScoreRun, int] = {}
     for run in runs:
-        condition = replace(run, pairs=0)
-        most[condition] = max(run.pairs, most.get(condition, 0))
+        condition = replace(run, haystacks=0)
+        most[condition] = max(run.haystacks, most.get(condition, 0))
     models = list(dict.fromkeys(run.model for run in most))
-    each = [replace(condition, pairs=pairs) for condition, pairs in most.items()]
+    each = [replace(condition, haystacks=count) for condition, count in most.items()]
     return sorted(each, key=lambda run: models.index(run.model))

@@ -29,7 +29,7 @@ class Scores:
     Attributes:
         task: Needle task.
         length: Context length in tokens.
-        haystacks: Question-evidence pairs, each at every depth.
+        haystacks: Number of haystacks, each at every depth.
         split: Which needles.
         image_ratio: Share of pages in generated haystacks; None: the notebook's haystacks.
         model: Model; empty: the notebook's.
@@ -79,10 +79,10 @@ class Workload:
     passes: tuple[Passes, ...] = ()
 
     def haystacks(self, depths: int) -> dict[tuple[str, int, str], int]:
-        """Returns the pairs that are needed, by task, length and split.
+        """Returns how many haystacks are needed, by task, length and split.
 
         Args:
-            depths: At how many depths there is each pair.
+            depths: At how many depths there is each of them.
         """
         needed: dict[tuple[str, int, str], int] = {}
         for row in self.scores:

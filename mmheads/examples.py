@@ -64,8 +64,8 @@ class Example:
         length: Nominal context length in tokens of a grid of needles; 0 outside such grids.
         depth: Where the evidence is (or was, before it was removed), from 0 (start of the
             context) to 1 (its end); None for a task without evidence.
-        haystack: What identifies the pair of question and evidence; examples that share it differ
-            only in depth. Empty: the example is a unit by itself.
+        haystack: What identifies the haystack, its question and its evidence; examples that share
+            it differ only in depth. Empty: the example is a unit by itself.
         tokens: Evidence as [first, last + 1) token intervals in the prompt of the tiny models,
             written down by the task that placed it; empty where there is none.
     """

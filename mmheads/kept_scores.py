@@ -15,23 +15,16 @@ from mmheads.examples import Example
 from mmheads.models import VLM
 from mmheads.provenance import Provenance, code_version, library_versions
 from mmheads.scores import HeadScores, concatenate
-from mmheads.scoring import (
-    GENERATED,
-    MODULES,
-    VERSION,
-    Haystacks,
-    collect,
-    needle_condition,
-    score_heads,
-)
-from mmheads.tasks import needles
+from mmheads.scoring import MODULES, VERSION, collect, needle_condition, score_heads
+from mmheads.tasks.grids import TASKS, Grid
+from mmheads.tasks.needles import GENERATED
 
 
 def load_needle_scores(
     model: str,
     lengths: Sequence[int] = (),
     *,
-    tasks: Sequence[str] = needles.TASKS,
+    tasks: Sequence[str] = TASKS,
     split: str = "detection",
     null_images: str = "placeholders",
     folder: str | Path = "",
@@ -68,7 +61,7 @@ def load_needle_scores(
             f"({different}); delete those that you do not want"
         )
     kinds = {kind for kind, _, _ in conditions}
-    kind = min(kinds, key=lambda kind: (kind == GENERATED, kind))
+    kind = min(kinds, key=lambda kind: (kind == GENERATED.name, kind))
     known = sorted(length for of, task, length in conditions if (of, task) == (kind, tasks[0]))
     parts = []
     for task, length in product(tasks, lengths or known):
@@ -88,11 +81,10 @@ def count_scored(
     length: int,
     *,
     split: str = "detection",
-    image_ratio: float = 0.5,
     null_images: str = "placeholders",
     folder: str | Path = "",
     fresh: bool = False,
-    source: Haystacks = needles,
+    source: Grid = GENERATED,
 ) -> int:
     """Number of examples of a condition that are scored already, found without the model.
 
@@ -104,13 +96,12 @@ def count_scored(
         task: As in `score_needles`, like all that follow.
         length: Context length.
         split: Which examples.
-        image_ratio: Share of pages in a generated haystack.
         null_images: See `score_heads`.
         folder: Folder of the store.
         fresh: Leave out shipped results.
         source: What makes the examples.
     """
-    condition = needle_condition(task, length, split, image_ratio, source)
+    condition = needle_condition(task, length, split, source)
     counts = [
         len(note["rows"])
         for results in _stored(Path(model).name, null_images, folder, fresh)
@@ -125,10 +116,10 @@ def recompute_needles(
     scores: HeadScores,
     *,
     per_task: int = 2,
+    split: str = "detection",
     null_images: str = "placeholders",
     seed: int = 0,
-    source: Haystacks = needles,
-    **settings: Any,
+    source: Grid = GENERATED,
 ) -> pd.DataFrame:
     """Compute some needle scores again: a check of those that were shipped or kept.
 
@@ -136,10 +127,10 @@ def recompute_needles(
         vlm: The model.
         scores: What `score_needles` returned.
         per_task: Examples of each task, drawn by the seed.
+        split: As `score_needles` was given.
         null_images: See `score_heads`.
         seed: Seed of the draw.
         source: What made the examples.
-        settings: `split` and `image_ratio`, if `score_needles` was given any.
 
     Returns:
         One row per example: task, length, depth, haystack, example, and the largest `difference`
@@ -150,22 +141,22 @@ def recompute_needles(
     """
     drawn = scores.metadata.groupby("task", sort=False).sample(per_task, random_state=seed)
     count = scores.metadata["haystack"].nunique()
-    examples = [_remade(source, row, count, **settings) for row in drawn.to_dict("records")]
+    examples = [_remade(source, row, count, split) for row in drawn.to_dict("records")]
     again = score_heads(vlm, examples, null_images=null_images, progress=False)
     difference = np.abs(again.values - scores.values[drawn.index]).max(axis=(1, 2))
     columns = ["task", "length", "depth", "haystack", "example"]
     return drawn[columns].assign(difference=difference).reset_index(drop=True)
 
 
-def _remade(source: Haystacks, row: Mapping[Any, Any], count: int, **settings: Any) -> Example:
+def _remade(source: Grid, row: Mapping[Any, Any], count: int, split: str) -> Example:
     """The example of a row of metadata, made again among the first haystacks of the source."""
     where = [row["task"]], [row["length"]], [row["depth"]]
-    for example in source.generate(*where, count, **settings):
+    for example in source.generate(*where, count, split=split):
         if example.fingerprint() == row["example"]:
             return example
     raise ValueError(
         f"none of the first {count} haystacks of {row['task']!r} at length {row['length']} and "
-        f"depth {row['depth']:g} is the example that was scored; give the source and the settings "
+        f"depth {row['depth']:g} is the example that was scored; give the source and the split "
         "that the scores were made with"
     )
 

@@ -31,7 +31,7 @@ from mmheads.provenance import Provenance as Provenance
 
 METADATA = ("task", "length", "depth", "haystack")
 """Columns of every example: task, nominal context length in tokens (0 outside grids of needles),
-depth in [0, 1], and what identifies its pair of question and evidence."""
+depth in [0, 1], and what identifies its haystack."""
 
 
 @dataclass(frozen=True, eq=False)

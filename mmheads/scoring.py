@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -33,7 +33,8 @@ from mmheads.prompts import (
 )
 from mmheads.provenance import code_version
 from mmheads.scores import HeadScores, concatenate
-from mmheads.tasks import needles
+from mmheads.tasks.grids import HAYSTACKS, Grid
+from mmheads.tasks.needles import GENERATED
 from mmheads.together import Asked, ask_all
 
 QUANTITIES = {
@@ -122,47 +123,41 @@ def score_heads(
 def score_needles(
     vlm: VLM,
     *,
-    tasks: Sequence[str] = needles.TASKS,
-    lengths: Sequence[int] = needles.LENGTHS,
-    pairs: int = needles.PAIRS,
+    tasks: Sequence[str] = (),
+    lengths: Sequence[int] = (),
+    haystacks: int = HAYSTACKS,
     split: str = "detection",
-    image_ratio: float = 0.5,
     null_images: str = "placeholders",
     folder: str | Path = "",
     fresh: bool = False,
     progress: bool = True,
-    source: Haystacks = needles,
+    source: Grid = GENERATED,
 ) -> HeadScores:
-    """Scores on the needle tasks, at all six depths x `pairs` examples per condition.
+    """Scores on the needle tasks, with all depths of `haystacks` haystacks per condition.
 
     They are kept in the results store, so that notebooks share them and several processes can
-    score at once. The order is tasks, lengths, depths, pairs.
+    score at once. The order is tasks, lengths, depths, haystacks.
 
     Args:
         vlm: The model.
-        tasks: Names of the source's tasks.
-        lengths: Its context lengths.
-        pairs: Question-evidence pairs per condition.
+        tasks: Needle tasks; by default all of the source.
+        lengths: Context lengths; by default all of the source.
+        haystacks: Haystacks per task and length.
         split: Which examples.
-        image_ratio: Share of pages in a generated haystack, see `needles.make`.
         null_images: See `score_heads`.
         folder: Folder of the store; empty: `runs/scores`.
         fresh: Leave out shipped results.
         progress: Show a progress bar.
-        source: What makes the examples: the module `needles`, or `mm_niah.read_mm_niah(folder)`.
+        source: What makes the examples, such as what `data_root.haystacks` returns.
 
     Raises:
         ValueError: As `source.generate` and `score_heads` do.
     """
-    depths = getattr(source, "depths", needles.DEPTHS)
-    settings: dict[str, Any] = {"split": split}
-    if source is needles:
-        settings["image_ratio"] = image_ratio
     parts = []
     with open_results(vlm, folder, fresh, null_images=null_images) as results:
-        for task, length in product(tasks, lengths):
-            condition = needle_condition(task, length, split, image_ratio, source)
-            examples = source.generate([task], [length], depths, pairs, **settings)
+        for task, length in product(tasks or source.tasks, lengths or source.lengths):
+            condition = needle_condition(task, length, split, source)
+            examples = source.generate([task], [length], haystacks=haystacks, split=split)
             parts.append(score_into(vlm, examples, results, condition, progress=progress))
     return concatenate(parts)
 
@@ -188,35 +183,9 @@ def score_datasets(
         }
 
 
-GENERATED = "generated"
-"""The kind of needles that the module `needles` makes, in conditions of the store."""
-
-
-class Haystacks(Protocol):
-    """Makes needle examples: the module `needles`, or published ones."""
-
-    def generate(
-        self,
-        tasks: Sequence[str],
-        lengths: Sequence[int],
-        depths: Sequence[float],
-        pairs: int,
-        **settings: Any,
-    ) -> Iterable[Example]:
-        """Every example of a grid, pairs innermost."""
-
-
-def needle_condition(
-    task: str, length: int, split: str, image_ratio: float, source: Haystacks = needles
-) -> dict[str, Any]:
-    """What a condition of needle scores is made of, as the store notes it.
-
-    Generated needles have their share of pages in it, others the `name` of their source.
-    """
-    condition: dict[str, Any] = {"task": task, "length": length, "split": split}
-    if source is needles:
-        return {**condition, "needles": GENERATED, "image_ratio": image_ratio}
-    return {**condition, "needles": str(getattr(source, "name", "published"))}
+def needle_condition(task: str, length: int, split: str, source: Grid) -> dict[str, Any]:
+    """What a condition of needle scores is made of, as the store notes it."""
+    return {"task": task, "length": length, "split": split, **source.about}
 
 
 def open_results(

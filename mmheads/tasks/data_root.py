@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from mmheads.checks import expect_one_of
 from mmheads.examples import Example
 from mmheads.metrics import Metric, same
-from mmheads.tasks import mm_niah, mmdocir, mmlongbench_docs, needles, reasoning, videos
+from mmheads.tasks import mm_niah, mmdocir, mmlongbench_docs, reasoning, videos
+from mmheads.tasks.grids import Grid
+from mmheads.tasks.needles import GENERATED
 from mmheads.tasks.probes import refcocog, vidstg
 
 FOLDERS = {
@@ -71,16 +72,14 @@ def folder(data: str | Path, name: str) -> Path | None:
     return place if place.is_dir() else None
 
 
-def haystacks(data: str | Path = "") -> Any:
-    """Return what makes needle examples: the module `needles`, or the published MM-NIAH in `data`.
-
-    Both have `make` and `generate`; the published haystacks also have `lengths` and `depths`.
+def haystacks(data: str | Path = "") -> Grid:
+    """Return what makes needle examples: `GENERATED`, or the published MM-NIAH in `data`.
 
     Raises:
         ValueError: There is no MMLongBench in `data`, or as `mm_niah.read_mm_niah` does.
     """
     if not data:
-        return needles
+        return GENERATED
     place = folder(data, "needles")
     if place is None:
         raise ValueError(
@@ -215,37 +214,32 @@ def benchmarks(
     return sets
 
 
-def prompts(
-    source: Any, task: str, length: int, count: int, *, split: str = "test", **settings: Any
-) -> Examples:
+def prompts(source: Grid, task: str, length: int, count: int, *, split: str = "test") -> Examples:
     """Return needle prompts of `haystacks`, with the needle at all depths in turn.
 
-    Each generated prompt has its own haystack. A published haystack comes at every depth before
-    the next one. In the task "identical_image", every second prompt has no needle (answer "no"); in
-    generated prompts these are always the same depths.
+    A haystack comes at every depth before the next one, or at one depth only if the source has
+    `one_depth_each`. In the task "identical_image", every second prompt has no needle (answer
+    "no"); with `one_depth_each` these are always the same depths.
 
     Args:
-        source: What `haystacks` returns.
-        task: One of `needles.TASKS`.
+        source: What makes the examples.
+        task: One of the source's tasks.
         length: Length of the prompts in tokens; nominal for published haystacks.
         count: Number of prompts.
-        split: One of `needles.SPLITS`.
-        settings: Further arguments of the source's `make`.
+        split: One of `grids.SPLITS`.
     """
-    depths = getattr(source, "depths", needles.DEPTHS)
-    apart = 1 if source is needles else len(depths)
+    depths = source.depths
+    apart = 1 if source.one_depth_each else len(depths)
     answers = ["no", "yes"] if task == "identical_image" else [None]
 
     def make(i: int) -> Example:
-        example: Example = source.make(
+        return source.make(
             task,
             length,
             depths[i % len(depths)],
-            pair=i // apart,
+            haystack=i // apart,
             split=split,
             answer=answers[(i if apart == 1 else i + i // apart) % len(answers)],
-            **settings,
         )
-        return example
 
     return Examples(lambda: map(make, range(count)))

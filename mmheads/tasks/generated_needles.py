@@ -9,11 +9,11 @@ per condition.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import ceil
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -52,8 +52,8 @@ ANSWERS = {
 DISTRACTORS = ("random", "similar", "near-identical")
 """How hard it is to tell the other lines and pages of a document from the right one."""
 
-_SEED = 2605
-_KINDS = (*TASKS, CONTROL)
+SEED = 2605
+KINDS = (*TASKS, CONTROL)
 _QUESTION_TOKENS = {"text": 2, "image": 18, "rendered_text": 2, "identical_image": 5, CONTROL: 2}
 
 
@@ -68,6 +68,8 @@ class GeneratedNeedles(Grid):
 
     image_ratio: float = 0.5
     lengths: ClassVar[Sequence[int]] = LENGTHS
+    _fill: ClassVar[Callable[..., list[Any]]] = staticmethod(fill)
+    _option: ClassVar[Callable[..., Pixels]] = staticmethod(option)
 
     def __post_init__(self) -> None:
         ratio = self.image_ratio
@@ -75,7 +77,7 @@ class GeneratedNeedles(Grid):
 
     @property
     def name(self) -> str:
-        """Name of these haystacks in the names of files."""
+        """Name of the haystacks in the results store and in the names of files."""
         return f"lines-{self.image_ratio:g}"
 
     def make(
@@ -115,9 +117,9 @@ class GeneratedNeedles(Grid):
         _check(task, length, depth, haystack, split)
         check_answer(answer, ANSWERS[task], task, needle=needle and task != CONTROL)
         share = round(1000 * self.image_ratio)
-        seed = (_SEED, _KINDS.index(task), SPLITS.index(split), length, haystack, share)
+        seed = (SEED, KINDS.index(task), SPLITS.index(split), length, haystack, share)
         rng = np.random.default_rng(seed)
-        asked = _ask(task, _key(task, split, length, haystack), answer, rng)
+        asked = _ask(task, key_of(task, split, length, haystack), answer, rng, self._option)
         count = ceil((length - 1 - _QUESTION_TOKENS[task]) / UNIT_TOKENS)
         is_page = rng.permutation(np.arange(count) < round(self.image_ratio * count))
         position = round(depth * (count - 1))
@@ -127,8 +129,8 @@ class GeneratedNeedles(Grid):
             _make_room(is_page, position, task != "text")
         codes = [code for code in CODES if code != asked.record.key]
         icons = [icon for icon in ICONS if icon not in asked.icons]
-        texts = fill(np.zeros(count, bool), codes, icons, rng)
-        sheets = fill(np.ones(count, bool), codes, icons, rng)
+        texts = self._fill(np.zeros(count, bool), codes, icons, rng)
+        sheets = self._fill(np.ones(count, bool), codes, icons, rng)
         units = [
             sheet if on_page else text
             for on_page, sheet, text in zip(is_page, sheets, texts, strict=True)
@@ -189,9 +191,9 @@ def document(
     expect(index >= 0, "index", index, "0 or more")
     expect_one_of("distractors", distractors, DISTRACTORS)
     kind = (question == "icon", DISTRACTORS.index(distractors))
-    seed = (_SEED, len(_KINDS), *map(int, kind), SPLITS.index(split), pages, index)
+    seed = (SEED, len(KINDS), *map(int, kind), SPLITS.index(split), pages, index)
     rng = np.random.default_rng(seed)
-    key = _key("image" if question == "icon" else "rendered_text", split, pages, index)
+    key = key_of("image" if question == "icon" else "rendered_text", split, pages, index)
     record = Record(key, str(rng.choice(VALUES)))
     page_index, slot = int(rng.integers(pages)), int(rng.integers(LINES))
     units = _pages(pages, record, slot, distractors, rng)
@@ -300,12 +302,18 @@ class _Asked:
     icons: dict[str, Pixels]
 
 
-def _ask(task: str, key: str, answer: str | None, rng: np.random.Generator) -> _Asked:
+def _ask(
+    task: str,
+    key: str,
+    answer: str | None,
+    rng: np.random.Generator,
+    draw: Callable[..., Pixels],
+) -> _Asked:
     value = str(rng.choice(VALUES))
     others = [icon for icon in ICONS if icon != key]
     shown = [key, *(str(icon) for icon in rng.choice(others, len(OPTIONS) - 1, replace=False))]
     rng.shuffle(shown)
-    icons = {icon: option(icon, rng) for icon in shown}
+    icons = {icon: draw(icon, rng) for icon in shown}
     match task:
         case "text" | "rendered_text":
             value = answer or value
@@ -325,11 +333,11 @@ def _ask(task: str, key: str, answer: str | None, rng: np.random.Generator) -> _
             return _Asked((f"after {value}",), right, Record(key, value), icons)
 
 
-def _key(task: str, split: str, length: int, haystack: int) -> str:
+def key_of(task: str, split: str, length: int, haystack: int) -> str:
     """The key of a haystack; no two splits share one."""
     keys = ICONS if task in ("image", "identical_image") else CODES
-    share = np.random.default_rng(_SEED).permutation(keys)[SPLITS.index(split) :: len(SPLITS)]
-    order = np.random.default_rng((_SEED, _KINDS.index(task), length)).permutation(share)
+    share = np.random.default_rng(SEED).permutation(keys)[SPLITS.index(split) :: len(SPLITS)]
+    order = np.random.default_rng((SEED, KINDS.index(task), length)).permutation(share)
     return str(order[haystack % len(order)])
 
 
@@ -357,7 +365,7 @@ def _make_room(is_page: np.ndarray, position: int, wants_page: bool) -> None:
 
 
 def _check(task: str, length: int, depth: float, haystack: int, split: str) -> None:
-    expect_one_of("task", task, _KINDS)
+    expect_one_of("task", task, KINDS)
     expect_one_of("split", split, SPLITS)
     expect(0 <= depth <= 1, "depth", depth, "a number from 0 to 1")
     least = 1 + UNIT_TOKENS + _QUESTION_TOKENS[task]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import product
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from mmheads.checks import expect
 from mmheads.examples import Example
@@ -17,20 +17,39 @@ HAYSTACKS = 20
 
 
 class Grid:
-    """What makes needle examples one by one (`make`) and in grids (`generate`)."""
+    """What makes needle examples one by one (`make`) and in grids (`generate`).
 
-    lengths: ClassVar[Sequence[int]]
-    depths: ClassVar[Sequence[float]] = DEPTHS
+    Attributes:
+        one_depth_each: Whether a series of prompts (`data_root.prompts`) asks for every haystack at
+            one depth only, instead of at all depths one after the other.
+    """
+
+    one_depth_each: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
-        """Name of the examples in the names of files; see the classes that make them."""
+        """Name of the haystacks in the results store and in the names of files."""
         raise NotImplementedError
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the results store notes about the haystacks."""
+        return {"needles": self.name}
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """The needle tasks."""
         return TASKS
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Lengths of the prompts in tokens."""
+        raise NotImplementedError
+
+    @property
+    def depths(self) -> Sequence[float]:
+        """Depths of the needle, from 0 (start of the context) to 1 (its end)."""
+        return DEPTHS
 
     def make(
         self,

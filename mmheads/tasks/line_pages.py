@@ -8,10 +8,10 @@ as "B7 K .", and a blank. The key is a code such as B7 or a coloured icon; the v
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -127,9 +127,9 @@ class Unit:
             return Image.fromarray(page(self.records, rng))
         return " ".join(sentence(record) for record in self.records)
 
-    def replace(self, index: int, record: Record) -> Unit:
+    def replace(self, index: int, record: Record) -> Self:
         """The unit with another record at `index`."""
-        return Unit(self.is_page, (*self.records[:index], record, *self.records[index + 1 :]))
+        return replace(self, records=(*self.records[:index], record, *self.records[index + 1 :]))
 
     def region(self, part: int, index: int) -> Region:
         """Where record `index` is, if the unit is part `part` of a context."""
@@ -188,7 +188,7 @@ def sprite(name: str) -> Pixels:
         pixels = np.full((SPRITE, SPRITE, 3), 255, np.uint8)
         pixels[9:12, 2:5] = 0
         return pixels
-    return np.hstack([_glyph(character, SPRITE // len(name)) for character in name])
+    return np.hstack([glyph(character, SPRITE // len(name)) for character in name])
 
 
 def _icon(color: str, shape: str) -> Pixels:
@@ -222,7 +222,7 @@ def _icon(color: str, shape: str) -> Pixels:
     return np.asarray(image.resize((SPRITE, SPRITE), Image.Resampling.LANCZOS))
 
 
-def _glyph(character: str, width: int) -> Pixels:
+def glyph(character: str, width: int) -> Pixels:
     """Draw a black character that fills a white rectangle, as pixels of shape [14, width, 3]."""
     font = ImageFont.load_default(size=60)
     left, top, right, bottom = (round(edge) for edge in font.getbbox(character))

@@ -1,9 +1,9 @@
 """MM-NIAH as MMLongBench publishes it (arXiv 2505.10610): the detection data of paper A.
 
-Paper A (arXiv 2605.27243) uses four tasks at five lengths and six depths, with 20 pairs of question
-and evidence per condition. MMLongBench has two of the tasks, retrieval-text and retrieval-image.
-The other two are built from their records as paper A's code builds them, except as `Needles.make`
-says.
+Paper A (arXiv 2605.27243) uses four tasks at five lengths and six depths, with 20 haystacks per
+condition. MMLongBench has two of the tasks, retrieval-text and retrieval-image.
+The other two are built from their records as paper A's code builds them, except as
+`PublishedNeedles.make` says.
 
 The folder is that of the hub's unpacked archives (`ZhaoweiWang/MMLongBench`: `0_mmlb_data.tar.gz`,
 `2_mm-niah_image.tar.gz`): records in `mmlb_data/NIAH/retrieval-text_test_K128_dep6.jsonl` and the
@@ -21,18 +21,18 @@ MMLongBench and paper A's loader read; they were not checked against the hub her
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mmheads.checks import expect, expect_one_of
 from mmheads.examples import Example, Part, Region
 from mmheads.metrics import normalised
 from mmheads.tasks import mm_niah_records
-from mmheads.tasks.grids import HAYSTACKS, SPLITS, TASKS
+from mmheads.tasks.grids import HAYSTACKS, SPLITS, TASKS, Grid
 from mmheads.tasks.mm_niah_records import ImageNeedle, TextNeedle
 from mmheads.tasks.records import Record, check_record, parse_line
 
@@ -81,7 +81,7 @@ class _File:
 
     @cached_property
     def places(self) -> dict[float, dict[int, int]]:
-        """Byte at which each record begins, by depth and number of the pair in ascending order.
+        """Byte at which each record begins, by depth and number of the haystack in ascending order.
 
         A file has up to 1.5 GB, so it is read once to find the records, and never kept.
         """
@@ -91,25 +91,25 @@ class _File:
             for row, line in enumerate(lines):
                 if line.strip():
                     record = self.parse(line, f"row {row}")
-                    pairs = places.setdefault(record.values.tenth, {})
-                    if pairs.setdefault(record.values.number, start) != start:
+                    starts = places.setdefault(record.values.tenth, {})
+                    if starts.setdefault(record.values.number, start) != start:
                         raise record.error(f"{record.values.id} has two records of one depth")
                 start += len(line)
-        return {depth: dict(sorted(pairs.items())) for depth, pairs in sorted(places.items())}
+        return {depth: dict(sorted(starts.items())) for depth, starts in sorted(places.items())}
 
     def read(self, depth: float, number: int) -> Record[Any]:
         with self.path.open("rb") as lines:
             lines.seek(self.places[depth][number])
-            return self.parse(lines.readline(), f"pair {number} at depth {depth:g}")
+            return self.parse(lines.readline(), f"haystack {number} at depth {depth:g}")
 
 
 @dataclass(frozen=True, eq=False)
-class Needles:
-    """The needle tasks on published haystacks; `make` and `generate` are as in `needles`.
+class PublishedNeedles(Grid):
+    """Makes the needle tasks from published haystacks.
 
-    The pairs of a kind and length are ordered by the number in their `id`, as in paper A's code,
-    and split at every depth alike: detection has the first 20 (paper A's own), heldout the next
-    20, test all others.
+    The haystacks of a kind and length are ordered by the number in their `id`, as in paper A's
+    code, and split at every depth alike: detection has the first 20 (paper A's own), heldout the
+    next 20, test all others.
 
     Attributes:
         folder: The folder that was opened.
@@ -118,6 +118,7 @@ class Needles:
 
     folder: Path
     opened: Mapping[tuple[str, int], _File]
+    name: ClassVar[str] = "published"
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -130,12 +131,12 @@ class Needles:
         return tuple(min(self.opened.values(), key=lambda file: file.length).places)
 
     def count(self, task: str, length: int, split: str = "detection") -> int:
-        """Number of pairs.
+        """Number of haystacks.
 
         Raises:
             ValueError: As `make` does.
         """
-        return len(self._pairs(self._file(task, length), self.depths[0], split))
+        return len(self._numbers(self._file(task, length), self.depths[0], split))
 
     def make(
         self,
@@ -143,7 +144,7 @@ class Needles:
         length: int,
         depth: float,
         *,
-        pair: int = 0,
+        haystack: int = 0,
         split: str = "detection",
         needle: bool = True,
         answer: str | None = None,
@@ -161,28 +162,28 @@ class Needles:
         Units of the haystack are joined by a space, as in paper A's code.
 
         Args:
-            task: One of `needles.TASKS`.
+            task: One of `tasks`.
             length: One of `lengths`.
             depth: One of `depths`, as near as 0.05.
-            pair: Which question and evidence, from 0.
-            split: One of `needles.SPLITS`.
+            haystack: Which question and evidence, from 0.
+            split: One of `SPLITS`.
             needle: False takes the sentence (text, rendered_text) or the image that holds the
                 needle (image) out of the haystack; in the task identical_image another of the
                 options takes its place, and the answer is "no".
             answer: "yes" or "no" for identical_image, where "no" is as `needle=False`; else None.
 
         Raises:
-            ValueError: A setting is unknown; there is no such pair; the record lacks a column, an
-                image cannot be read, or the needle is not in the haystack exactly once.
+            ValueError: A setting is unknown; there is no such haystack; the record lacks a column,
+                an image cannot be read, or the needle is not in the haystack exactly once.
         """
         file = self._file(task, length)
         near = [each for each in self.depths if abs(each - depth) < 0.05]
         expect(near, "depth", depth, f"one of {self.depths}")
-        numbers = self._pairs(file, near[0], split)
-        if not 0 <= pair < len(numbers):
+        numbers = self._numbers(file, near[0], split)
+        if not 0 <= haystack < len(numbers):
             raise ValueError(
-                f"pair is {pair}; {file.path.name} has {len(numbers)} pairs in the split {split} "
-                f"at depth {near[0]:g}: expected 0 to {len(numbers) - 1}"
+                f"haystack is {haystack}; {file.path.name} has {len(numbers)} haystacks in the "
+                f"split {split} at depth {near[0]:g}: expected 0 to {len(numbers) - 1}"
             )
         allowed = (None, "yes", "no") if task == "identical_image" else (None,)
         if answer not in allowed or (answer == "yes" and not needle):
@@ -190,7 +191,7 @@ class Needles:
                 f"answer is {answer!r}; expected one of {allowed}, and no needle for no: published "
                 "needles cannot be changed"
             )
-        record = file.read(near[0], numbers[pair])
+        record = file.read(near[0], numbers[haystack])
         units = mm_niah_records.units_of(record)
         needle = needle and answer != "no"
         if file.kind == "retrieval-text":
@@ -216,25 +217,8 @@ class Needles:
             task=task,
             length=length,
             depth=near[0],
-            haystack=(TASKS.index(task), length, numbers[pair]),
+            haystack=(TASKS.index(task), length, numbers[haystack]),
         )
-
-    def generate(
-        self,
-        tasks: Sequence[str] = TASKS,
-        lengths: Sequence[int] | None = None,
-        depths: Sequence[float] | None = None,
-        pairs: int = HAYSTACKS,
-        **settings: Any,
-    ) -> Iterator[Example]:
-        """Make every example of a grid, pairs innermost; `settings` go to `make`.
-
-        By default all lengths and depths that there are.
-        """
-        lengths = self.lengths if lengths is None else lengths
-        depths = self.depths if depths is None else depths
-        for task, length, depth, pair in product(tasks, lengths, depths, range(pairs)):
-            yield self.make(task, length, depth, pair=pair, **settings)
 
     def _file(self, task: str, length: int) -> _File:
         expect_one_of("task", task, TASKS)
@@ -246,7 +230,7 @@ class Needles:
             )
         return self.opened[KINDS[task], length]
 
-    def _pairs(self, file: _File, depth: float, split: str) -> list[int]:
+    def _numbers(self, file: _File, depth: float, split: str) -> list[int]:
         expect_one_of("split", split, SPLITS)
         if depth not in file.places:
             raise ValueError(f"{file.path} has no record at depth {depth:g}")
@@ -254,7 +238,7 @@ class Needles:
         return list(file.places[depth])[first : None if split == SPLITS[-1] else first + HAYSTACKS]
 
 
-def read_mm_niah(folder: str | Path) -> Needles:
+def read_mm_niah(folder: str | Path) -> PublishedNeedles:
     """Open a folder with `mmlb_data` and `mmlb_image`; any of the lengths may be missing.
 
     Records are looked up when they are first asked for, images opened when an example is made.
@@ -276,7 +260,7 @@ def read_mm_niah(folder: str | Path) -> Needles:
             f"{folder / DATA / 'NIAH'} holds no file such as retrieval-text_test_K8_dep6.jsonl; "
             "expected the unpacked 0_mmlb_data.tar.gz of MMLongBench"
         )
-    return Needles(folder, opened)
+    return PublishedNeedles(folder, opened)
 
 
 def image_folder(folder: Path) -> Path:

@@ -44,7 +44,7 @@ class _Haystack(Columns):
 
     @property
     def number(self) -> int:
-        """The number at the end of the id, which all depths of a pair share."""
+        """The number at the end of the id, which all depths of a haystack share."""
         return int(re.findall(r"\d+$", self.id)[0])
 
     @property

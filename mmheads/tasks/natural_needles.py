@@ -106,7 +106,7 @@ class NaturalNeedles(Grid):
 
     @property
     def name(self) -> str:
-        """Name of these haystacks in the names of files."""
+        """Name of the haystacks in the results store and in the names of files."""
         seed = f"-{self.seed}" if self.seed else ""
         return f"natural-{self.source.name}-{self.image_ratio:g}{seed}"
 

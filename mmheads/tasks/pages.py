@@ -6,23 +6,24 @@ tiny models.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
-from itertools import product
 
 import numpy as np
-import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-Pixels = npt.NDArray[np.uint8]
-Box = tuple[int, int, int, int]
-"""Left, top, right, bottom in pixels; right and bottom lie outside."""
+from mmheads.tasks.line_pages import (
+    CELL,
+    ICONS,
+    PAGE,
+    SPRITE,
+    Box,
+    Pixels,
+    Record,
+    glyph,
+)
 
-PAGE, BLOCK, CELL, SPRITE = 64, 32, 16, 14
+BLOCK = 32
 BLOCKS = (PAGE // BLOCK) ** 2
-
-CODES = tuple(letter + digit for letter, digit in product("ABCDEFGH", "12345678"))
-VALUES = tuple("JKLMNPQRSTUVWXYZ")
 COLORS = {
     "red": (220, 40, 40),
     "green": (40, 160, 60),
@@ -33,16 +34,6 @@ COLORS = {
     "orange": (240, 130, 30),
     "brown": (120, 80, 40),
 }
-SHAPES = ("disc", "square", "triangle", "diamond", "cross", "ring", "wedge", "frame")
-ICONS = tuple(f"{color}-{shape}" for color, shape in product(COLORS, SHAPES))
-
-
-@dataclass(frozen=True)
-class Block:
-    """A key and its value: `key` is one of `CODES` or of `ICONS`, `value` one of `VALUES`."""
-
-    key: str
-    value: str
 
 
 @cache
@@ -50,10 +41,10 @@ def sprite(name: str) -> Pixels:
     """Draw an icon, a code or a value -> [14, 14, 3]."""
     if name in ICONS:
         return _icon(*name.split("-"))
-    return np.hstack([_glyph(character, SPRITE // len(name)) for character in name])
+    return np.hstack([glyph(character, SPRITE // len(name)) for character in name])
 
 
-def page(blocks: Sequence[Block], rng: np.random.Generator) -> Pixels:
+def page(blocks: Sequence[Record], rng: np.random.Generator) -> Pixels:
     """Draw four blocks, row by row -> [64, 64, 3]; `rng` shifts each sprite by 0 to 2 px."""
     pixels = np.full((PAGE, PAGE, 3), 255, np.uint8)
     for index, block in enumerate(blocks):
@@ -103,12 +94,3 @@ def _icon(color: str, shape: str) -> Pixels:
         case "frame":
             draw.rectangle((a, a, b, b), outline=fill, width=12)
     return np.asarray(image.resize((SPRITE, SPRITE), Image.Resampling.LANCZOS))
-
-
-def _glyph(character: str, width: int) -> Pixels:
-    """Draw a black character that fills a white rectangle -> [14, width, 3]."""
-    font = ImageFont.load_default(size=60)
-    left, top, right, bottom = (round(edge) for edge in font.getbbox(character))
-    image = Image.new("RGB", (right - left + 6, bottom - top + 6), "white")
-    ImageDraw.Draw(image).text((3 - left, 3 - top), character, fill="black", font=font)
-    return np.asarray(image.resize((width, SPRITE), Image.Resampling.LANCZOS))

@@ -20,7 +20,7 @@ def main() -> int:
     one.add_argument("--shipped", default="", metavar="FOLDER", help="a checkpoint to go on from")
     two = commands.add_parser("report", help="measure accuracy and attention, write the card")
     two.add_argument("folder", nargs="+", help="data/models/<name>")
-    two.add_argument("--pairs", type=int, default=10, help="examples a depth")
+    two.add_argument("--haystacks", type=int, default=10, help="examples a depth")
     args = parser.parse_args()
     try:
         if args.command == "train":
@@ -28,7 +28,7 @@ def main() -> int:
             print(train.train(args.name, *settings))
         else:
             for folder in args.folder:
-                print(card.write(folder, args.pairs))
+                print(card.write(folder, args.haystacks))
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -23,8 +23,8 @@ from transformers import (
 
 from mmheads import paths
 from mmheads.models import without_video
-from mmheads.tasks.needles import NOUNS, OPTIONS, VERBS
-from mmheads.tasks.pages import CELL, CODES, ICONS, PAGE, VALUES
+from mmheads.tasks.generated_needles import OPTIONS
+from mmheads.tasks.line_pages import CELL, CODES, ICONS, NOUNS, PAGE, VALUES, VERBS
 
 PATCH, MERGE = 8, 2
 SPECIAL = (

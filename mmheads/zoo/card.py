@@ -10,8 +10,9 @@ import pandas as pd
 from scipy.stats import binom, binomtest
 
 from mmheads import paths
+from mmheads.checks import expect
 from mmheads.heads import Head
-from mmheads.tasks.needles import CONTROL
+from mmheads.tasks.generated_needles import CONTROL
 from mmheads.zoo import measure
 from mmheads.zoo.recipes import RECIPES
 
@@ -26,23 +27,22 @@ FACTS = {"name", "seed", "start", "stages", "steps", "minutes", "threads", "mach
 """Files of a model that was trained here, and what its `training.json` says at least."""
 
 
-def write(folder: str | Path, pairs: int = 10) -> Path:
+def write(folder: str | Path, haystacks: int = 10) -> Path:
     """Measures accuracy and attention; writes `accuracy.csv`, `attention.csv` and the card.
 
     Args:
         folder: A model that `python -m mmheads.zoo train` has made; nothing is written elsewhere.
-        pairs: Examples per depth.
+        haystacks: Examples per depth.
 
     Raises:
-        ValueError: The folder does not hold such a model, or `pairs` is below 1.
+        ValueError: The folder does not hold such a model, or `haystacks` is below 1.
     """
-    if pairs < 1:
-        raise ValueError(f"pairs is {pairs}; expected 1 or more")
+    expect(haystacks >= 1, "haystacks", haystacks, "1 or more")
     folder = Path(folder)
     _facts(folder)
     tables = {
-        "accuracy": measure.accuracy(folder, pairs),
-        "attention": measure.evidence_mass(folder, pairs=max(1, pairs // 5)),
+        "accuracy": measure.accuracy(folder, haystacks),
+        "attention": measure.evidence_mass(folder, haystacks=max(1, haystacks // 5)),
     }
     for name, table in tables.items():
         with paths.write_whole(folder / f"{name}.csv") as path:

@@ -19,9 +19,12 @@ from transformers import (
 )
 
 from mmheads import statistics
+from mmheads.checks import expect
 from mmheads.examples import Example
 from mmheads.models import load_processor
-from mmheads.tasks import needles
+from mmheads.tasks.generated_needles import CONTROL, LENGTHS, count_tokens
+from mmheads.tasks.grids import DEPTHS, TASKS
+from mmheads.tasks.needles import Needles
 
 SPLIT = "test"
 TOKENS_A_STEP = 16_384
@@ -44,8 +47,8 @@ def load(folder: str | Path) -> tuple[PreTrainedModel, Any]:
 def tasks(model: PreTrainedModel) -> tuple[str, ...]:
     """The tasks that a model can be given: without images, text and the control."""
     if hasattr(model.config, "vision_config"):
-        return (*needles.TASKS, needles.CONTROL)
-    return ("text", needles.CONTROL)
+        return (*TASKS, CONTROL)
+    return ("text", CONTROL)
 
 
 def image_ratio(model: PreTrainedModel) -> float:
@@ -77,40 +80,38 @@ def answers(model: PreTrainedModel, processor: Any, examples: Iterable[Example])
 
 
 def accuracy(
-    folder: str | Path, pairs: int = 10, lengths: Sequence[int] = needles.LENGTHS
+    folder: str | Path, haystacks: int = 10, lengths: Sequence[int] = LENGTHS
 ) -> pd.DataFrame:
     """Accuracy on unseen examples by task, needle present or removed, length and depth.
 
     A row a condition, with the number of right answers among `n`. With the needle removed, the
     answer counts that was right with it, except in the task identical_image, where "no" does; each
-    depth has pairs of its own, since a model guesses the same at every depth.
+    depth has haystacks of its own, since a model guesses the same at every depth.
 
     Raises:
-        ValueError: `pairs` is less than 1.
+        ValueError: `haystacks` is less than 1.
     """
-    if pairs < 1:
-        raise ValueError(f"pairs is {pairs}; expected 1 or more")
+    expect(haystacks >= 1, "haystacks", haystacks, "1 or more")
     model, processor = load(folder)
-    rows = []
+    source, rows = Needles(image_ratio(model)), []
     conditions = list(product(tasks(model), (True, False), lengths))
     for task, needle, length in tqdm(conditions, desc=f"{Path(folder).name}: answers"):
-        control = task == needles.CONTROL
+        control = task == CONTROL
         if control and not needle:
             continue
-        depths = needles.DEPTHS[:1] if control else needles.DEPTHS
-        count = pairs * len(needles.DEPTHS) // len(depths)
+        depths = DEPTHS[:1] if control else DEPTHS
+        count = haystacks * len(DEPTHS) // len(depths)
         examples = [
-            needles.make(
+            source.make(
                 task,
                 length,
                 depth,
-                pair=pair if needle else pair + count * index,
+                haystack=haystack if needle else haystack + count * index,
                 split=SPLIT,
                 needle=needle,
-                image_ratio=image_ratio(model),
             )
             for index, depth in enumerate(depths)
-            for pair in range(count)
+            for haystack in range(count)
         ]
         given = answers(model, processor, examples)
         right = np.array([a == e.answer for a, e in zip(given, examples, strict=True)])
@@ -132,20 +133,19 @@ def accuracy(
 
 @torch.no_grad()
 def evidence_mass(
-    folder: str | Path, lengths: Sequence[int] = (1024, 2048), pairs: int = 2, seed: int = 0
+    folder: str | Path, lengths: Sequence[int] = (1024, 2048), haystacks: int = 2, seed: int = 0
 ) -> pd.DataFrame:
     """Attention from the question to the evidence by task, length and head, eager attention.
 
     Mean over question tokens of the attention summed over evidence tokens (paper A's raw score),
-    averaged over all depths x `pairs` examples, with its 95% bootstrap interval over examples.
+    averaged over all depths x `haystacks` examples, with its 95% bootstrap interval over examples.
     """
     model, processor = load(folder)
     model.set_attn_implementation("eager")
-    ratio = image_ratio(model)
-    rows = []
+    source, rows = Needles(image_ratio(model)), []
     conditions = list(product(tasks(model)[:-1], lengths))
     for task, length in tqdm(conditions, desc=f"{Path(folder).name}: attention"):
-        examples = needles.generate([task], [length], pairs=pairs, split=SPLIT, image_ratio=ratio)
+        examples = source.generate([task], [length], haystacks=haystacks, split=SPLIT)
         masses = np.stack([mass(model, processor, example) for example in examples])
         for layer, head in np.ndindex(masses.shape[1:]):
             interval = statistics.bootstrap_interval(
@@ -172,7 +172,7 @@ def mass(model: PreTrainedModel, processor: Any, example: Example) -> np.ndarray
     attentions = model(
         **inputs(processor, example), use_cache=False, output_attentions=True
     ).attentions
-    asked = needles.count_tokens(example.question)
+    asked = count_tokens(example.question)
     evidence = [token for first, last in example.tokens for token in range(first, last)]
     return np.stack([a[0, :, -asked:, evidence].sum(-1).mean(-1).numpy() for a in attentions])
 

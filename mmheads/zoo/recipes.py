@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mmheads.tasks import needles
+from mmheads.tasks.line_pages import PROSE, UNIT_TOKENS
 from mmheads.zoo.samples import Sampler, ask, look, recall
 
 
@@ -82,7 +82,7 @@ _UNITS = (4, 5, 7, 9, 11, 14, 18, 22, 28, 36, 45, 57, 72, 90, 114)
 
 def _at_most(tokens: int, units: int) -> int:
     """Samples of so many units, and questions of some 100 tokens, that hold so many tokens."""
-    return max(1, tokens // (units * needles.UNIT_TOKENS + 100))
+    return max(1, tokens // (units * UNIT_TOKENS + 100))
 
 
 def _prose(share: float, tokens: int, lengths: Sequence[int] = _UNITS) -> tuple[Source, ...]:
@@ -91,7 +91,7 @@ def _prose(share: float, tokens: int, lengths: Sequence[int] = _UNITS) -> tuple[
         Source(
             share / len(lengths),
             _at_most(tokens, units),
-            _text(units, min(3 * units, 32), needles.PROSE),
+            _text(units, min(3 * units, 32), PROSE),
         )
         for units in lengths
     )

@@ -13,18 +13,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from mmheads.tasks.needles import OPTIONS, PROSE, Unit, fill
-from mmheads.tasks.pages import (
-    CELL,
-    CODES,
-    ICONS,
-    PAGE,
-    VALUES,
-    Block,
-    Pixels,
-    option,
-    page,
-)
+from mmheads.tasks.generated_needles import OPTIONS
+from mmheads.tasks.line_pages import CELL, CODES, ICONS, PAGE, PROSE, VALUES, Pixels, Record
+from mmheads.tasks.needles import Unit, fill
+from mmheads.tasks.pages import option, page
 from mmheads.zoo.architectures import MERGE, PATCH, VOCABULARY
 
 Generator = np.random.Generator
@@ -175,16 +167,16 @@ def ask(
         for slots in free.values():
             rng.shuffle(slots)
 
-        def place(key: str, is_page: bool) -> Block | None:
+        def place(key: str, is_page: bool) -> Record | None:
             if not free[is_page]:
                 return None
             index, slot = free[is_page].pop()
-            record = Block(key, str(rng.choice(VALUES)))
+            record = Record(key, str(rng.choice(VALUES)))
             haystack[index] = haystack[index].replace(slot, record)
             return record
 
-        questions: list[tuple[str, Block | None]] = []
-        asked: list[Block] = []
+        questions: list[tuple[str, Record | None]] = []
+        asked: list[Record] = []
         for kind in kinds:
             if kind in ("text", "rendered"):
                 questions.append((kind, place(needle_codes.pop(), kind == "rendered")))
@@ -220,7 +212,7 @@ def _context(result: Sample, unit: Unit, rng: Generator) -> None:
 
 
 def _question(
-    result: Sample, kind: str, record: Block | None, hidden: Sequence[str], rng: Generator
+    result: Sample, kind: str, record: Record | None, hidden: Sequence[str], rng: Generator
 ) -> None:
     if kind == "successor":
         at = int(rng.integers(len(VALUES)))
@@ -249,7 +241,7 @@ def _question(
         result.say("?", record.key).answer(record.value, kind)
 
 
-def _cells(unit: Unit) -> list[tuple[int, Block, str]]:
+def _cells(unit: Unit) -> list[tuple[int, Record, str]]:
     """Of each visual token of a page shown last: its position from the end, its block, its cell."""
     cells = []
     for token in range(TOKENS):

@@ -22,8 +22,8 @@ import random_models
 from PIL import Image, ImageDraw
 
 from mmheads.tasks import mmdocir, reasoning
+from mmheads.tasks.grids import DEPTHS
 from mmheads.tasks.mm_niah import DATA, IMAGES, LENGTHS
-from mmheads.tasks.needles import DEPTHS
 
 DOCUMENT_LENGTHS = (8192, 131072)
 DOCUMENT = "annual-report"
@@ -41,18 +41,18 @@ _BLANKS = {f"image_{number}": None for number in range(1, 8)}
 
 
 def write_data(
-    folder: Path, *, pairs: int = 43, lengths: Sequence[int] = LENGTHS, seed: int = 0
+    folder: Path, *, haystacks: int = 43, lengths: Sequence[int] = LENGTHS, seed: int = 0
 ) -> Path:
     """Write all data sets into a folder -> the folder.
 
     Args:
         folder: Made if it is not there; what `data_root` calls `data`.
-        pairs: Of each kind and length of needles; from 41 on, every split has some.
+        haystacks: Of each kind and length of needles; from 41 on, every split has some.
         lengths: Nominal lengths of the needles.
         seed: Of texts and pictures.
     """
     rng = np.random.default_rng(seed)
-    _needles(folder / "MMLongBench", pairs, lengths, rng)
+    _needles(folder / "MMLongBench", haystacks, lengths, rng)
     _document_questions(folder / "MMLongBench", rng)
     _mmdocir(folder / "MMDocIR", rng)
     _refcocog(folder / "RefCOCOg", rng)
@@ -72,8 +72,10 @@ def write_models(folder: Path, names: Sequence[str]) -> list[Path]:
 # --- MMLongBench
 
 
-def _needles(folder: Path, pairs: int, lengths: Iterable[int], rng: np.random.Generator) -> None:
-    """Six units of text and two images, and the needle; the same for a pair at every depth."""
+def _needles(
+    folder: Path, haystacks: int, lengths: Iterable[int], rng: np.random.Generator
+) -> None:
+    """Six units of text and two images, and the needle; the same for a haystack at every depth."""
     images = folder / IMAGES / "mm-niah"
     sheets = [_picture(rng, (SIDE, SIDE)) for _ in range(SHEETS)]
     for number, sheet in enumerate(sheets):
@@ -84,25 +86,25 @@ def _needles(folder: Path, pairs: int, lengths: Iterable[int], rng: np.random.Ge
         _save(icon, images / f"icon_{number}.png")
         _save(pasted, images / f"pasted_{number}.png")
     for kind, length in product(("text", "image"), lengths):
-        texts = [[f"{_prose(rng)} {_prose(rng)}" for _ in range(6)] for _ in range(pairs)]
-        drawn = [int(number) for number in rng.integers(1000, 10_000, pairs)]
+        texts = [[f"{_prose(rng)} {_prose(rng)}" for _ in range(6)] for _ in range(haystacks)]
+        drawn = [int(value) for value in rng.integers(1000, 10_000, haystacks)]
         with_needle = _text_needle if kind == "text" else _image_needle
         records = [
-            {"id": f"mm-niah-{pair}", "depth": depth}
-            | with_needle(texts[pair], pair, drawn[pair], depth)
-            for depth, pair in product(DEPTHS, range(pairs))
+            {"id": f"mm-niah-{number}", "depth": depth}
+            | with_needle(texts[number], number, drawn[number], depth)
+            for depth, number in product(DEPTHS, range(haystacks))
         ]
         name = f"retrieval-{kind}_test_K{length // 1024}_dep6.jsonl"
         _write_lines(folder / DATA / "NIAH" / name, records)
 
 
-def _text_needle(texts: Sequence[str], pair: int, drawn: int, depth: float) -> dict[str, Any]:
-    thing = THINGS[pair % len(THINGS)]
+def _text_needle(texts: Sequence[str], number: int, drawn: int, depth: float) -> dict[str, Any]:
+    thing = THINGS[number % len(THINGS)]
     sentence = f"The secret number of the {thing} is {drawn}."
     units: list[str | Path] = list(texts)
     at = round(depth * (len(texts) - 1))
     units[at] = texts[at].replace(". ", f". {sentence} ", 1)
-    units[2:2], units[5:5] = [_sheet(pair)], [_sheet(pair + 1)]
+    units[2:2], units[5:5] = [_sheet(number)], [_sheet(number + 1)]
     return _haystack(units) | {
         "question": f"What is the secret number of the {thing}?",
         "answer": str(drawn),
@@ -110,8 +112,8 @@ def _text_needle(texts: Sequence[str], pair: int, drawn: int, depth: float) -> d
     }
 
 
-def _image_needle(texts: Sequence[str], pair: int, drawn: int, depth: float) -> dict[str, Any]:
-    icon, answer = pair % ICONS, drawn % 4
+def _image_needle(texts: Sequence[str], number: int, drawn: int, depth: float) -> dict[str, Any]:
+    icon, answer = number % ICONS, drawn % 4
     pasted = f"pasted_{icon}.png"
     units: list[str | Path] = list(texts)
     units[2:2], units[5:5] = [_sheet(icon + 1)], [_sheet(icon + 2)]

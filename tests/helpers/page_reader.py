@@ -6,11 +6,12 @@ import numpy as np
 from PIL import Image
 
 from mmheads.tasks import pages
+from mmheads.tasks.line_pages import CODES, ICONS, VALUES
 
 
 @cache
 def _names() -> dict[bytes, str]:
-    return {pages.sprite(n).tobytes(): n for n in (*pages.CODES, *pages.ICONS, *pages.VALUES)}
+    return {pages.sprite(n).tobytes(): n for n in (*CODES, *ICONS, *VALUES)}
 
 
 def sprites(cell: Image.Image | np.ndarray) -> set[str]:

@@ -14,7 +14,7 @@ from test_repository import PUBLISHED
 
 import reproduce
 from mmheads import paths
-from mmheads.tasks.needles import TASKS
+from mmheads.tasks.grids import TASKS
 
 pytestmark = pytest.mark.slow
 FAMILIES = {
@@ -24,8 +24,8 @@ FAMILIES = {
 LENGTHS = [8192, 32768]
 SMALL = {
     "lengths": LENGTHS,
-    "pairs": 2,
-    "detection_pairs": 2,
+    "haystacks": 2,
+    "detection_haystacks": 2,
     "prompts": 24,
     "draws": 2,
     "fractions": [0.05],
@@ -63,7 +63,7 @@ MADE_ONCE = {"01_locate_evidence": {"length": 256}}
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    return fake_datasets.write_data(tmp_path_factory.mktemp("standins") / "data", pairs=44)
+    return fake_datasets.write_data(tmp_path_factory.mktemp("standins") / "data", haystacks=44)
 
 
 def smaller(name: str, folder: Path, data: Path, models: list[str], **more) -> Path:
@@ -102,7 +102,7 @@ def test_a_paper_runs_to_its_end_on_stand_ins(name, data, tmp_path, capsys):
     capsys.readouterr()
     assert reproduce.main(["--params", f"{params}", "--plan"], runs=tmp_path / "runs") == 0
     printed = capsys.readouterr().out
-    prompts = 6 * SMALL["pairs"]
+    prompts = 6 * SMALL["haystacks"]
     assert f"{len(models)} models x 4 tasks x 2 lengths x {prompts} prompts" in printed
     rows = [line.split() for line in printed.splitlines() if "tiny-random" in line]
     grid = [row for row in rows if row[1:] and row[1] in TASKS and row[2] in map(str, LENGTHS)]

@@ -17,7 +17,8 @@ from cluster.scores import ScoreRun
 from cluster.workload import Passes, Scores, Workload
 from mmheads import kept_scores, paths, published, scoring
 from mmheads.models import load
-from mmheads.tasks import needles
+from mmheads.tasks.grids import DEPTHS, TASKS, Grid
+from mmheads.tasks.needles import GENERATED, Needles
 
 LENGTHS = (8192, 16384, 32768, 65536, 131072)
 TINY = "tiny-qwen3-vl-m"
@@ -125,14 +126,14 @@ def test_sliding_layers_of_a_folder_are_counted(tmp_path):
 
 
 def test_what_is_scored_already_is_found(tmp_path):
-    run = ScoreRun(model=TINY, task="text", length=128, pairs=1, folder=str(tmp_path))
+    run = ScoreRun(model=TINY, task="text", length=128, haystacks=1, folder=str(tmp_path))
     assert (run.prompts, run.scored()) == (6, 0)
     assert run.run() == ""
     assert run.scored() == 6
-    twice = cost.replace(run, pairs=2)
+    twice = cost.replace(run, haystacks=2)
     assert (twice.prompts, twice.scored()) == (12, 6)
     others = [{"length": 256}, {"task": "image"}, {"null_images": "pixels"}]
-    others += [{"image_ratio": 0.0}, {"model": "tiny-qwen3-m"}, {"split": "test"}]
+    others += [{"source": Needles(0.0)}, {"model": "tiny-qwen3-m"}, {"split": "test"}]
     for other in others:
         assert cost.replace(run, **other).scored() == 0
     runs = [run, twice, cost.replace(run, length=256)]
@@ -140,7 +141,7 @@ def test_what_is_scored_already_is_found(tmp_path):
 
 
 def test_scores_of_other_versions_do_not_count(tmp_path, monkeypatch):
-    run = ScoreRun(model=TINY, task="text", length=64, pairs=1, folder=str(tmp_path))
+    run = ScoreRun(model=TINY, task="text", length=64, haystacks=1, folder=str(tmp_path))
     assert run.run() == ""
     monkeypatch.setattr(kept_scores, "library_versions", lambda: {"torch": "0.0"})
     assert run.scored() == 0
@@ -149,13 +150,13 @@ def test_scores_of_other_versions_do_not_count(tmp_path, monkeypatch):
 def test_files_of_others_among_the_scores_are_left_alone(tmp_path):
     pd.DataFrame({"a": [1]}).to_parquet(tmp_path / f"{TINY}-text-64.parquet")
     (tmp_path / "notes.txt").write_text("not a table", encoding="utf-8")
-    run = ScoreRun(model=TINY, task="text", length=64, pairs=1, folder=str(tmp_path))
+    run = ScoreRun(model=TINY, task="text", length=64, haystacks=1, folder=str(tmp_path))
     assert run.scored() == 0
 
 
 @pytest.mark.parametrize("about", [True, False])
 def test_a_damaged_store_is_named(tmp_path, about):
-    run = ScoreRun(model=TINY, task="text", length=64, pairs=1, folder=str(tmp_path))
+    run = ScoreRun(model=TINY, task="text", length=64, haystacks=1, folder=str(tmp_path))
     assert run.run() == ""
     (folder,) = tmp_path.glob(f"{TINY}-*")
     damaged = next(path for path in folder.glob("*.json") if (path.name == "about.json") == about)
@@ -165,11 +166,11 @@ def test_a_damaged_store_is_named(tmp_path, about):
 
 
 def test_a_failing_run_says_so_in_one_line():
-    run = ScoreRun(model=TINY, task="text", length=3, pairs=1)
+    run = ScoreRun(model=TINY, task="text", length=3, haystacks=1)
     assert run.run() == "ValueError: length is 3; expected at least 21 tokens for the task text"
 
 
-def test_runs_of_several_notebooks_are_done_once_with_the_most_pairs():
+def test_runs_of_several_notebooks_are_done_once_with_the_most_haystacks():
     grid = [Scores(task="text", length=n, haystacks=1, split="detection") for n in (64, 128)]
     more = [Scores(task="text", length=128, haystacks=3, split="detection")]
     one = {"task": "text", "length": 128, "haystacks": 3, "split": "detection"}
@@ -177,23 +178,22 @@ def test_runs_of_several_notebooks_are_done_once_with_the_most_pairs():
     parameters = {"model": "a", "scores_folder": "", "data": "published"}
     first, second = (scores.score_runs(Workload(tuple(rows)), parameters) for rows in (grid, more))
     found = [
-        (r.model, r.task, r.length, r.image_ratio, r.pairs, r.data)
-        for r in scores.merged([*first, *second])
+        (r.model, r.task, r.length, r.haystacks, r.source) for r in scores.merged([*first, *second])
     ]
     assert found == [
-        ("a", "text", 64, 0.5, 1, "published"),
-        ("a", "text", 128, 0.5, 3, "published"),
-        ("a", "text", 128, 0.0, 3, ""),
-        ("b", "text", 128, 0.0, 3, ""),
+        ("a", "text", 64, 1, "published"),
+        ("a", "text", 128, 3, "published"),
+        ("a", "text", 128, 3, Needles(0.0)),
+        ("b", "text", 128, 3, Needles(0.0)),
     ]
 
 
 @pytest.mark.parametrize("stem", ["02_score_heads", "03_sparsity_curves", "05_ablations"])
 def test_notebooks_declare_the_scores_of_every_task_and_length(stem):
-    pairs = {"pairs": 3} if stem != "05_ablations" else {"detection_pairs": 3}
-    rows = declared(stem, lengths=[64, 128], **pairs).scores
+    counts = {"haystacks" if stem != "05_ablations" else "detection_haystacks": 3}
+    rows = declared(stem, lengths=[64, 128], **counts).scores
     assert {(row.task, row.length, row.haystacks, row.split) for row in rows} == {
-        (task, n, 3, "detection") for task in needles.TASKS for n in (64, 128)
+        (task, n, 3, "detection") for task in TASKS for n in (64, 128)
     }
 
 
@@ -243,7 +243,7 @@ def test_a_workload_cell_that_fails_is_named(tmp_path, source, reason):
         workload.read(cell(tmp_path, source), {})
 
 
-def test_pairs_are_those_of_scores_and_of_prompts_at_all_depths():
+def test_haystacks_are_those_of_scores_and_of_prompts_at_all_depths():
     one = {"task": "text", "length": 64}
     rows = Workload(
         (
@@ -261,7 +261,7 @@ def test_pairs_are_those_of_scores_and_of_prompts_at_all_depths():
 
 def test_runs_take_the_gpus_that_hold_them():
     big = "Qwen/Qwen3-VL-32B-Instruct"
-    runs = [ScoreRun(model=big, task="text", length=n, pairs=1) for n in (8192, 131072)]
+    runs = [ScoreRun(model=big, task="text", length=n, haystacks=1) for n in (8192, 131072)]
     assert [run.gpus for run in cost.on_gpus(runs, "")] == [1, 1]
     assert [run.gpus for run in cost.on_gpus(runs, "H100")] == [1, 2]
     assert [run.gpus for run in cost.on_gpus(runs, "H200")] == [1, 1]
@@ -269,16 +269,16 @@ def test_runs_take_the_gpus_that_hold_them():
 
 
 def test_each_task_and_length_is_noted_as_a_condition_of_its_own(tiny, tmp_path):
-    settings = {"pairs": 1, "folder": tmp_path, "progress": False}
+    settings = {"haystacks": 1, "folder": tmp_path, "progress": False}
     tasks, lengths = ("image", "text"), (160, 128)
     scores = scoring.score_needles(tiny, tasks=tasks, lengths=lengths, **settings)
     notes = [json.loads(path.read_text()) for path in tmp_path.glob("*/*.json")]
     found = {
         (n["about"]["task"], n["about"]["length"]): len(n["rows"]) for n in notes if "rows" in n
     }
-    assert found == dict.fromkeys(product(tasks, lengths), len(needles.DEPTHS))
+    assert found == dict.fromkeys(product(tasks, lengths), len(DEPTHS))
     order = scores.metadata[["task", "length", "depth"]].itertuples(index=False, name=None)
-    assert list(order) == [(t, n, d) for t in tasks for n in lengths for d in needles.DEPTHS]
+    assert list(order) == [(t, n, d) for t in tasks for n in lengths for d in DEPTHS]
     (one,) = tmp_path.glob(f"{TINY}-*/*.parquet")
     before = one.read_bytes()
     alone = scoring.score_needles(tiny, tasks=["text"], lengths=[128], **settings)
@@ -286,39 +286,39 @@ def test_each_task_and_length_is_noted_as_a_condition_of_its_own(tiny, tmp_path)
     assert [path.read_bytes() for path in tmp_path.glob("*/*.parquet")] == [before]
 
 
-class Published:
-    """Needles that are not generated: their own depths and name."""
+class Others(Grid):
+    """Needles with their own depths and name."""
 
     name = "mine"
     depths = (0.0, 1.0)
 
-    def generate(self, tasks, lengths, depths, pairs, *, split):
-        return needles.generate(tasks, lengths, depths, pairs, split=split)
+    def make(self, *where, **settings):
+        return GENERATED.make(*where, **settings)
 
 
 def test_other_needles_than_the_generated_are_another_condition(tiny, tmp_path):
-    settings = {"tasks": ["text"], "lengths": [64], "pairs": 1, "progress": False}
-    scores = scoring.score_needles(tiny, source=Published(), folder=tmp_path, **settings)
+    settings = {"tasks": ["text"], "lengths": [64], "haystacks": 1, "progress": False}
+    scores = scoring.score_needles(tiny, source=Others(), folder=tmp_path, **settings)
     assert scores.metadata["depth"].tolist() == [0.0, 1.0]
     count = {"model": TINY, "task": "text", "length": 64, "folder": tmp_path}
-    assert kept_scores.count_scored(**count, source=Published()) == 2
+    assert kept_scores.count_scored(**count, source=Others()) == 2
     assert kept_scores.count_scored(**count) == 0
 
 
-def test_too_few_published_pairs_are_an_error_before_anything_runs(tmp_path):
-    data = f"{fake_datasets.write_data(tmp_path / 'data', pairs=42, lengths=[8192])}"
-    small = {"data": data, "lengths": [8192], "length": 8192, "pairs": 2, "prompts": 12}
-    small |= {"detection_pairs": 20, "long_length": 8192}
+def test_too_few_published_haystacks_are_an_error_before_anything_runs(tmp_path):
+    data = f"{fake_datasets.write_data(tmp_path / 'data', haystacks=42, lengths=[8192])}"
+    small = {"data": data, "lengths": [8192], "length": 8192, "haystacks": 2}
+    small |= {"prompts": 12, "detection_haystacks": 20, "long_length": 8192}
 
     def check(**parameters) -> None:
         rows = declared("05_ablations", **(small | parameters))
         scores.check_haystacks(rows, parameters.get("data", data))
 
     check()
-    check(data="", detection_pairs=1000)
-    with pytest.raises(UsageError, match=r"has 20 pairs of the task text .* 21 are asked for"):
-        check(detection_pairs=21)
-    with pytest.raises(UsageError, match=r"has 2 pairs .* in the split test; 3 are asked for"):
+    check(data="", detection_haystacks=1000)
+    with pytest.raises(UsageError, match=r"has 20 haystacks of the task text .* 21 are asked for"):
+        check(detection_haystacks=21)
+    with pytest.raises(UsageError, match=r"has 2 haystacks .* in the split test; 3 are asked for"):
         check(prompts=13)
-    with pytest.raises(UsageError, match=r"has 2 pairs .* in the split test; 3 are asked for"):
-        check(pairs=3)
+    with pytest.raises(UsageError, match=r"has 2 haystacks .* in the split test; 3 are asked for"):
+        check(haystacks=3)

@@ -27,15 +27,15 @@ MODEL = "tiny-qwen3-vl-m"
 PARAMETERS = f"""\
 model = "{MODEL}"  # a shipped model
 lengths = [64, 96, 128]  # tokens
-pairs = 1  # a condition
+haystacks = 1  # per condition
 scores_folder = ""  # where scores are
 figures_folder = ""  # where figures go
 """
 WORKLOAD = """\
-from mmheads.tasks.needles import TASKS
+from mmheads.tasks.grids import TASKS
 
 rows = [{"task": task, "length": length} for task in TASKS for length in lengths]
-workload = {"scores": [row | {"haystacks": pairs, "split": "detection"} for row in rows]}
+workload = {"scores": [row | {"haystacks": haystacks, "split": "detection"} for row in rows]}
 """
 SOURCE = """\
 import matplotlib.pyplot as plt
@@ -44,7 +44,7 @@ from mmheads import figures, plots
 from mmheads.models import load
 from mmheads.scoring import score_needles
 
-settings = {"lengths": lengths, "pairs": pairs, "folder": scores_folder, "progress": False}
+settings = {"lengths": lengths, "haystacks": haystacks, "folder": scores_folder, "progress": False}
 settings["null_images"] = "placeholders"
 scores = score_needles(load(model), **settings)
 figure, axis = plt.subplots()
@@ -141,7 +141,7 @@ def test_a_cluster_that_loses_a_worker_gives_what_one_process_gives(
 
 def test_errors_of_a_cluster_come_back_in_order(tmp_path):
     units = [
-        ScoreRun(model=MODEL, task="text", length=n, pairs=1, folder=str(tmp_path))
+        ScoreRun(model=MODEL, task="text", length=n, haystacks=1, folder=str(tmp_path))
         for n in (3, 64, 4)
     ]
     with ray_cluster("local", 1) as runner:

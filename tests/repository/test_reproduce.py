@@ -12,7 +12,7 @@ from benchmarks.random_models import SIZES
 from cluster import parameters
 from cluster.models import UsageError
 from mmheads import scoring
-from mmheads.tasks import needles
+from mmheads.tasks.grids import TASKS
 
 PARAMETERS = """\
 fraction = 0.05  # share of heads
@@ -177,7 +177,7 @@ def test_a_bad_parameter_file_is_refused(run, notebooks, tmp_path, capsys, text,
         ("none", "placeholders", "null_images", "expected one of pixels, placeholders"),
         ("huge", "wide", "shape", "expected one of wide, small, qwen3-vl-8b"),
         ([1], [], "beside", "expected a list of names"),
-        (0, 3, "pairs", "at least 1"),
+        (0, 3, "haystacks", "at least 1"),
         (float("inf"), 0.5, "depth", "from 0 to 1"),
     ],
 )
@@ -197,7 +197,7 @@ def test_values_in_their_range_are_taken():
 def test_choices_are_those_of_the_code_that_reads_them():
     assert parameters.CHOICES["null_images"] == scoring.NULL_IMAGES
     assert parameters.CHOICES["shape"] == tuple(SIZES)
-    assert parameters.CHOICES["task"] == needles.TASKS[1:]
+    assert parameters.CHOICES["task"] == TASKS[1:]
 
 
 @pytest.fixture

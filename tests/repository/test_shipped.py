@@ -22,6 +22,7 @@ from mmheads.prompts import encode
 from mmheads.streaming import stream
 from mmheads.tables import read_table
 from mmheads.tasks import needles
+from mmheads.tasks.grids import SPLITS
 
 FILES = sorted(store.SHIPPED.glob("*/*.parquet"))
 NAMES = [path.relative_to(store.SHIPPED).as_posix() for path in FILES]
@@ -39,12 +40,12 @@ def sample(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def remade(row: dict[str, Any]) -> Example:
     """The generated example of a row."""
     _, _, split, length, number, *share = json.loads(row["haystack"])
-    where = {"split": needles.SPLITS[split]}
+    where = {"split": SPLITS[split]}
     if row["task"].startswith("document-"):
         kind = row["task"].removeprefix("document-")
         return needles.document(length, question=kind, index=number, **where)
-    where |= {"pair": number, "answer": row.get("answer"), "image_ratio": share[0] / 1000}
-    return needles.make(row["task"], length, row["depth"] or 0.0, **where)
+    where |= {"haystack": number, "answer": row.get("answer")}
+    return needles.Needles(share[0] / 1000).make(row["task"], length, row["depth"] or 0.0, **where)
 
 
 def changed(vlm: VLM, row: dict[str, Any]) -> AbstractContextManager[Any]:

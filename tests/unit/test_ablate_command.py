@@ -15,9 +15,7 @@ LINE = {"context": ["rain falls . B7 K ."], "question": "? B7", "answer": "K"}
 @pytest.fixture
 def examples(tmp_path, monkeypatch):
     """Four needles in text as a user's file."""
-    made = [
-        needles.make("text", 128, 0.5, pair=pair, split="test", image_ratio=0) for pair in range(4)
-    ]
+    made = [needles.Needles(0.0).make("text", 128, 0.5, haystack=i, split="test") for i in range(4)]
     lines = [
         {"context": list(each.context), "question": each.question[0], "answer": each.answer}
         for each in made

@@ -18,7 +18,8 @@ from mmheads.models import VLM, load
 from mmheads.prefix import on_device
 from mmheads.prompts import encode
 from mmheads.streaming import stream
-from mmheads.tasks import needles
+from mmheads.tasks.grids import TASKS
+from mmheads.tasks.needles import GENERATED
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_answers_are_those_of_generate_row_by_row(family, tmp_path):
 
 
 def test_answers_are_kept_and_an_interrupted_run_goes_on(tiny, tmp_path, monkeypatch):
-    given = list(needles.generate(["text"], [128], depths=[0.0, 1.0], pairs=2, split="test"))
+    given = list(GENERATED.generate(["text"], [128], depths=[0.0, 1.0], haystacks=2, split="test"))
     ablations = {"some": heads(tiny, (0, 1))}
     settings = {"max_new_tokens": 1, "folder": tmp_path, "progress": False, "batch_tokens": 300}
     generate, calls = answers._generate, []
@@ -88,7 +89,7 @@ def test_answers_are_kept_and_an_interrupted_run_goes_on(tiny, tmp_path, monkeyp
 
 
 def test_answers_before_a_failing_metric_are_kept(tiny, tmp_path, monkeypatch):
-    given = list(needles.generate(["text"], [64], depths=[0.0], pairs=3, split="test"))
+    given = list(GENERATED.generate(["text"], [64], depths=[0.0], haystacks=3, split="test"))
     settings = {"max_new_tokens": 1, "folder": tmp_path, "progress": False}
 
     calls = []
@@ -108,7 +109,7 @@ def test_answers_before_a_failing_metric_are_kept(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize("metric", [lambda text, gold: None, lambda text, gold: 2, lambda text: 1])
 def test_a_wrong_metric_is_an_error_before_the_work(tiny, tmp_path, monkeypatch, metric):
     monkeypatch.setattr(answers, "_generate", None)
-    given = [needles.make("text", 64, 0.0)]
+    given = [GENERATED.make("text", 64, 0.0)]
     with pytest.raises((ValueError, TypeError), match=r"expected a number in \[0, 1\]|argument"):
         answer(tiny, given, metric=metric, folder=tmp_path, progress=False)
 
@@ -150,7 +151,7 @@ def test_streaming_answers_are_those_of_generate_row_by_row(family, tmp_path):
 
 
 def test_needles_are_answered(tiny, tmp_path):
-    given = [needles.make(task, 256, 0.4, pair=i) for task in needles.TASKS for i in range(5)]
+    given = [GENERATED.make(task, 256, 0.4, haystack=i) for task in TASKS for i in range(5)]
     table = answer(tiny, given, max_new_tokens=1, folder=tmp_path, progress=False)
     assert table["score"].mean() > 0.9
     assert set(table.columns) >= {"task", "length", "depth", "haystack", "prediction"}
@@ -160,7 +161,7 @@ def test_needles_are_answered(tiny, tmp_path):
 def test_bad_input_is_refused(tiny, tmp_path):
     with pytest.raises(ValueError, match="there is no example to answer"):
         answer(tiny, [], folder=tmp_path)
-    one = [needles.make("text", 128, 0.0)]
+    one = [GENERATED.make("text", 128, 0.0)]
     with pytest.raises(ValueError, match="'full model' names the model without ablation"):
         answer(tiny, one, {"full model": heads(tiny, (0, 0))}, folder=tmp_path)
     with pytest.raises(ValueError, match="has no token"):

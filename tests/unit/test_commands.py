@@ -19,7 +19,7 @@ from conftest import NOT_HERE, RELEASED
 from mmheads import cli, paths, scoring
 from mmheads.models import VLM, load
 from mmheads.scores import HeadScores
-from mmheads.tasks import needles
+from mmheads.tasks.needles import GENERATED
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def own_images(tmp_path):
     """What a user brings: pages as files, questions in a JSON Lines file."""
     rows = []
     for index, task in enumerate(("rendered_text", "text")):
-        example = needles.make(task, 128, 0.4, pair=index, split="test")
+        example = GENERATED.make(task, 128, 0.4, haystack=index, split="test")
         parts = []
         for number, part in enumerate(example.context):
             if isinstance(part, str):
@@ -62,7 +62,7 @@ def test_command_scores_a_users_own_examples(own_images, tmp_path, capsys):
     expected = scoring.score_heads(
         load(model, device="cpu"),
         [
-            needles.make(task, 128, 0.4, pair=i, split="test")
+            GENERATED.make(task, 128, 0.4, haystack=i, split="test")
             for i, task in enumerate(("rendered_text", "text"))
         ],
         progress=False,
@@ -82,7 +82,7 @@ def test_command_scores_a_users_own_examples(own_images, tmp_path, capsys):
 def score_file(tmp_path_factory):
     """Scores of the shipped model that choose heads for `rank`."""
     path = tmp_path_factory.mktemp("scores") / "scores.parquet"
-    examples = [needles.make("rendered_text", 128, depth) for depth in (0.0, 1.0)]
+    examples = [GENERATED.make("rendered_text", 128, depth) for depth in (0.0, 1.0)]
     scores = scoring.score_heads(load("tiny-qwen3-vl-m"), examples, folder=None, progress=False)
     scores.save(path)
     return path

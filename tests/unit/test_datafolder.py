@@ -17,7 +17,9 @@ from mmheads import metrics, prompts
 from mmheads.examples import Region
 from mmheads.models import load
 from mmheads.scoring import score_heads
-from mmheads.tasks import data_root, mm_niah, mmdocir, mmlongbench_docs, needles, reasoning
+from mmheads.tasks import data_root, mm_niah, mmdocir, mmlongbench_docs, reasoning
+from mmheads.tasks.grids import DEPTHS, SPLITS, TASKS
+from mmheads.tasks.needles import Needles
 
 FAMILIES = ("qwen3_vl", "qwen2_5_vl", "gemma3", "internvl", "llava_onevision")
 PROBES = {"refcocog": 5, "vidstg": 2, "mmdocir": 4, "mmlongdoc": 3, "slidevqa": 3}
@@ -62,14 +64,14 @@ def test_stand_ins_hold_every_data_set_and_are_small(data):
     assert len(files) < 120
 
 
-@pytest.mark.parametrize("task", needles.TASKS)
+@pytest.mark.parametrize("task", TASKS)
 def test_needles_of_every_length_depth_and_split_are_there(data, task):
     opened = data_root.haystacks(data)
-    assert (opened.lengths, opened.depths) == (mm_niah.LENGTHS, needles.DEPTHS)
+    assert (opened.lengths, opened.depths) == (mm_niah.LENGTHS, DEPTHS)
     for length in opened.lengths:
-        found = [opened.count(task, length, split) for split in needles.SPLITS]
+        found = [opened.count(task, length, split) for split in SPLITS]
         assert found == [20, 20, 3]
-    made = [opened.make(task, 131072, depth, split="test", pair=2) for depth in opened.depths]
+    made = [opened.make(task, 131072, depth, split="test", haystack=2) for depth in opened.depths]
     assert len({example.fingerprint() for example in made}) == len(made)
     assert {example.question[0] for example in made} == {made[0].question[0]}
     places = [example.evidence[0].part for example in made]
@@ -89,22 +91,22 @@ def test_needles_of_every_length_depth_and_split_are_there(data, task):
 
 
 def test_the_image_with_the_needle_shows_the_right_option(data):
-    example = data_root.haystacks(data).make("image", 8192, 0.6, pair=5)
+    example = data_root.haystacks(data).make("image", 8192, 0.6, haystack=5)
     shown = np.asarray(example.context[example.evidence[0].part])[24:40, 20:36]
     same = [np.array_equal(shown, option) for option in example.question[1::2]]
     assert [letter for letter, is_it in zip("ABCD", same, strict=True) if is_it] == [example.answer]
 
 
 def test_without_a_folder_needles_are_generated():
-    assert data_root.haystacks() is needles
+    assert data_root.haystacks() == Needles(image_ratio=0.5)
     assert data_root.needle_metric() is metrics.same
 
 
-@pytest.mark.parametrize("task", needles.TASKS)
-def test_prompts_of_published_needles_ask_a_pair_at_every_depth(data, task):
+@pytest.mark.parametrize("task", TASKS)
+def test_prompts_of_published_needles_ask_a_haystack_at_every_depth(data, task):
     opened = data_root.haystacks(data)
     asked = list(data_root.prompts(opened, task, 8192, 12))
-    assert [example.depth for example in asked] == [*needles.DEPTHS] * 2
+    assert [example.depth for example in asked] == [*DEPTHS] * 2
     assert [example.haystack[-1] for example in asked] == [40] * 6 + [41] * 6
     if task == "identical_image":
         assert [example.answer for example in asked] == ["no", "yes"] * 3 + ["yes", "no"] * 3
@@ -112,7 +114,9 @@ def test_prompts_of_published_needles_ask_a_pair_at_every_depth(data, task):
             False,
             True,
         ] * 3
-    with pytest.raises(ValueError, match="has 3 pairs in the split test at depth 0: expected 0"):
+    with pytest.raises(
+        ValueError, match="has 3 haystacks in the split test at depth 0: expected 0"
+    ):
         list(data_root.prompts(opened, task, 8192, 19))
 
 
@@ -268,7 +272,7 @@ def vlm(request):
 
 def test_every_family_finds_the_evidence_of_every_set(vlm, data):
     opened, found = data_root.haystacks(data), listed(data_root.probes(data, limit=1))
-    asked = {task: opened.make(task, 8192, 0.4) for task in needles.TASKS}
+    asked = {task: opened.make(task, 8192, 0.4) for task in TASKS}
     asked |= {name: found[name][0] for name in ("refcocog", "mmdocir", "mmlongdoc")}
     for name, example in asked.items():
         prompt = prompts.encode(vlm, example)

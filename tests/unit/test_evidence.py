@@ -13,6 +13,7 @@ from mmheads import decoder, families, paper_b, paths, prompts
 from mmheads.examples import Example, Region, Video
 from mmheads.models import VLM, load
 from mmheads.tasks import needles
+from mmheads.tasks.needles import GENERATED
 
 
 @pytest.fixture(scope="module", params=random_models.FAMILIES)
@@ -413,7 +414,7 @@ def test_candidates_of_a_document_become_spans():
 @pytest.mark.parametrize("task", ["text", "image", "rendered_text", "identical_image"])
 def test_needles_stand_where_the_task_placed_them(task):
     vlm = load(paths.MODELS / "tiny-qwen3-vl-m", device="cpu")
-    example = needles.make(task, 256, 0.4, split="test")
+    example = GENERATED.make(task, 256, 0.4, split="test")
     prompt = prompts.encode(vlm, example)
     placed = [token for first, last in example.tokens for token in range(first, last)]
     np.testing.assert_array_equal(np.flatnonzero(prompt.weights(prompt.evidence)), placed)

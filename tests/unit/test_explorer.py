@@ -16,7 +16,7 @@ from PIL import Image
 from mmheads import causal, cli, explorer, paths, prompts, scoring
 from mmheads.examples import Example, Video
 from mmheads.models import VLM, load
-from mmheads.tasks import needles
+from mmheads.tasks.needles import GENERATED
 
 
 def content(page: explorer.Explorer) -> dict:
@@ -78,7 +78,7 @@ def test_the_page_holds_the_scores_and_the_attention_of_full_passes(family):
 
 
 def test_context_that_is_not_in_the_cache_keeps_its_attention(tiny, monkeypatch):
-    example = needles.make("text", 128, 1.0)
+    example = GENERATED.make("text", 128, 1.0)
     (usual,) = content(explorer.explore(tiny, example, progress=False))["examples"]
 
     def encode(*args, **options):
@@ -129,14 +129,14 @@ def test_letters_of_several_tokens_are_shown_whole():
 
 
 def test_the_set_of_one_click_is_the_top_of_the_scores(tiny):
-    examples = [needles.make(task, 128, 0.4) for task in ("text", "image")]
+    examples = [GENERATED.make(task, 128, 0.4) for task in ("text", "image")]
     page = content(explorer.explore(tiny, examples, progress=False))
     expected = scoring.score_heads(tiny, examples, progress=False).top(explorer.FRACTION)
     assert [tuple(page["heads"][index]) for index in page["top"]] == list(expected)
 
 
 def test_gate_gradients_are_shown_where_they_are_asked_for(tiny):
-    example = needles.make("text", 128, 0.4)
+    example = GENERATED.make("text", 128, 0.4)
     page = content(explorer.explore(tiny, example, gradients=True, progress=False))
     (shown,) = page["examples"]
     expected = causal.gate_gradients(tiny, [example], progress=False)[0]
@@ -158,7 +158,7 @@ def test_the_null_question_gets_the_questions_images_only_where_they_are_asked_f
 
 
 def test_an_example_without_evidence_has_attention_and_no_score(tiny):
-    example = dataclasses.replace(needles.make("text", 128, 0.4), evidence=None)
+    example = dataclasses.replace(GENERATED.make("text", 128, 0.4), evidence=None)
     (shown,) = content(explorer.explore(tiny, example, progress=False))["examples"]
     assert list(shown["scores"]) == ["context"]
     assert len(shown["means"]) == tiny.geometry.size
@@ -166,7 +166,7 @@ def test_an_example_without_evidence_has_attention_and_no_score(tiny):
 
 
 def test_the_same_input_gives_the_same_bytes(tiny, tmp_path):
-    example = needles.make("rendered_text", 128, 0.4)
+    example = GENERATED.make("rendered_text", 128, 0.4)
     for name in ("a.html", "b.html"):
         explorer.explore(tiny, example, tmp_path / name, progress=False)
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
@@ -193,7 +193,7 @@ def test_text_that_looks_like_html_stays_text(tiny):
 
 
 def test_a_notebook_shows_the_page_in_a_frame(tiny):
-    page = explorer.explore(tiny, needles.make("text", 128, 0.4), progress=False)
+    page = explorer.explore(tiny, GENERATED.make("text", 128, 0.4), progress=False)
     frame = page._repr_html_()
     assert frame.startswith("<iframe")
     assert frame.count("<") == 2
@@ -231,7 +231,7 @@ def test_single_question_tokens_are_left_out_first_then_pages_are_reduced():
 
 
 def test_then_the_heads_with_the_lowest_scores_lose_their_attention(tiny):
-    example = needles.make("text", 512, 0.4)
+    example = GENERATED.make("text", 512, 0.4)
     whole = explorer.explore(tiny, example, progress=False)
     tokens, means = (size_of(content(whole), name) for name in ("tokens", "means"))
     notes, shown = limited(tiny, example, len(whole.html) - tokens - means // 2)
@@ -313,8 +313,8 @@ def test_the_command_refuses_bad_input_in_one_sentence(
 
 
 EXAMPLES = [
-    needles.make("rendered_text", 128, 0.4, split="test"),
-    needles.make("text", 128, 0.4, split="test"),
+    GENERATED.make("rendered_text", 128, 0.4, split="test"),
+    GENERATED.make("text", 128, 0.4, split="test"),
     Example(context=(HOSTILE,), question=(HOSTILE,)),
 ]
 

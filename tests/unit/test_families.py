@@ -100,7 +100,7 @@ def test_a_question_that_needs_fewer_tokens_than_a_state_has_seen_is_refused():
 
 def test_needle_tasks_run_through_layers_with_a_state():
     vlm = example_prompts.vlm("qwen3_5")
-    examples = needles.generate(needles.TASKS, [128], [0.4], pairs=1)
+    examples = needles.GENERATED.generate(needles.TASKS, [128], [0.4], haystacks=1)
     scores = score_heads(vlm, examples, progress=False)
     assert len(scores.values) == len(needles.TASKS)
     assert not scores.values[:, [0, 2]].any()

@@ -11,9 +11,8 @@ from PIL import Image
 
 from mmheads import families, prompts
 from mmheads.tasks import corpus, inventions, natural_needles
-from mmheads.tasks.grids import TASKS
+from mmheads.tasks.grids import DEPTHS, SPLITS, TASKS
 from mmheads.tasks.natural_needles import NaturalNeedles
-from mmheads.tasks.needles import DEPTHS, SPLITS
 from mmheads.tasks.rendered_pages import PageStyle, draw_strip
 
 STYLE = PageStyle(width=200, height=260, margin=8, font_size=9, picture=24)

@@ -9,9 +9,13 @@ from page_reader import cells, sprites
 from PIL import Image, ImageChops
 
 from mmheads.examples import Example, Region
-from mmheads.tasks import needles, pages
+from mmheads.tasks import needles
+from mmheads.tasks.generated_needles import CONTROL, OPTIONS
+from mmheads.tasks.grids import DEPTHS, HAYSTACKS, SPLITS, TASKS
+from mmheads.tasks.line_pages import NOUNS, PROSE, VALUES, VERBS
+from mmheads.tasks.needles import GENERATED, Needles
 
-ALL = (*needles.TASKS, needles.CONTROL)
+ALL = (*TASKS, CONTROL)
 
 
 def words(example: Example) -> list[str]:
@@ -39,9 +43,9 @@ def shown(example: Example) -> Counter[str]:
     return Counter(name for image in images for name in cells(image))
 
 
-@pytest.mark.parametrize("depth", needles.DEPTHS)
+@pytest.mark.parametrize("depth", DEPTHS)
 def test_text_needle_stands_once_at_its_depth(depth):
-    example = needles.make("text", 512, depth, pair=2)
+    example = GENERATED.make("text", 512, depth, haystack=2)
     (evidence,) = example.evidence
     key = example.question[0].removeprefix("? ")
     first, last = evidence.chars
@@ -51,9 +55,9 @@ def test_text_needle_stands_once_at_its_depth(depth):
     assert evidence.part == round(depth * (len(example.context) - 1))
 
 
-@pytest.mark.parametrize("depth", needles.DEPTHS)
+@pytest.mark.parametrize("depth", DEPTHS)
 def test_rendered_needle_stands_once_in_its_box(depth):
-    example = needles.make("rendered_text", 256, depth, pair=1)
+    example = GENERATED.make("rendered_text", 256, depth, haystack=1)
     (evidence,) = example.evidence
     key = example.question[0].removeprefix("? ")
     block = crop(example, evidence)
@@ -65,30 +69,30 @@ def test_rendered_needle_stands_once_in_its_box(depth):
 
 
 def test_image_question_has_four_options_of_which_one_is_on_a_page():
-    for pair in range(6):
-        example = needles.make("image", 256, 0.6, pair=pair)
+    for haystack in range(6):
+        example = GENERATED.make("image", 256, 0.6, haystack=haystack)
         pictures = [part for part in example.question if isinstance(part, Image.Image)]
         options = [next(iter(sprites(picture))) for picture in pictures]
         assert len(set(options)) == 4
         counts = shown(example)
-        right = needles.OPTIONS.index(example.answer)
+        right = OPTIONS.index(example.answer)
         assert [counts[icon] for icon in options] == [int(i == right) for i in range(4)]
         (evidence,) = example.evidence
         assert sprites(crop(example, evidence).crop((0, 0, 16, 16))) == {options[right]}
 
 
 def test_identical_image_is_cut_out_of_the_page():
-    example = needles.make("identical_image", 256, 0.2, pair=4)
+    example = GENERATED.make("identical_image", 256, 0.2, haystack=4)
     (evidence,) = example.evidence
     assert example.answer == "yes"
     assert same(example.question[1], crop(example, evidence).crop((0, 0, 16, 16)))
     assert shown(example)[key_of(example)] == 1
 
 
-@pytest.mark.parametrize("task", needles.TASKS)
+@pytest.mark.parametrize("task", TASKS)
 def test_removing_the_needle_changes_its_record_alone(task):
-    whole = needles.make(task, 256, 0.4, pair=3)
-    without = needles.make(task, 256, 0.4, pair=3, needle=False)
+    whole = GENERATED.make(task, 256, 0.4, haystack=3)
+    without = GENERATED.make(task, 256, 0.4, haystack=3, needle=False)
     assert without.evidence is None
     assert without.tokens == ()
     assert same_parts(without.question, whole.question)
@@ -119,18 +123,18 @@ def test_an_answer_can_be_demanded_without_changing_the_question():
         ("image", "c"),
         ("identical_image", "no"),
     ):
-        plain = needles.make(task, 256, 0.4, pair=5)
-        asked = needles.make(task, 256, 0.4, pair=5, answer=other)
+        plain = GENERATED.make(task, 256, 0.4, haystack=5)
+        asked = GENERATED.make(task, 256, 0.4, haystack=5, answer=other)
         assert asked.answer == other
         assert same_parts(asked.question, plain.question)
-    image = needles.make("image", 256, 0.4, pair=5, answer="c")
+    image = GENERATED.make("image", 256, 0.4, haystack=5, answer="c")
     on_page = sprites(crop(image, image.evidence[0]).crop((0, 0, 16, 16)))
     assert sprites(image.question[5]) == on_page
 
 
-@pytest.mark.parametrize("task", needles.TASKS)
-def test_depths_of_a_pair_share_haystack_and_question(task):
-    a, b = (needles.make(task, 512, depth, pair=7) for depth in (0.0, 1.0))
+@pytest.mark.parametrize("task", TASKS)
+def test_depths_of_a_haystack_share_units_and_question(task):
+    a, b = (GENERATED.make(task, 512, depth, haystack=7) for depth in (0.0, 1.0))
     assert same_parts(a.question, b.question)
     differing = sum(not same_parts((x,), (y,)) for x, y in zip(a.context, b.context, strict=True))
     assert differing <= 4, "the two needles' units, and two that made room for them"
@@ -145,17 +149,17 @@ def key_of(example: Example) -> str:
     return key
 
 
-@pytest.mark.parametrize("task", needles.TASKS)
-def test_pairs_ask_for_different_keys_and_splits_for_none_of_each_others(task):
+@pytest.mark.parametrize("task", TASKS)
+def test_haystacks_ask_for_different_keys_and_splits_for_none_of_each_others(task):
     asked = {
         (split, length): [
-            key_of(needles.make(task, length, 0.4, pair=pair, split=split))
-            for pair in range(needles.PAIRS)
+            key_of(GENERATED.make(task, length, 0.4, haystack=haystack, split=split))
+            for haystack in range(HAYSTACKS)
         ]
-        for split in needles.SPLITS
+        for split in SPLITS
         for length in (64, 128)
     }
-    assert all(len(set(keys)) == needles.PAIRS for keys in asked.values())
+    assert all(len(set(keys)) == HAYSTACKS for keys in asked.values())
     for (a, _), (b, _) in itertools.combinations(asked, 2):
         if a != b:
             assert not {*asked[a, 64], *asked[a, 128]} & {*asked[b, 64], *asked[b, 128]}
@@ -164,7 +168,7 @@ def test_pairs_ask_for_different_keys_and_splits_for_none_of_each_others(task):
 @pytest.mark.parametrize("ratio", [0.0, 0.1, 0.4, 1.0])
 def test_image_ratio_is_the_share_of_pages(ratio):
     for task in ("text", "image"):
-        example = needles.make(task, 1024, 0.4, image_ratio=ratio)
+        example = Needles(ratio).make(task, 1024, 0.4)
         found = sum(isinstance(part, Image.Image) for part in example.context)
         wanted = round(ratio * len(example.context))
         assert abs(found - wanted) <= 1
@@ -173,30 +177,30 @@ def test_image_ratio_is_the_share_of_pages(ratio):
 
 
 def test_text_is_mostly_prose():
-    example = needles.make("text", 2048, 0.4, image_ratio=0.0)
+    example = Needles(0.0).make("text", 2048, 0.4)
     sentences = " ".join(example.context).split(" .")[:-1]
-    prose = [tuple(s.split()) for s in sentences if s.split()[0] in needles.NOUNS]
-    assert len(prose) / len(sentences) == pytest.approx(needles.PROSE, abs=0.05)
-    assert {verb for _, verb in prose} <= set(needles.VERBS)
+    prose = [tuple(s.split()) for s in sentences if s.split()[0] in NOUNS]
+    assert len(prose) / len(sentences) == pytest.approx(PROSE, abs=0.05)
+    assert {verb for _, verb in prose} <= set(VERBS)
 
 
 def test_same_settings_give_the_same_example():
-    a, b = (needles.make("image", 256, 0.4, pair=2, split="test") for _ in range(2))
+    a, b = (GENERATED.make("image", 256, 0.4, haystack=2, split="test") for _ in range(2))
     assert a.haystack == b.haystack
     assert same_parts((*a.context, *a.question), (*b.context, *b.question))
 
 
 def test_control_is_text_alone_and_needs_no_evidence():
-    example = needles.make(needles.CONTROL, 256, 0.0)
+    example = GENERATED.make(CONTROL, 256, 0.0)
     assert example.evidence is None
     assert not example.images()
     asked = example.question[0].removeprefix("after ")
-    values = pages.VALUES
+    values = VALUES
     assert example.answer == values[(values.index(asked) + 1) % len(values)]
 
 
 def test_generate_yields_the_grid():
-    grid = list(needles.generate(["text"], [128, 256], [0.0, 1.0], 3, split="heldout"))
+    grid = list(GENERATED.generate(["text"], [128, 256], [0.0, 1.0], 3, split="heldout"))
     assert [(e.length, e.depth) for e in grid] == [
         (length, depth) for length in (128, 256) for depth in (0.0, 1.0) for _ in range(3)
     ]
@@ -219,10 +223,10 @@ def test_document_has_pages_and_layouts_to_rank(question):
 
 
 def test_picture_outlines_the_evidence():
-    example = needles.make("rendered_text", 128, 0.4)
+    example = GENERATED.make("rendered_text", 128, 0.4)
     picture = np.asarray(example.picture())
     assert (picture == (213, 94, 0)).all(-1).any()
-    without = np.asarray(needles.make("rendered_text", 128, 0.4, needle=False).picture())
+    without = np.asarray(GENERATED.make("rendered_text", 128, 0.4, needle=False).picture())
     assert not (without == (213, 94, 0)).all(-1).any()
 
 
@@ -236,8 +240,7 @@ def test_picture_outlines_the_evidence():
         ({"depth": -0.1}, "depth is -0.1"),
         ({"depth": float("nan")}, "depth is nan"),
         ({"split": "train"}, "split is 'train'; expected one of"),
-        ({"image_ratio": 2}, "image_ratio is 2"),
-        ({"pair": -1}, "pair is -1"),
+        ({"haystack": -1}, "haystack is -1"),
         ({"answer": "A"}, "answer is 'A'; expected one of"),
         ({"answer": "K", "needle": False}, "answer is 'K'; expected None"),
         ({"task": "successor", "answer": "K"}, "answer is 'K'; expected None"),
@@ -249,12 +252,17 @@ def test_picture_outlines_the_evidence():
 )
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
-        needles.make(**{"task": "text", "length": 128, "depth": 0.5, **settings})
+        GENERATED.make(**{"task": "text", "length": 128, "depth": 0.5, **settings})
+
+
+def test_a_share_of_pages_out_of_range_is_named():
+    with pytest.raises(ValueError, match="image_ratio is 2; expected a number from 0 to 1"):
+        Needles(2)
 
 
 def test_shortest_length_holds_the_needle():
-    assert needles.make("text", 21, 0.0).evidence
-    assert needles.make("image", 37, 1.0).evidence
+    assert GENERATED.make("text", 21, 0.0).evidence
+    assert GENERATED.make("image", 37, 1.0).evidence
 
 
 @pytest.mark.parametrize(

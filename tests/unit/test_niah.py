@@ -6,21 +6,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmheads.tasks import mm_niah, mm_niah_records, needles
+from mmheads.tasks import mm_niah, mm_niah_records
+from mmheads.tasks.grids import SPLITS
 
 SENTENCE = "The secret fruit is a plum."
 QUESTION = "\n\nQuestion: "
 COLORS = {"a.png": "red", "b.png": "green", "c.png": "blue", "o0.png": "cyan", "o1.png": "gold"}
 
 
-def record(kind: str, pair: int, depth: float) -> dict:
+def record(kind: str, number: int, depth: float) -> dict:
     """Four units, the needle in the second (text) or the third (image)."""
     values = {
-        "id": f"mm-niah-{pair}",
+        "id": f"mm-niah-{number}",
         "depth": depth,
         "ctxs": [
             {"type": "image", "text": "<image>"},
-            {"type": "text", "text": f"Pair {pair}. {SENTENCE} More text.", "has_answer": True},
+            {"type": "text", "text": f"Pair {number}. {SENTENCE} More text.", "has_answer": True},
             {"type": "image", "text": "<image>"},
             {"type": "image", "text": "<image>"},
         ],
@@ -47,14 +48,14 @@ def write(folder, kind, length, records) -> None:
 
 @pytest.fixture
 def folder(tmp_path):
-    """Both kinds at 8K, 42 pairs at two depths, the pairs of the second depth backwards."""
+    """Both kinds at 8K, 42 haystacks at two depths, those of the second depth backwards."""
     images = tmp_path / "mmlb_image" / "mm-niah"
     images.mkdir(parents=True)
     for name, color in COLORS.items():
         Image.new("RGB", (30, 20), color).save(images / name)
     for kind in ("retrieval-text", "retrieval-image"):
-        records = [record(kind, pair, 0) for pair in range(42)]
-        records += [record(kind, pair, 0.1999) for pair in reversed(range(42))]
+        records = [record(kind, number, 0) for number in range(42)]
+        records += [record(kind, number, 0.1999) for number in reversed(range(42))]
         write(tmp_path, kind, 8192, records)
     return tmp_path
 
@@ -86,7 +87,7 @@ def test_the_folder_says_what_is_in_it(folder):
 
 
 def test_a_text_needle_is_its_sentence(folder):
-    example = mm_niah.read_mm_niah(folder).make("text", 8192, 0.2, pair=3)
+    example = mm_niah.read_mm_niah(folder).make("text", 8192, 0.2, haystack=3)
     text = f" Pair 3. {SENTENCE} More text. "
     assert outline(example) == ["red", text, "green", " ", "blue", QUESTION]
     assert cut(example) == SENTENCE
@@ -105,7 +106,7 @@ def test_a_sentence_at_the_start_of_a_later_unit_is_found(folder):
 
 
 def test_a_rendered_needle_stands_in_the_place_of_its_sentence(folder):
-    example = mm_niah.read_mm_niah(folder).make("rendered_text", 8192, 0, pair=3)
+    example = mm_niah.read_mm_niah(folder).make("rendered_text", 8192, 0, haystack=3)
     drawn = example.context[2]
     assert [p if isinstance(p, str) else "image" for p in example.context[:5]] == [
         *("image", " Pair 3. ", "image", " More text. ", "image")
@@ -170,10 +171,10 @@ def test_splits_are_disjoint_and_the_same_at_every_depth(folder):
     opened = mm_niah.read_mm_niah(folder)
     found = {
         (split, depth): [
-            opened.make("text", 8192, depth, pair=pair, split=split).haystack[-1]
-            for pair in range(opened.count("text", 8192, split))
+            opened.make("text", 8192, depth, haystack=number, split=split).haystack[-1]
+            for number in range(opened.count("text", 8192, split))
         ]
-        for split in needles.SPLITS
+        for split in SPLITS
         for depth in opened.depths
     }
     for depth in opened.depths:
@@ -182,10 +183,15 @@ def test_splits_are_disjoint_and_the_same_at_every_depth(folder):
         assert found["test", depth] == [40, 41]
 
 
-def test_a_grid_has_the_pairs_innermost(folder):
-    made = list(mm_niah.read_mm_niah(folder).generate(["text", "image"], pairs=2, split="heldout"))
+def test_a_grid_has_the_haystacks_innermost(folder):
+    made = list(
+        mm_niah.read_mm_niah(folder).generate(["text", "image"], haystacks=2, split="heldout")
+    )
     assert [(e.task, e.depth, e.haystack[-1]) for e in made] == [
-        (task, depth, pair) for task in ("text", "image") for depth in (0, 0.2) for pair in (20, 21)
+        (task, depth, number)
+        for task in ("text", "image")
+        for depth in (0, 0.2)
+        for number in (20, 21)
     ]
 
 
@@ -196,8 +202,8 @@ def test_a_grid_has_the_pairs_innermost(folder):
         ({"length": 512}, r"no records of retrieval-text at length 512; .* \[8192\]"),
         ({"depth": 0.5}, r"depth is 0.5; expected one of \(0.0, 0.2\)"),
         ({"split": "train"}, "split is 'train'; expected one of"),
-        ({"pair": 20}, "has 20 pairs in the split detection at depth 0: expected 0 to 19"),
-        ({"split": "test", "pair": 2}, "has 2 pairs in the split test"),
+        ({"haystack": 20}, "has 20 haystacks in the split detection at depth 0: expected 0 to 19"),
+        ({"split": "test", "haystack": 2}, "has 2 haystacks in the split test"),
         ({"answer": "no"}, "answer is 'no'; expected one of"),
     ],
 )

@@ -12,7 +12,7 @@ import torch
 from mmheads import kept_scores, models, paths, prompts, scoring, store
 from mmheads.examples import Example, Region
 from mmheads.models import VLM, load
-from mmheads.tasks import needles
+from mmheads.tasks.needles import GENERATED, Needles
 
 
 @pytest.fixture(scope="module", params=random_models.FAMILIES)
@@ -87,7 +87,7 @@ def test_scores_equal_full_eager_passes(vlm, option_images):
 
 
 def test_share_of_visual_evidence_is_taken_among_visual_tokens(tiny):
-    example = needles.make("rendered_text", 128, 0.4, split="test")
+    example = GENERATED.make("rendered_text", 128, 0.4, split="test")
     scores = scoring.score_heads(tiny, [example], progress=False)
     prompt = prompts.encode(tiny, example)
     attention = example_prompts.eager_attention(tiny, prompt.own).numpy()
@@ -145,8 +145,8 @@ def test_a_batch_holds_similar_contexts_and_similar_questions(tiny, monkeypatch)
         return score(vlm, prompts, **settings)
 
     monkeypatch.setattr(scoring, "score_prompts", counted)
-    text = [needles.make("text", 64, depth) for depth in (0.0, 1.0)]
-    longer, images = needles.make("text", 128, 0.0), needles.make("image", 64, 0.0)
+    text = [GENERATED.make("text", 64, depth) for depth in (0.0, 1.0)]
+    longer, images = GENERATED.make("text", 128, 0.0), GENERATED.make("image", 64, 0.0)
     scoring.score_heads(tiny, [*text, images, longer], progress=False)
     assert batches == [["text", "text"], ["image"], ["text"]]
     batches.clear()
@@ -156,7 +156,7 @@ def test_a_batch_holds_similar_contexts_and_similar_questions(tiny, monkeypatch)
 
 
 def test_a_bad_example_in_a_batch_is_named_and_those_before_it_are_kept(tiny, tmp_path, scored):
-    examples = [needles.make("text", 64, depth) for depth in (0.0, 0.5, 1.0)]
+    examples = [GENERATED.make("text", 64, depth) for depth in (0.0, 0.5, 1.0)]
     score, bad = scoring.score_prompts, examples[1].fingerprint()
 
     def failing(vlm, prompts, **settings):
@@ -174,7 +174,7 @@ def test_a_bad_example_in_a_batch_is_named_and_those_before_it_are_kept(tiny, tm
 
 
 def test_stale_state_of_an_earlier_prompt_does_not_leak(tiny):
-    long = needles.make("image", 256, 0.2, split="test")
+    long = GENERATED.make("image", 256, 0.2, split="test")
     text = Example(context=("B7 K .", "A1 Q ."), question=("? A1",), evidence=(Region(part=1),))
     alone = scoring.score_heads(tiny, [text], progress=False)
     after = scoring.score_heads(tiny, [long, text], progress=False)
@@ -196,7 +196,7 @@ def scored(monkeypatch) -> list[Example]:
 
 
 def test_scores_before_an_interrupt_are_kept(tiny, tmp_path, monkeypatch, scored):
-    examples = list(needles.generate(["text"], [64], pairs=1))
+    examples = list(GENERATED.generate(["text"], [64], haystacks=1))
     complete = scoring.score_heads(tiny, examples, progress=False)
     distinct = len({example.fingerprint() for example in examples})
     scored.clear()
@@ -222,8 +222,8 @@ def test_scores_before_an_interrupt_are_kept(tiny, tmp_path, monkeypatch, scored
 
 
 def test_scores_before_a_bad_example_are_kept_and_the_example_is_named(tiny, tmp_path, scored):
-    examples = [needles.make("text", 64, depth) for depth in (0.0, 1.0)]
-    without = needles.make("text", 64, 0.0, needle=False)
+    examples = [GENERATED.make("text", 64, depth) for depth in (0.0, 1.0)]
+    without = GENERATED.make("text", 64, 0.0, needle=False)
     with pytest.raises(ValueError, match=r"example 2 \(from 0\): .* has no evidence"):
         scoring.score_heads(tiny, [*examples, without], folder=tmp_path, progress=False)
     assert len(scored) == 2
@@ -253,12 +253,14 @@ def test_scores_that_are_not_finite_are_refused_by_head_and_example(tiny, tmp_pa
 
     monkeypatch.setattr(scoring, "score_prompts", overflow)
     with pytest.raises(ValueError, match=r"example 0 \(from 0\): norm of L1H2 is not finite"):
-        scoring.score_heads(tiny, [needles.make("text", 64, 0.0)], folder=tmp_path, progress=False)
+        scoring.score_heads(
+            tiny, [GENERATED.make("text", 64, 0.0)], folder=tmp_path, progress=False
+        )
     assert not list(tmp_path.iterdir())
 
 
 def test_equal_prompts_of_two_depths_are_scored_once_and_keep_their_depths(tiny):
-    examples = [needles.make("text", 64, depth) for depth in (0.2, 0.4)]
+    examples = [GENERATED.make("text", 64, depth) for depth in (0.2, 0.4)]
     assert len({example.fingerprint() for example in examples}) == 1
     scores = scoring.score_heads(tiny, examples, progress=False)
     assert scores.metadata["depth"].tolist() == [0.2, 0.4]
@@ -267,7 +269,7 @@ def test_equal_prompts_of_two_depths_are_scored_once_and_keep_their_depths(tiny)
 
 def test_kept_needle_scores_are_read_without_the_model(tiny, tmp_path):
     folder = {"folder": tmp_path}
-    settings = {"pairs": 1, "progress": False, **folder}
+    settings = {"haystacks": 1, "progress": False, **folder}
     name = "tiny-qwen3-vl-m"
     scores = scoring.score_needles(tiny, lengths=[64, 96], **settings)
     stored = kept_scores.load_needle_scores(name, [64, 96], **folder)
@@ -275,7 +277,7 @@ def test_kept_needle_scores_are_read_without_the_model(tiny, tmp_path):
     np.testing.assert_array_equal(stored.values, scores.values)
     assert stored.provenance == scores.provenance
     assert stored.geometry == scores.geometry
-    scoring.score_needles(tiny, image_ratio=0.0, tasks=["text"], lengths=[128], **settings)
+    scoring.score_needles(tiny, source=Needles(0.0), tasks=["text"], lengths=[128], **settings)
     every = kept_scores.load_needle_scores(name, **folder)
     pd.testing.assert_frame_equal(every.metadata, stored.metadata)
     message = r"holds no scores of tiny-qwen3-vl-m on text at length 256 \(generated needles"
@@ -294,17 +296,17 @@ def test_scored_examples_of_a_condition_are_counted_without_the_model(tiny, tmp_
     count = {"model": "tiny-qwen3-vl-m", "task": "text", "length": 64, "folder": tmp_path}
     assert kept_scores.count_scored(**count) == 0
     settings = {"tasks": ["text"], "lengths": [64], "folder": tmp_path, "progress": False}
-    scoring.score_needles(tiny, pairs=1, **settings)
+    scoring.score_needles(tiny, haystacks=1, **settings)
     assert kept_scores.count_scored(**count) == 6
-    scoring.score_needles(tiny, pairs=2, **settings)
+    scoring.score_needles(tiny, haystacks=2, **settings)
     assert kept_scores.count_scored(**count) == 12
     others = [{"length": 96}, {"task": "image"}, {"null_images": "pixels"}, {"split": "test"}]
-    for other in [*others, {"image_ratio": 0.0}, {"model": "tiny-qwen3-m"}]:
+    for other in [*others, {"source": Needles(0.0)}, {"model": "tiny-qwen3-m"}]:
         assert kept_scores.count_scored(**{**count, **other}) == 0
 
 
 def test_data_sets_are_scored_by_name_and_kept(tiny, tmp_path, monkeypatch):
-    sets = {"a": [needles.make("text", 64, 0.0)], "b": [needles.make("image", 64, 1.0)]}
+    sets = {"a": [GENERATED.make("text", 64, 0.0)], "b": [GENERATED.make("image", 64, 1.0)]}
     found = scoring.score_datasets(tiny, sets, folder=tmp_path, progress=False)
     for name, examples in sets.items():
         alone = scoring.score_heads(tiny, examples, progress=False)
@@ -333,7 +335,7 @@ def test_scores_of_another_provenance_are_computed_again(
     settings = {
         name: changes.pop(name) for name in ("null", "null_images", "seed") & changes.keys()
     }
-    example = needles.make("text", 64, 0.0)
+    example = GENERATED.make("text", 64, 0.0)
     scoring.score_heads(tiny, [example], folder=tmp_path, progress=False)
     if versions := changes.pop("versions", None):
         monkeypatch.setattr(models, "library_versions", lambda: versions)
@@ -348,7 +350,7 @@ def test_scores_of_another_provenance_are_computed_again(
 
 
 def test_shipped_scores_are_used_unless_fresh(tiny, tmp_path, monkeypatch, scored):
-    settings = {"tasks": ["text"], "lengths": [64], "pairs": 1, "progress": False}
+    settings = {"tasks": ["text"], "lengths": [64], "haystacks": 1, "progress": False}
     scores = scoring.score_needles(tiny, folder=tmp_path / "made", **settings)
     count = len(scored)
     monkeypatch.setattr(store, "SHIPPED", tmp_path / "data")
@@ -377,7 +379,7 @@ def test_shipped_scores_are_used_unless_fresh(tiny, tmp_path, monkeypatch, score
 
 
 def test_some_scores_computed_again_show_the_largest_difference(tiny, tmp_path):
-    settings = {"tasks": ["text", "image"], "lengths": [64], "pairs": 2, "split": "heldout"}
+    settings = {"tasks": ["text", "image"], "lengths": [64], "haystacks": 2, "split": "heldout"}
     scores = scoring.score_needles(tiny, folder=tmp_path, progress=False, **settings)
     again = kept_scores.recompute_needles(tiny, scores, split="heldout", seed=1)
     assert again["task"].tolist() == ["text", "text", "image", "image"]
@@ -393,7 +395,7 @@ def test_some_scores_computed_again_show_the_largest_difference(tiny, tmp_path):
 def test_what_cannot_be_scored_is_an_error(tiny):
     with pytest.raises(ValueError, match="no example"):
         scoring.score_heads(tiny, [])
-    without = needles.make("text", 128, 0.0, needle=False)
+    without = GENERATED.make("text", 128, 0.0, needle=False)
     with pytest.raises(ValueError, match="has no evidence"):
         scoring.score_heads(tiny, [without], progress=False)
 
@@ -402,11 +404,11 @@ def test_a_mass_outside_its_range_names_the_head():
     mass = np.zeros((2, 3), dtype=np.float32)
     mass[1, 2] = 1.5
     with pytest.raises(ValueError, match=r"raw attention of L1H2 lies outside \[0, 1\]"):
-        scoring._check_mass(mass, "raw", needles.make("text", 128, 0.0))
+        scoring._check_mass(mass, "raw", GENERATED.make("text", 128, 0.0))
 
 
 def test_shipped_models_have_heads_that_fetch_text(tiny):
-    examples = needles.generate(["text"], [512], pairs=2, split="test")
+    examples = GENERATED.generate(["text"], [512], haystacks=2, split="test")
     scores = scoring.score_heads(tiny, examples, progress=False)
     assert scores.mean.max() > 0.1
     assert np.median(scores.mean) < 0.02
@@ -418,6 +420,6 @@ def test_shipped_models_have_heads_that_fetch_text(tiny):
 def test_the_text_only_predecessor_is_scored_by_the_same_call():
     text = load(paths.MODELS / "tiny-qwen3-m", device="cpu")
     assert text.is_text_only
-    examples = needles.generate(["text"], [256], pairs=1, split="test", image_ratio=0.0)
+    examples = Needles(0.0).generate(["text"], [256], haystacks=1, split="test")
     scores = scoring.score_heads(text, examples, progress=False)
     assert scores.mean.max() > 0.1

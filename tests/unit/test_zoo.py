@@ -17,11 +17,15 @@ from transformers import AutoModelForImageTextToText
 from mmheads import paths
 from mmheads.models import load_processor
 from mmheads.tasks import needles, pages
+from mmheads.tasks.generated_needles import CONTROL, LENGTHS, OPTIONS, count_tokens
+from mmheads.tasks.grids import DEPTHS, TASKS
+from mmheads.tasks.line_pages import CODES, ICONS, NOUNS, UNIT_TOKENS, VALUES
+from mmheads.tasks.needles import GENERATED, Needles
 from mmheads.zoo import architectures, card, measure, samples, train
 from mmheads.zoo.__main__ import main
 from mmheads.zoo.recipes import RECIPES, Recipe, Source, Stage
 
-ALL = (*needles.TASKS, needles.CONTROL)
+ALL = (*TASKS, CONTROL)
 SHIPPED = sorted(path.parent for path in paths.MODELS.glob("*/config.json"))
 VISION = [p for p in SHIPPED if "vision_config" in json.loads((p / "config.json").read_text())]
 IMAGE = architectures.VOCABULARY["<|image_pad|>"]
@@ -62,7 +66,7 @@ def labelled(sample: samples.Sample, kind: str) -> list[tuple[int, str]]:
 
 def test_patches_are_those_of_the_stock_image_processor():
     rng = np.random.default_rng(0)
-    unit = needles.fill([True], pages.CODES, pages.ICONS, rng)[0]
+    unit = needles.fill([True], CODES, ICONS, rng)[0]
     stock = architectures.image_processor()
     for image in (pages.page(unit.records, rng), pages.option("red-disc", rng)):
         expected = stock(images=[Image.fromarray(image)], return_tensors="np")
@@ -72,11 +76,11 @@ def test_patches_are_those_of_the_stock_image_processor():
 @pytest.mark.parametrize("task", ALL)
 @pytest.mark.parametrize("length", [128, 512])
 def test_task_counts_tokens_as_the_stock_processor_does(processor, task, length):
-    example = needles.make(task, length, 0.6, pair=4)
+    example = GENERATED.make(task, length, 0.6, haystack=4)
     encoded = measure.inputs(processor, example)
     ids = encoded["input_ids"][0].tolist()
-    assert length <= len(ids) < length + needles.UNIT_TOKENS
-    assert len(ids) == 1 + needles.count_tokens((*example.context, *example.question))
+    assert length <= len(ids) < length + UNIT_TOKENS
+    assert len(ids) == 1 + count_tokens((*example.context, *example.question))
     covered = [token for first, last in example.tokens for token in range(first, last)]
     if task == "text":
         words = processor.tokenizer.convert_ids_to_tokens([ids[token] for token in covered])
@@ -93,14 +97,14 @@ def test_task_counts_tokens_as_the_stock_processor_does(processor, task, length)
 
 def test_processor_survives_saving_without_torchvision(processor, tmp_path):
     processor.save_pretrained(tmp_path)
-    example = needles.make("image", 128, 0.4)
+    example = GENERATED.make("image", 128, 0.4)
     a, b = (measure.inputs(p, example) for p in (processor, load_processor(tmp_path)))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_a_text_part_keeps_its_words_apart_from_the_next(processor):
-    example = needles.make("text", 128, 0.4, image_ratio=0.0)
+    example = Needles(0.0).make("text", 128, 0.4)
     text = processor.apply_chat_template(example.messages(), tokenize=False)
     assert text == "<bos>" + " ".join((*example.context, *example.question))
 
@@ -110,9 +114,9 @@ def test_evidence_mass_of_uniform_attention_is_a_share_of_the_tokens_seen(proces
     model.set_attn_implementation("eager")
     for layer in model.model.language_model.layers:
         torch.nn.init.zeros_(layer.self_attn.q_proj.weight)
-    example = needles.make("image", 128, 0.4)
+    example = GENERATED.make("image", 128, 0.4)
     length = measure.inputs(processor, example)["input_ids"].shape[1]
-    rows = np.arange(length - needles.count_tokens(example.question), length)
+    rows = np.arange(length - count_tokens(example.question), length)
     with torch.no_grad():
         mass = measure.mass(model, processor, example)
     np.testing.assert_allclose(mass, np.full((2, 4), np.mean(4 / (rows + 1))), rtol=1e-5)
@@ -168,8 +172,8 @@ def test_questions_are_about_needles_that_stand_once():
     for seed in range(12):
         sample = samples.ask(6, (0.3, 0.7), 8, mix)(np.random.default_rng(seed))
         words, images = spoken(sample), [cells(image) for image in sample.images]
-        start = 1 + 6 * needles.UNIT_TOKENS
-        assert set(words[:start]) & set(needles.NOUNS)
+        start = 1 + 6 * UNIT_TOKENS
+        assert set(words[:start]) & set(NOUNS)
         on_pages = [cell for image in images if len(image) == 16 for cell in image]
         values = {
             image[corner]: image[corner + 5]
@@ -209,11 +213,11 @@ def test_questions_are_about_needles_that_stand_once():
                     case "image":
                         icons = [at_option[position - 15 + 4 * i] for i in range(4)]
                         assert [on_pages.count(i) for i in icons] == [
-                            int(letter == word) for letter in needles.OPTIONS
+                            int(letter == word) for letter in OPTIONS
                         ]
                     case "successor":
-                        after = pages.VALUES.index(said)
-                        assert word == pages.VALUES[(after + 1) % 16]
+                        after = VALUES.index(said)
+                        assert word == VALUES[(after + 1) % 16]
     assert len(seen) == 9
 
 
@@ -395,7 +399,7 @@ def test_a_stage_ends_when_its_goals_are_reached():
         (["train", "tiny-qwen3-m", "--threads", "0"], "threads is 0"),
         (["train", "tiny-qwen3-m", "--shipped", "/nowhere"], "/nowhere holds no training.json"),
         (["report", "/nowhere"], "/nowhere holds no model"),
-        (["report", "/nowhere", "--pairs", "0"], "pairs is 0"),
+        (["report", "/nowhere", "--haystacks", "0"], "haystacks is 0"),
     ],
 )
 def test_bad_commands_are_answered_in_one_line(arguments, message, capsys, monkeypatch, tmp_path):
@@ -418,18 +422,17 @@ def shipped(request):
 
 def fresh(task: str, model, **settings) -> list:
     """20 examples that nothing else uses: another length, every depth."""
-    ratio = measure.image_ratio(model)
+    source = Needles(measure.image_ratio(model))
     return [
-        needles.make(
+        source.make(
             task,
             700,
-            needles.DEPTHS[pair % len(needles.DEPTHS)],
-            pair=pair,
+            DEPTHS[number % len(DEPTHS)],
+            haystack=number,
             split="test",
-            image_ratio=ratio,
-            **{name: values[pair] for name, values in settings.items()},
+            **{name: values[number] for name, values in settings.items()},
         )
-        for pair in range(20)
+        for number in range(20)
     ]
 
 
@@ -451,7 +454,7 @@ def test_shipped_model_answers_fresh_examples(shipped):
 
 def test_answers_of_shipped_model_follow_the_needle(shipped):
     _, model, processor = shipped
-    for task in set(measure.tasks(model)) - {needles.CONTROL}:
+    for task in set(measure.tasks(model)) - {CONTROL}:
         others = [
             next(c for c in e.choices[3 * i % len(e.choices) :] + e.choices if c != e.answer)
             for i, e in enumerate(fresh(task, model))
@@ -463,7 +466,7 @@ def test_answers_of_shipped_model_follow_the_needle(shipped):
 
 def test_shipped_model_cannot_answer_without_the_needle(shipped):
     _, model, processor = shipped
-    for task in set(measure.tasks(model)) - {needles.CONTROL}:
+    for task in set(measure.tasks(model)) - {CONTROL}:
         examples = fresh(task, model, needle=[False] * 20)
         right = count_right(model, processor, examples)
         if task == "identical_image":
@@ -483,7 +486,7 @@ SHORT = {
 def test_accuracy_on_record_is_what_was_promised(shipped):
     folder, *_ = shipped
     table = pd.read_csv(folder / "accuracy.csv")
-    assert set(table.length) == set(needles.LENGTHS)
+    assert set(table.length) == set(LENGTHS)
     found = card.shortfalls(table)
     assert [entry.rsplit(" (", 1)[0] for entry in found] == SHORT[folder.name]
 
@@ -508,7 +511,7 @@ def test_shortfalls_are_found():
 def test_shipped_vision_model_generates_with_the_stock_class(folder):
     model = AutoModelForImageTextToText.from_pretrained(folder)
     processor = load_processor(folder)
-    example = needles.make("rendered_text", 128, 0.4, split="test")
+    example = GENERATED.make("rendered_text", 128, 0.4, split="test")
     encoded = measure.inputs(processor, example)
     new = model.generate(**encoded, max_new_tokens=4, do_sample=False)
     answer = new[0, encoded["input_ids"].shape[1] :]
