@@ -1,7 +1,7 @@
 """The four needle tasks of paper A in miniature, a control without evidence, and small documents.
 
 A haystack interleaves text units (six sentences, some of them records such as "B7 K .", most of
-them prose such as "rain falls .") with pages (four lines, each a record: a code or an icon, a
+them prose such as "rain falls .") with pages (two lines, each a record: a code or an icon, a
 value, a full stop and a blank). One sentence or line is the needle: its key occurs nowhere else.
 Paper A (arXiv 2605.27243) scores heads on MM-NIAH at five lengths and six depths, with 20 haystacks
 per condition.
