@@ -242,7 +242,7 @@ def _answered(
                         "prediction": prediction,
                         "score": _score(metric, prediction, example),
                     }
-                    table.append({**which, **labels(example, fingerprint), **outcome})
+                    table.append({**which, **example.labels(fingerprint), **outcome})
     if not table:
         raise ValueError("there is no example to answer")
     return pd.DataFrame(table)
@@ -273,17 +273,7 @@ def _how(row: _Row, settings: tuple[object, ...]) -> dict[str, object]:
     """What the store keeps beside an answer, so that it can be computed again."""
     example = row.prompt.example
     how = {"answer": example.answer, "heads": json.dumps(sorted(row.heads))}
-    return {**labels(example), **how, "settings": json.dumps(settings)}
-
-
-def labels(example: Example, fingerprint: str = "") -> dict[str, object]:
-    """Task, length, depth and haystack of an example, as tables and the store name them."""
-    return {
-        "task": example.task,
-        "length": example.length,
-        "depth": example.depth,
-        "haystack": json.dumps(example.haystack) if example.haystack else fingerprint,
-    }
+    return {**example.labels(), **how, "settings": json.dumps(settings)}
 
 
 def _score(metric: Metric, prediction: str, example: Example) -> float:

@@ -115,7 +115,7 @@ def _measured(
         for example in tqdm(examples, desc=quantity, disable=not progress, leave=False):
             key = hash_json([example.fingerprint(), example.answer, quantity])
             if key not in results:
-                how = {"quantity": quantity, **answers.labels(example)}
+                how = {"quantity": quantity, "answer": example.answer, **example.labels()}
                 results.add(key, {**how, "nats": measure(example)})
             keys.append(key)
         if not keys:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -144,6 +145,15 @@ class Example:
             "evidence": None if self.evidence is None else regions,
         }
         return hash_json(content)
+
+    def labels(self, fingerprint: str = "") -> dict[str, object]:
+        """Task, length, depth and haystack, as tables and the results store name them.
+
+        Without a haystack, the fingerprint takes its place.
+        """
+        haystack = json.dumps(self.haystack) if self.haystack else fingerprint
+        where = {"length": self.length, "depth": self.depth, "haystack": haystack}
+        return {"task": self.task, **where}
 
     def picture(self, width: int = 640) -> Image.Image:
         """The example as a page to look at: the evidence in colour, the question below a line.

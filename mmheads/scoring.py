@@ -7,7 +7,6 @@ null question; paper B (arXiv 2606.05843) for Retrieval Attention Mass (RAM).
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import product
@@ -238,15 +237,7 @@ def score_into(
             tqdm(examples, desc="scoring", disable=not progress, leave=False)
         ):
             key = example.fingerprint()
-            rows.append(
-                {
-                    "task": example.task,
-                    "length": example.length,
-                    "depth": example.depth,
-                    "haystack": json.dumps(example.haystack) if example.haystack else key,
-                    "key": key,
-                }
-            )
+            rows.append({**example.labels(key), "key": key})
             if key in results or key in waiting:
                 continue
             with _named(index):
@@ -304,7 +295,7 @@ def _score_batch(
             "question_tokens": len(prompt.question),
             "evidence_tokens": float(sum(span.weights.sum() for span in prompt.evidence)),
         }
-        results.add(key, {**counts, **values})
+        results.add(key, {**prompt.example.labels(key), **counts, **values})
 
 
 def _check_finite(row: Mapping[str, Any]) -> None:

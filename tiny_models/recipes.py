@@ -41,6 +41,8 @@ class Stage:
         restart: Begin as from a checkpoint: weights rounded to 16 bits, a new optimizer.
         norm_rate: Factor on the learning rate of the norms of queries and keys, which bound how
             sharply a head can attend: among many keys a head must be sharper.
+        vision_rate: Factor on the learning rate of the vision tower where everything is trained:
+            at the full rate it forgets within 50 steps which code a cell shows.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Stage:
     icons_like_codes: bool = False
     restart: bool = False
     norm_rate: float = 1.0
+    vision_rate: float = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,11 +297,12 @@ _VISION_STAGES = (
     ),
     Stage(
         name="everything in contexts of any length",
-        sources=_mixed((4, 6, 9, 14, 22), 2400, share=0.3, show="pixels", asks=20)
-        + _mixed((36, 57, 90, 114), 2400, share=0.5, show="pixels", asks=24)
-        + _mixed((9, 36, 114), 2400, mix=_TEXT_TOO, share=0.2, asks=24),
-        steps=300,
-        rate=1e-3,
+        sources=_mixed((4, 6, 9, 14, 22), 2400, share=0.25, show="pixels", asks=24)
+        + _mixed((28, 36, 45, 57), 2400, mix=_TEXT_TOO, share=0.25, show="pixels", asks=40)
+        + _mixed((72, 90, 114), 2400, mix=_TEXT_TOO, share=0.25, show="pixels", asks=40)
+        + _mixed((9, 22, 36, 57, 90, 114), 2400, mix=_TEXT_TOO, share=0.25, asks=40),
+        steps=900,
+        rate=1.2e-3,
         decay=True,
         restart=True,
         norm_rate=3.0,

@@ -188,9 +188,8 @@ def _begin(state: State, stage: Stage, seed: int) -> None:
 
 def _step(state: State, stage: Stage, samples: Batch) -> tuple[float, int]:
     """Take one step of the optimizer; the loss, and the length of the samples in tokens."""
-    rest, norms = state.optimizer.param_groups
-    rest["lr"] = _rate(stage, state.step)
-    norms["lr"] = rest["lr"] * stage.norm_rate
+    for group in state.optimizer.param_groups:
+        group["lr"] = _rate(stage, state.step) * group["factor"]
     loss, right = loss_and_accuracy(state.model, samples, align=stage.trains == "vision")
     loss.backward()
     trained = [p for group in state.optimizer.param_groups for p in group["params"]]
@@ -218,18 +217,20 @@ def _reached(stage: Stage, state: State) -> bool:
 
 
 def _optimizer(model: TinyModel, stage: Stage) -> torch.optim.Optimizer:
-    """Two groups: the norms of queries and keys come after all other weights that are trained."""
-    vision = "visual."
-    named = [
-        (name, weight)
-        for name, weight in model.named_parameters()
-        if stage.trains == "all" or (vision in name) == (stage.trains == "vision")
-    ]
-    norms = [p for name, p in named if name.endswith(("q_norm.weight", "k_norm.weight"))]
-    rest = [p for name, p in named if not name.endswith(("q_norm.weight", "k_norm.weight"))]
-    return torch.optim.AdamW(
-        [{"params": rest}, {"params": norms}], lr=0.0, betas=(0.9, 0.98), weight_decay=0.01
-    )
+    """Weights that are trained, in groups with a factor on the learning rate.
+
+    The norms of queries and keys come after the others, and the vision tower last.
+    """
+    norms, vision = ("q_norm.weight", "k_norm.weight"), "visual."
+    rest: dict[str, Any] = {"params": [], "factor": 1.0}
+    sharp: dict[str, Any] = {"params": [], "factor": stage.norm_rate}
+    sees: dict[str, Any] = {"params": [], "factor": stage.vision_rate}
+    for name, weight in model.named_parameters():
+        if vision in name and stage.trains != "language":
+            (rest if stage.trains == "vision" else sees)["params"].append(weight)
+        elif vision not in name and stage.trains != "vision":
+            (sharp if name.endswith(norms) else rest)["params"].append(weight)
+    return torch.optim.AdamW([rest, sharp, sees], lr=0.0, betas=(0.9, 0.98), weight_decay=0.01)
 
 
 def _start(recipe: Recipe) -> State:

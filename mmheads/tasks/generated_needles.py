@@ -1,7 +1,7 @@
 """The four needle tasks of paper A in miniature, a control without evidence, and small documents.
 
 A haystack interleaves text units (six sentences, some of them records such as "B7 K .", most of
-them prose such as "rain falls .") with pages (four lines, each a record: a code or an icon, a
+them prose such as "rain falls .") with pages (two lines, each a record: a code or an icon, a
 value, a full stop and a blank). One sentence or line is the needle: its key occurs nowhere else.
 Paper A (arXiv 2605.27243) scores heads on MM-NIAH at five lengths and six depths, with 20 haystacks
 per condition.
@@ -26,7 +26,6 @@ from mmheads.tasks.line_pages import (
     CODES,
     ICONS,
     LINES,
-    SENTENCES,
     UNIT_TOKENS,
     VALUES,
     Pixels,
@@ -135,7 +134,7 @@ class GeneratedNeedles(Grid):
             sheet if on_page else text
             for on_page, sheet, text in zip(is_page, sheets, texts, strict=True)
         ]
-        slot = int(rng.integers(SENTENCES if task == "text" else LINES))
+        slot = int(rng.integers(len(units[position].records)))
         needle = needle and task != CONTROL and (task, asked.answer) != ("identical_image", "no")
         if needle:
             units[position] = units[position].replace(slot, asked.record)

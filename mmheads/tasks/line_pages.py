@@ -1,8 +1,10 @@
 """Pages that read like text, and haystacks of them and of text.
 
-A page has 64 x 64 px in cells of 16 px and four lines: a key, a value, a full stop and a blank. A
-cell is one visual token of the tiny models, so that a line has the same tokens as a sentence such
-as "B7 K .", and a blank. The key is a code such as B7 or a coloured icon; the value is a letter.
+A page has 64 x 64 px in cells of 16 px and two lines, double-spaced: a key, a value, a full stop
+and a blank. A cell is one visual token of the tiny models, so that a line has the same tokens as a
+sentence such as "B7 K .", and a blank. The key is a code such as B7 or a coloured icon; the value
+is a letter. With single spacing, the tiny models do not learn which row a key is in: heads of 32
+channels turn by only 0.4 radians from one row to the next.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ Pixels = npt.NDArray[np.uint8]
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom edge in pixels; the right and bottom edges are exclusive."""
 
-CELL, SPRITE, LINES, COLUMNS = 16, 14, 4, 4
+CELL, SPRITE, LINES, COLUMNS, SPACING = 16, 14, 2, 4, 3
 PAGE = CELL * COLUMNS
 """Width and height of a page in pixels."""
 CODES = tuple(letter + digit for letter, digit in product("ABCDEFGH", "12345678"))
@@ -74,7 +76,9 @@ class Record:
 
 def cells(records: Sequence[Record]) -> tuple[str, ...]:
     """Names of what the cells of a page show, line by line from left to right."""
-    return tuple(name for r in records for name in (r.key, r.value, STOP, BLANK))
+    lines = [(r.key, r.value, STOP, BLANK) for r in records]
+    between = (BLANK,) * COLUMNS * (SPACING - 1)
+    return tuple(name for line in lines[:-1] for name in (*line, *between)) + lines[-1]
 
 
 def draw(names: Sequence[str], columns: int, rng: np.random.Generator) -> Pixels:
@@ -98,7 +102,7 @@ def draw(names: Sequence[str], columns: int, rng: np.random.Generator) -> Pixels
 
 
 def page(records: Sequence[Record], rng: np.random.Generator) -> Pixels:
-    """Draw a page of four records, one per line, as pixels of shape [64, 64, 3]."""
+    """Draw a page of two records, one per line, as pixels of shape [64, 64, 3]."""
     if len(records) != LINES:
         raise ValueError(f"there are {len(records)} records; expected {LINES}, one per line")
     return draw(cells(records), COLUMNS, rng)
@@ -111,12 +115,13 @@ def option(icon: str, rng: np.random.Generator) -> Pixels:
 
 def line_box(line: int) -> Box:
     """Box of a line of a page: the region of the record on it."""
-    return (0, line * CELL, PAGE, (line + 1) * CELL)
+    top = line * SPACING * CELL
+    return (0, top, PAGE, top + CELL)
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A part of a haystack: six sentences of text, or a page of four lines."""
+    """A part of a haystack: six sentences of text, or a page of two lines."""
 
     is_page: bool
     records: tuple[Record, ...]

@@ -91,16 +91,14 @@ def test_every_line_of_a_page_reads_like_a_sentence():
     records = [
         line_pages.Record("B7", "K"),
         line_pages.Record("red-disc", "Q"),
-        line_pages.Record("H1", "J"),
-        line_pages.Record("brown-frame", "Z"),
     ]
     page = Image.fromarray(line_pages.page(records, rng))
     assert page.size == (64, 64)
     for line, record in enumerate(records):
         shown = cells(page.crop(line_pages.line_box(line)))
         assert shown == [record.key, record.value, ".", "blank"]
-    with pytest.raises(ValueError, match="3 records; expected 4"):
-        line_pages.page(records[:3], rng)
+    with pytest.raises(ValueError, match="1 records; expected 2"):
+        line_pages.page(records[:1], rng)
 
 
 def test_icons_differ_in_gray_or_in_shape_and_all_differ_in_colour():
@@ -277,7 +275,7 @@ def test_document_has_the_needle_once_and_pages_and_lines_to_rank(question, dist
         assert evidence(example)[:2] == [key, example.answer]
         assert words(example).count(key) == 1
         assert len(example.candidates["page"]) == 5
-        assert len(example.candidates["layout"]) == 20
+        assert len(example.candidates["layout"]) == 10
         assert example.evidence[0] in example.candidates["layout"]
 
 
@@ -291,7 +289,7 @@ def test_similar_keys_share_a_letter_or_a_digit_a_colour_or_a_shape():
 def test_similar_documents_hold_only_similar_keys(question):
     example = document(6, question=question, distractors="similar")
     key = asked(example)[1]
-    keys = set(words(example)[::4])
+    keys = set(words(example)[::4]) - {line_pages.BLANK}
     assert keys - {key} <= set(similar_keys(key))
 
 

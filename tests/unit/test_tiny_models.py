@@ -398,13 +398,17 @@ def test_a_folder_that_this_code_did_not_train_is_left_alone(tmp_path):
         card.report(tmp_path)
 
 
-def test_a_checkpoint_says_which_stages_are_left():
-    names = [stage.name for stage in RECIPES["tiny-qwen3-m"].stages]
-    facts = train.training_facts(train.CHECKPOINTS / "tiny-qwen3-m")
-    assert facts["stages"] + facts["left"] == names
-    state = train._from_checkpoint("tiny-qwen3-m", train.CHECKPOINTS / "tiny-qwen3-m")
-    assert state.stage == len(facts["stages"])
-    assert state.model.config.num_hidden_layers == 8
+@pytest.mark.parametrize("name", [path.name for path in sorted(train.CHECKPOINTS.iterdir())])
+def test_a_checkpoint_says_which_stages_are_left(name):
+    stages = [stage.name for stage in RECIPES[name].stages]
+    facts = train.training_facts(train.CHECKPOINTS / name)
+    assert facts["stages"] + facts["left"] == stages
+    if not facts["left"]:
+        with pytest.raises(ValueError, match="before a stage that restarts"):
+            train._from_checkpoint(name, train.CHECKPOINTS / name)
+    else:
+        state = train._from_checkpoint(name, train.CHECKPOINTS / name)
+        assert state.stage == len(facts["stages"])
 
 
 def test_shortfalls_name_what_misses_its_aim():
