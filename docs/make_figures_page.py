@@ -368,7 +368,8 @@ def missing_sections() -> Iterator[str]:
     yield ""
     yield (
         "These are made by the same notebooks when the parameter `data` names a folder of "
-        "[published data sets](paper_scale.md). They were never made on the papers' models."
+        "[published data sets](paper_scale.md), or `benchmark_tasks` names tasks of "
+        "[lmms-eval](paper_scale.md#benchmarks). They were never made on the papers' models."
     )
     yield from ("", "| figure | shows | notebook |", "|---|---|---|")
     for name in absent:

@@ -7,8 +7,6 @@ Any of them may be missing:
     MMDocIR/                  MMDocIR_annotations.jsonl and tables, or pdfs/
     RefCOCOg/                 val*.parquet
     VidSTG/                   annotations/, vidor/, frames/
-    MLVU/                     json/, frames/
-    MMMU/ MMMU_Pro/ MathVision/ MathVista/
 """
 
 from __future__ import annotations
@@ -20,10 +18,9 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from mmheads.checks import expect_one_of
 from mmheads.examples import Example
 from mmheads.metrics import Metric, same
-from mmheads.tasks import mm_niah, mmdocir, mmlongbench_docs, reasoning, videos
+from mmheads.tasks import mm_niah, mmdocir, mmlongbench_docs, videos
 from mmheads.tasks.grids import Grid
 from mmheads.tasks.needles import GENERATED
 from mmheads.tasks.probes import refcocog, vidstg
@@ -34,11 +31,6 @@ FOLDERS = {
     "mmdocir": "MMDocIR",
     "refcocog": "RefCOCOg",
     "vidstg": "VidSTG",
-    "mlvu": "MLVU",
-    "mmmu": "MMMU",
-    "mmmu_pro": "MMMU_Pro",
-    "mathvision": "MathVision",
-    "mathvista": "MathVista",
 }
 
 
@@ -182,36 +174,6 @@ def document_questions(
         for subset, nominal in questions.opened
         if nominal == length
     }
-
-
-def benchmarks(
-    data: str | Path, *, mode: str = "direct", limit: int | None = None, video: bool = True
-) -> dict[str, tuple[list[Example], Metric]]:
-    """Return the questions, by name, of the reasoning sets (paper A, Fig. 9) and MLVU that exist.
-
-    Args:
-        data: The folder of all data sets.
-        mode: "direct" or "cot" (chain of thought); MLVU is only asked directly.
-        limit: Largest number of questions per set; None for all.
-        video: As in `probes`.
-
-    Returns:
-        For each set its examples and the function that scores an answer.
-
-    Raises:
-        ValueError: As for the loaders.
-    """
-    expect_one_of("mode", mode, reasoning.MODES)
-    sets: dict[str, tuple[list[Example], Metric]] = {}
-    for name, benchmark in reasoning.BENCHMARKS.items():
-        if place := folder(data, name):
-            examples = reasoning.read_benchmark(name, place, mode=mode, limit=limit)
-            sets[name] = examples, benchmark.metric
-    if mode == "direct" and (place := folder(data, "mlvu")):
-        clips = videos.mlvu(place / "json", place / "frames", limit=limit)
-        examples = [each if video else each.without_video() for each in clips]
-        sets["mlvu"] = examples, videos.choice_answer
-    return sets
 
 
 def prompts(source: Grid, task: str, length: int, count: int, *, split: str = "test") -> Examples:

@@ -1,108 +1,22 @@
-"""Questions about long videos: MLVU (arXiv 2406.04264). And the frames of videos, for any task.
-
-MLVU has one JSON file per task (`json/1_plotQA.json` to `7_topic_reasoning.json`; 8 and 9 are not
-multiple choice) and videos (`video/1_plotQA/...`). A record has the columns `video`, `duration` (in
-seconds), `question`, `candidates`, `answer` (one of the candidates) and `question_type`: as in the
-authors' repository (JUNJIE99/MLVU) and its files, not checked against the hub (MLVU/MVLU) here.
-The records do not say when a needle is shown, so no example has evidence: paper B (arXiv
-2606.05843) uses MLVU only for answers.
-"""
+"""The frames of videos, from files or from folders of images."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from PIL import Image
-from pydantic import Field, FiniteFloat
 from transformers.video_utils import load_video
 
 from mmheads.checks import expect
-from mmheads.examples import Example, Video
 from mmheads.images import open_image
-from mmheads.tasks.records import Columns, Record, Text, read_records
 
 FRAMES = 16
-"""Frames per video, as in MLVU's own evaluation."""
-LETTERS = "ABCDEF"
-"""Names of the answers. MLVU's questions have four of them, those of its test set six."""
-INSTRUCTION = (
-    "Carefully watch this video and pay attention to every detail. Based on your observations, "
-    "select the best option that accurately addresses the question.\nOnly give the best option."
-)
-"""MLVU's own words. There the first sentences are the system prompt, and the reply is begun with
-"Best Option: ("."""
-FOLDERS = {
-    "plotQA": "1_plotQA",
-    "findNeedle": "2_needle",
-    "ego": "3_ego",
-    "count": "4_count",
-    "order": "5_order",
-    "anomaly_reco": "6_anomaly_reco",
-    "topic_reasoning": "7_topic_reasoning",
-}
-"""Folder of the videos of each question type."""
+"""Frames per video."""
 _IMAGES = (".jpg", ".jpeg", ".png")
-
-
-class _Columns(Columns):
-    video: Text
-    duration: Annotated[FiniteFloat, Field(gt=0)]
-    question: Text
-    candidates: Annotated[list[Any], Field(min_length=2, max_length=len(LETTERS))]
-    answer: str | int
-    question_type: Text
-
-
-def mlvu(
-    source: str | Path,
-    frames: str | Path,
-    *,
-    count: int = FRAMES,
-    limit: int | None = None,
-) -> Iterator[Example]:
-    """Multiple-choice questions of MLVU, made as they are asked for.
-
-    The context is one video, the answer a letter, the evidence None. The task is the question
-    type.
-
-    Args:
-        source: Folder of the JSON files.
-        frames: Folder of the videos, or of folders of their frames, directly or in `FOLDERS`. The
-            frames may be thinned out; they must be spread evenly over the video.
-        count: Frames per video, spread evenly over it; all frames if it has fewer.
-        limit: Largest number of examples; None for all.
-
-    Raises:
-        ValueError: The count is not positive, a record is not as described, its answer is none of
-            its candidates, or a video cannot be read.
-    """
-    check_count(count)
-    records = read_records(source, _Columns, files="[1-7]_*.json")
-    return islice((_question(record, Path(frames), count) for record in records), limit)
-
-
-def choice_answer(answer: str, gold: str) -> float:
-    """Return 1 if the first letter in the answer is the gold letter, else 0.
-
-    A letter is a capital of `LETTERS` that is not part of a word; a letter before ")" takes
-    precedence, so that "A dog: (B)" means B. A lower-case letter counts only if it is the whole
-    answer.
-
-    Raises:
-        ValueError: The gold answer is not a letter.
-    """
-    if gold not in tuple(LETTERS):
-        raise ValueError(f"the gold answer is {gold!r}; expected one letter of {LETTERS}")
-    text = answer.strip()
-    text = text.upper() if len(text) == 1 else text
-    letter = rf"(?<!\w)([{LETTERS}])"
-    match = re.search(rf"{letter}\)", text) or re.search(rf"{letter}(?![\w'])", text)
-    return float(match is not None and match[1] == gold)
 
 
 def spread(first: int, last: int, count: int) -> list[int]:
@@ -184,29 +98,6 @@ def clip(frames: Path, *names: str, first: int = 0) -> Clip:
 def check_count(count: int) -> None:
     """Raise a ValueError unless it is a number of frames."""
     expect(count >= 1, "count", count, "1 frame or more")
-
-
-def _question(record: Record[_Columns], frames: Path, count: int) -> Example:
-    values = record.values
-    options = [str(option) for option in values.candidates]
-    if options.count(str(values.answer)) != 1:
-        raise record.error(f"the answer {values.answer!r} is not one of {options}")
-    folders = (FOLDERS.get(values.question_type, "."), ".")
-    try:
-        video = clip(frames, *(f"{folder}/{values.video}" for folder in folders))
-        numbers = [video.numbers[i] for i in spread(0, len(video.numbers), count)]
-        pictures = video.read(numbers)
-    except ValueError as error:
-        raise record.error(str(error)) from error
-    listed = [f"({letter}) {option}" for letter, option in zip(LETTERS, options, strict=False)]
-    return Example(
-        context=(Video(frames=pictures, fps=len(pictures) / values.duration),),
-        question=("\n".join([f"Question: {values.question}", "Options:", *listed]),),
-        answer=LETTERS[options.index(str(values.answer))],
-        choices=tuple(LETTERS[: len(options)]),
-        instruction=INSTRUCTION,
-        task=f"mlvu-{values.question_type}",
-    )
 
 
 def _frame_count(path: Path) -> int:

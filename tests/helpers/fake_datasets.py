@@ -21,7 +21,7 @@ import pandas as pd
 import random_models
 from PIL import Image, ImageDraw
 
-from mmheads.tasks import mmdocir, reasoning
+from mmheads.tasks import mmdocir
 from mmheads.tasks.grids import DEPTHS
 from mmheads.tasks.mm_niah import DATA, IMAGES, LENGTHS
 
@@ -37,7 +37,6 @@ WORDS = (
     *("rain", "wind", "light", "paper", "market", "garden", "bridge", "window", "stone", "letter"),
     *("falls", "moves", "turns", "holds", "opens", "slow", "bright", "early", "near", "often"),
 )
-_BLANKS = {f"image_{number}": None for number in range(1, 8)}
 
 
 def write_data(
@@ -57,10 +56,6 @@ def write_data(
     _mmdocir(folder / "MMDocIR", rng)
     _refcocog(folder / "RefCOCOg", rng)
     _vidstg(folder / "VidSTG", rng)
-    _mlvu(folder / "MLVU", rng)
-    _mmmu(folder / "MMMU", folder / "MMMU_Pro", rng)
-    _mathvision(folder / "MathVision", rng)
-    _mathvista(folder / "MathVista", rng)
     return folder
 
 
@@ -179,7 +174,7 @@ def _page_name(subset: str, number: int) -> str:
     return f"mmlongbench-doc/{DOCUMENT}/{DOCUMENT}_page{number}.jpg"
 
 
-# --- MMDocIR, RefCOCOg, VidSTG, MLVU
+# --- MMDocIR, RefCOCOg, VidSTG
 
 
 def _mmdocir(folder: Path, rng: np.random.Generator) -> None:
@@ -274,83 +269,6 @@ def _vidstg(folder: Path, rng: np.random.Generator) -> None:
         _write_json(path, tracks | {"trajectories": boxes})
         _save_frames(rng, folder / "frames" / "1025" / video)
     _write_json(folder / "annotations" / "test_annotations.json", annotations)
-
-
-def _mlvu(folder: Path, rng: np.random.Generator) -> None:
-    kinds = {"findNeedle": "2_needle", "count": "4_count"}
-    for number, (kind, name) in enumerate(kinds.items()):
-        record = {
-            "video": f"{name}_{number}.mp4",
-            "duration": 20.0,
-            "question": "How many lamps are there?",
-            "candidates": ["1", "2", "3", "4"],
-            "answer": str(number + 2),
-            "question_type": kind,
-        }
-        _write_json(folder / "json" / f"{name}.json", [record])
-        _save_frames(rng, folder / "frames" / name / f"{name}_{number}")
-
-
-# --- reasoning
-
-
-def _mmmu(folder: Path, pro: Path, rng: np.random.Generator) -> None:
-    """A question a subject: of multiple choice, with two images, open; and three of MMMU-Pro."""
-    texts = ("<image 1> Which is it?", "See <image 1> and <image 2>. Which?", "How many? <image 1>")
-    rows = []
-    for number, subject in enumerate(reasoning.SUBJECTS):
-        is_open = number % 3 == 2
-        row = {"id": f"validation_{subject}_1", "question": texts[number % 3]}
-        row |= {"options": "[]" if is_open else str(list(THINGS[:4]))}
-        row |= {"answer": "3" if is_open else "B"}
-        row |= {"question_type": "open" if is_open else "multiple-choice"} | _BLANKS
-        for place in (1, 2) if number % 3 == 1 else (1,):
-            row[f"image_{place}"] = _image(_picture(rng, FRAME))
-        rows.append(row)
-        _write_table(folder / subject / "validation-00000-of-00001.parquet", [row])
-    ten = {"options": str([str(number) for number in range(10)]), "answer": "J"}
-    chosen = [row | ten | {"id": f"test_Art_{at}"} for at, row in enumerate(rows[:3])]
-    for row in chosen:
-        del row["question_type"]
-    _write_table(pro / "standard (10 options)" / "test-00000-of-00002.parquet", chosen)
-    seen = ({"id": row["id"], "image": row["image_1"]} | ten for row in chosen)
-    _write_table(pro / "vision" / "test-00000-of-00004.parquet", seen)
-
-
-def _mathvision(folder: Path, rng: np.random.Generator) -> None:
-    """An open question with its image inside, and one of multiple choice."""
-    texts = ("How heavy is it?\n<image1>\nA square weighs 10 grams.", "<image1> Where is the ant?")
-    rows = [
-        {
-            "id": str(row + 1),
-            "question": text,
-            "options": list("ABCDE") if row else [],
-            "answer": "C" if row else "140",
-            "image": f"images/{row + 1}.jpg",
-            "decoded_image": _image(_picture(rng, FRAME)),
-            "level": 1,
-            "subject": "arithmetic",
-        }
-        for row, text in enumerate(texts)
-    ]
-    _write_table(folder / "data" / "test-00000-of-00001.parquet", rows)
-
-
-def _mathvista(folder: Path, rng: np.random.Generator) -> None:
-    """A question of multiple choice, one with an integer, and one with a decimal number."""
-    answers = (
-        {"question_type": "multi_choice", "answer_type": "text", "answer": "102"},
-        {"question_type": "free_form", "answer_type": "integer", "answer": "8"},
-        {"question_type": "free_form", "answer_type": "float", "answer": "0.6", "precision": 1.0},
-    )
-    rows = [
-        {"pid": str(row + 1), "question": "How long is the side of the square?", "unit": None}
-        | {"choices": None if row else ["97", "102"], "precision": None}
-        | {"image": f"images/{row + 1}.jpg", "decoded_image": _image(_picture(rng, FRAME))}
-        | answer
-        for row, answer in enumerate(answers)
-    ]
-    _write_table(folder / "data" / "testmini-00000-of-00001.parquet", rows)
 
 
 # --- texts, pictures, files

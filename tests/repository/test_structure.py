@@ -11,7 +11,7 @@ PACKAGE = paths.ROOT / "mmheads"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MOST_LINES_OF_A_FILE = 450
 MOST_LINES_OF_A_CLASS = 250
-MOST_LINES_OF_CODE = 13_642
+MOST_LINES_OF_CODE = 13_208
 """The package only shrinks from here: lower this number with every change that makes it thinner."""
 
 
@@ -67,7 +67,7 @@ LAYERS = (
     {"examples", "scores", "score_files", "models", "published", "controls", "store", "plots"},
     {"families", "attention", "rendering", "processing", "locating", "prompts", "paper_b"},
     {"decoder", "prefix", "streaming", "together"},
-    {"scoring", "kept_scores", "answers", "effects", "causal", "retrieval", "tasks"},
+    {"scoring", "kept_scores", "answers", "effects", "causal", "retrieval", "tasks", "evaluation"},
     {"detection"},
     {"example_files", "explorer", "zoo"},
     {"commands"},

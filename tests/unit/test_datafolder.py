@@ -17,18 +17,16 @@ from mmheads import metrics, prompts
 from mmheads.examples import Region
 from mmheads.models import load
 from mmheads.scoring import score_heads
-from mmheads.tasks import data_root, mm_niah, mmdocir, mmlongbench_docs, reasoning
+from mmheads.tasks import data_root, mm_niah, mmdocir, mmlongbench_docs
 from mmheads.tasks.grids import DEPTHS, SPLITS, TASKS
 from mmheads.tasks.needles import Needles
 
 FAMILIES = ("qwen3_vl", "qwen2_5_vl", "gemma3", "internvl", "llava_onevision")
 PROBES = {"refcocog": 5, "vidstg": 2, "mmdocir": 4, "mmlongdoc": 3, "slidevqa": 3}
-BENCHMARKS = {"mmmu": 30, "mmmu_pro": 3, "mathvision": 2, "mathvista": 3}
 READERS = {
     "haystacks": data_root.haystacks,
     "probes": data_root.probes,
     "documents": lambda data: data_root.document_questions(data, 8192),
-    "benchmarks": data_root.benchmarks,
 }
 
 
@@ -166,27 +164,6 @@ def test_length_without_document_questions_has_none(data):
     assert data_root.document_questions(data, 16384) == {}
 
 
-@pytest.mark.parametrize("mode", reasoning.MODES)
-def test_every_benchmark_is_read_with_its_metric(data, mode):
-    found = data_root.benchmarks(data, mode=mode)
-    expected = BENCHMARKS | ({"mlvu": 2} if mode == "direct" else {})
-    assert {name: len(asked) for name, (asked, _) in found.items()} == expected
-    for asked, metric in found.values():
-        for example in asked:
-            assert ("step by step" in example.instruction) == (mode == "cot")
-            assert example.images() or example.videos()
-            right = example.answer[0] if example.choices else example.answer
-            assert metric(right, example.answer) == 1
-            assert metric("", example.answer) == 0
-    subjects = {example.haystack[1] for example in found["mmmu"][0]}
-    assert len(subjects) == len(reasoning.SUBJECTS)
-
-
-def test_benchmarks_are_limited(data):
-    found = data_root.benchmarks(data, limit=1)
-    assert {len(asked) for asked, _ in found.values()} == {1}
-
-
 @pytest.mark.parametrize("missing", sorted({*data_root.FOLDERS.values()}))
 def test_data_set_that_is_not_there_is_left_out(data, tmp_path, missing):
     for path in data.iterdir():
@@ -195,7 +172,6 @@ def test_data_set_that_is_not_there_is_left_out(data, tmp_path, missing):
     gone = {name for name, folder in data_root.FOLDERS.items() if folder == missing}
     gone |= set(mmlongbench_docs.SUBSETS) if missing == "MMLongBench" else set()
     assert set(data_root.probes(tmp_path, limit=1)) == set(PROBES) - gone
-    assert set(data_root.benchmarks(tmp_path, limit=1)) == {*BENCHMARKS, "mlvu"} - gone
     asked = data_root.document_questions(tmp_path, 8192, limit=1)
     assert set(asked) == set(mmlongbench_docs.SUBSETS) - gone
 
@@ -207,7 +183,7 @@ def test_no_published_needles_are_an_error(some):
 
 @pytest.mark.parametrize("reader", READERS)
 def test_data_that_is_no_folder_is_one_error(data, reader):
-    for wrong in (data / "nothing", data / "MLVU" / "json" / "4_count.json"):
+    for wrong in (data / "nothing", data / "VidSTG" / "annotations" / "test_annotations.json"):
         with pytest.raises(ValueError, match=rf"data is '{wrong}'.*not a folder; expected one"):
             READERS[reader](wrong)
 
@@ -260,11 +236,6 @@ def test_documents_of_which_none_can_be_read_are_an_error(some):
         listed(data_root.probes(folder))
 
 
-def test_unknown_mode_is_refused_whatever_is_there(some):
-    with pytest.raises(ValueError, match="mode is 'tree'; expected one of"):
-        data_root.benchmarks(some("MLVU"), mode="tree")
-
-
 @pytest.fixture(scope="module", params=FAMILIES)
 def vlm(request):
     return example_prompts.vlm(request.param)
@@ -312,8 +283,6 @@ def test_every_family_takes_the_frames_of_videos_as_images(vlm, data):
     prompt = prompts.encode(vlm, images)
     for region, span in zip(images.evidence, prompt.evidence, strict=True):
         assert set(span.tokens) < set(prompt.parts[region.part].tokens)
-    asked, _ = data_root.benchmarks(data, limit=1, video=False)["mlvu"]
-    assert len(prompts.encode(vlm, asked[0]).parts) == 4
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
