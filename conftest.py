@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mmheads import paths, published
+from mmheads import paths, published, store
 from mmheads.scores import HeadScores
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -25,6 +25,14 @@ def released() -> dict[tuple[str, str, int], HeadScores]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", published.ImpossibleScoreWarning)
         return published.load_all(folder=RELEASED)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_shipped(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unit tests neither read nor write the results that the repository ships."""
+    if paths.ROOT / "tests" / "unit" in request.path.parents:
+        folder = request.getfixturevalue("tmp_path")
+        monkeypatch.setattr(store, "SHIPPED", folder / "no-shipped-results")
 
 
 @pytest.fixture(scope="session")
