@@ -11,6 +11,8 @@ import pytest
 from mmheads import paths, published, store
 from mmheads.scores import HeadScores
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported, which is later
+
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 RELEASED = published.complete_folder()
 """The folder with all the released scores, if there is one: tests never download."""
