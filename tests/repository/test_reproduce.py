@@ -72,6 +72,17 @@ def test_all_numbered_notebooks_run_with_their_defaults(run, notebooks, tmp_path
     del progress  # written by the workers, past this capture
 
 
+def test_fresh_is_set_in_the_notebooks_that_have_it(notebooks, tmp_path):
+    cells = [new_code_cell("fresh = False  # a switch", metadata={"tags": ["parameters"]})]
+    write(notebooks / "03_third.ipynb", cells)
+    selected = reproduce.select(notebooks, [])
+    chosen = {path: {} for path in selected}
+    for fresh in (True, False):
+        jobs = reproduce.jobs_of(selected, chosen, [], tmp_path, fresh=fresh)
+        has = {job.notebook.stem: job.parameters.get("fresh", False) for job in jobs}
+        assert has == {"01_first": False, "02_second": False, "03_third": fresh}
+
+
 def test_only_some_notebooks_by_number_or_name(run, notebooks):
     assert run("--only", "02", "--jobs", "2") == 0
     assert (log(notebooks, "01_first"), log(notebooks, "02_second")) == ("", DEFAULTS)
