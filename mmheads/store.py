@@ -240,7 +240,7 @@ def open(
         OSError: The folder cannot be written.
 
     Warns:
-        UserWarning: Shipped results of this model do not fit; the message says what differs.
+        UserWarning: No shipped results of this model fit; the message says what differs.
     """
     if folder is None:
         return Results(kind, provenance, about or {}, None, [])
@@ -249,15 +249,17 @@ def open(
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=place):  # a folder that cannot be written is an error now
         pass
-    shipped = []
+    shipped, unfit = [], []
     for path, made, number in [] if fresh else _shipped(kind, provenance.model):
         different = made.differences(provenance, ignore=("code", "versions"))
         if number != version:
             different = f"version {number!r}, now {version!r}"
         if different:
-            warnings.warn(f"{path} is not used: {different}", stacklevel=3)
+            unfit.append(f"{path} is not used: {different}")
         else:
             shipped.append(path)
+    if unfit and not shipped:
+        warnings.warn("\n".join(unfit), stacklevel=3)
     return Results(kind, provenance, about or {}, place, shipped)
 
 
