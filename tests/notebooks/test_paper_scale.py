@@ -72,7 +72,8 @@ def smaller(name: str, folder: Path, data: Path, models: list[str], **more) -> P
     params["models"] = [f"{folder / 'models' / model}" for model in models]
     for notebook in reproduce.select(paths.NOTEBOOKS, []):
         known = reproduce.defaults(notebook)
-        places = {n: f"{folder / n}" for n in ("scores_folder", "answers_folder", "figures_folder")}
+        kinds = ("scores", "answers", "effects", "figures")
+        places = {f"{kind}_folder": f"{folder / kind}_folder" for kind in kinds}
         given = {**SMALL, **MADE_ONCE.get(notebook.stem, {}), **places, **more}
         section = params.setdefault(notebook.stem, {})
         section |= {key: value for key, value in given.items() if key in known}
