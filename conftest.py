@@ -30,11 +30,11 @@ def released() -> dict[tuple[str, str, int], HeadScores]:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_shipped(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests neither read nor write the results that the repository ships; one checks them."""
-    if request.path.name != "test_shipped.py":
-        folder = request.getfixturevalue("tmp_path")
-        monkeypatch.setattr(store, "SHIPPED", folder / "no-shipped-results")
+def _nothing_is_shipped(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tests neither read nor write the results that the repository ships."""
+    monkeypatch.setattr(store, "SHIPPED", tmp_path_factory.getbasetemp() / "no-shipped-results")
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from mmheads import answers, causal, paths, scoring, store
 from mmheads.provenance import Provenance, code_version, library_versions
-from mmheads.tables import read_about, read_table
+from mmheads.tables import read_table
 
 KINDS = {"scores": scoring, "answers": answers, "effects": causal}
 """The module that computes each kind of results."""
@@ -51,8 +51,8 @@ def describe() -> str:
         "|---|---|---:|---:|---|---|",
     ]
     for path in sorted(store.SHIPPED.glob("*/*.parquet")):
-        about = read_about(path)
-        seconds = read_table(path)[1]["cpu_seconds"].to_pylist()
+        about, rows, _ = read_table(path)
+        seconds = rows["cpu_seconds"].to_pylist()
         cells = (
             path.relative_to(store.SHIPPED),
             about["provenance"]["model"],

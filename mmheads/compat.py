@@ -65,9 +65,7 @@ def set_attention_name(model: Any, text_config: Any, name: str) -> None:
 
 def output_projection(module: Any) -> Any:
     """The layer that mixes the heads of an attention module; None if it is not one."""
-    if hasattr(module, "q_proj") and hasattr(
-        module, "out_proj"
-    ):  # convolutions have `out_proj` too
+    if hasattr(module, "q_proj") and hasattr(module, "out_proj"):  # convolutions have only the last
         return module.out_proj
     return getattr(module, "o_proj", None)
 

@@ -125,7 +125,7 @@ def search_for(
     needles: Grid = (natural := natural_needles.for_model(vlm, folder))
     text = " ".join(" ".join(part) for part in natural.source.paragraphs[:20])
     ids = vlm.tokenizer(text, add_special_tokens=False)["input_ids"]
-    unknown = float(np.mean(np.array(ids) == vlm.tokenizer.unk_token_id))
+    unknown = float(vlm.unknown(ids).mean())
     if unknown > KNOWN:
         if folder:
             raise ValueError(
@@ -200,12 +200,11 @@ def detect(
                 count = haystack + 1
                 if count >= LEAST:
                     row = _halves(parts[task], each, search.fraction)
-                    if row["shared"] >= STABLE * row["heads"]:
+                    if row["stable"]:
                         break
             most -= (search.haystacks - count) * each
             bar.total = most
-            stable = row["shared"] >= STABLE * row["heads"]
-            rows.append({"task": task, "haystacks": count, **row, "stable": stable})
+            rows.append({"task": task, "haystacks": count, **row})
     table = pd.DataFrame(rows)
     table["p_holm"] = holm(table["p"])
     sets = {task: strong_heads(parts[task], search.fraction) for task in parts}
@@ -264,6 +263,7 @@ def _halves(scores: HeadScores, each: int, fraction: float) -> dict[str, float]:
         "chance": size * size / eligible,
         "p": float(scipy.stats.hypergeom.sf(shared - 1, eligible, size, size)),
         "times_even": float(_times_even(scores)[scores.eligible].max()),
+        "stable": shared >= STABLE * size,
     }
 
 

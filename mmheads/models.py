@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -95,6 +95,11 @@ class VLM:
     def positions(self) -> int:
         """Longest prompt in tokens that the model's positions allow; 0 if it names no limit."""
         return compat.setting(self.text_config, "max_position_embeddings") or 0
+
+    def unknown(self, ids: ArrayLike) -> NDArray[np.bool_]:
+        """[token] bool, which ids stand for words that the tokenizer does not know."""
+        unknown = self.tokenizer.unk_token_id
+        return np.isin(ids, [] if unknown is None else [unknown])
 
     @property
     def reads_video(self) -> bool:

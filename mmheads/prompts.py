@@ -433,13 +433,12 @@ def _warn(vlm: VLM, prompt: Prompt) -> None:
                 "in pixels of the image, not in shares of its size",
                 stacklevel=3,
             )
-    unknown = vlm.tokenizer.unk_token_id
     texts = [span.tokens for span in prompt.parts if span is not None]
     ids = prompt.ids[np.concatenate([*texts, prompt.question])]
-    words = ids[~vlm.is_visual(ids)].numpy()
-    if unknown is not None and len(words) and (words == unknown).mean() > 0.5:
+    unknown = vlm.unknown(ids[~vlm.is_visual(ids)])
+    if len(unknown) and unknown.mean() > 0.5:
         warnings.warn(
-            f"{(words == unknown).sum()} of the {len(words)} words of a prompt are unknown to the "
+            f"{unknown.sum()} of the {len(unknown)} words of a prompt are unknown to the "
             f"tokenizer of {vlm}; its answers and scores say little about this text",
             stacklevel=3,
         )

@@ -165,11 +165,12 @@ class Results:
     def write_shipped(self, path: Path, about: Mapping[str, Any], short: Sequence[str]) -> None:
         """Write all rows as one shipped file; see `ship`."""
         kept = Results(self.about["kind"], self.provenance, {}, self._folder, [])
-        conditions: dict[str, dict[str, Any]] = {}
+        conditions: list[dict[str, Any]] = []
         labels: dict[str, Row] = {}
         for note in self.notes():
-            conditions.setdefault(canonical(note["about"]), note["about"])
-            number = list(conditions).index(canonical(note["about"]))
+            if note["about"] not in conditions:
+                conditions.append(note["about"])
+            number = conditions.index(note["about"])
             for row in note["rows"]:
                 label = {n: row[n] for n in ("key", "task", "length", "depth", "haystack")}
                 labels[canonical([number, label])] = {**label, "condition": number}
@@ -179,7 +180,7 @@ class Results:
             {**(kept if label["key"] in kept else self)[label["key"]], **label}
             for label in (*labels.values(), *others)
         ]
-        content = {**self.about, **about, "conditions": list(conditions.values())}
+        content = {**self.about, **about, "conditions": conditions}
         _write_rows(path, rows, content, short)
 
     def __enter__(self) -> Self:

@@ -266,6 +266,8 @@ _BESIDE = {
 _WORDS_TOO = _mixed((4, 8, 16, 40), 1800, share=0.25, icon_sentences=0.4)
 """Text and pages as words, at positions in one dimension: what the text model learned."""
 
+_READ = {**_MIX, "text": 2.0, "rendered_text": 2.0}
+
 _VISION_STAGES = (
     Stage(
         name="words at a page's own positions",
@@ -302,6 +304,18 @@ _VISION_STAGES = (
         + _mixed((72, 90, 114), 2400, mix=_TEXT_TOO, share=0.25, show="pixels", asks=40)
         + _mixed((9, 22, 36, 57, 90, 114), 2400, mix=_TEXT_TOO, share=0.25, asks=40),
         steps=900,
+        rate=1.2e-3,
+        decay=True,
+        restart=True,
+        norm_rate=3.0,
+    ),
+    Stage(
+        name="more questions on long contexts",
+        sources=_mixed((4, 6, 9, 14, 22), 2400, share=0.15, show="pixels", asks=24)
+        + _mixed((28, 36, 45, 57), 2700, mix=_READ, share=0.3, show="pixels", asks=44)
+        + _mixed((72, 90, 114), 2700, mix=_READ, share=0.35, show="pixels", asks=48)
+        + _mixed((9, 22, 36, 57, 90, 114), 2700, mix=_TEXT_TOO, share=0.2, asks=44),
+        steps=1000,
         rate=1.2e-3,
         decay=True,
         restart=True,

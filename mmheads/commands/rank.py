@@ -106,7 +106,8 @@ def run(options: argparse.Namespace) -> Outcome:
     pictures = _pictures(options, len(questions))
     files = _files(options)
     before = _index_before(options, files)
-    pages = _pages(options, before.get("dpi") or DPIS[-1])
+    dpi = options.dpi or before.get("dpi") or DPIS[-1]
+    pages = _pages(options, dpi)
     given = commands.read_heads(options.heads, options.fraction) if options.heads else None
     vlm = load(options.model, device=options.device)
     heads = given or commands.known_heads(vlm)
@@ -124,7 +125,8 @@ def run(options: argparse.Namespace) -> Outcome:
         sizes = [each.page.size for each in pages]
         asked["dpi"] = options.dpi or before.get("dpi", 0)
         fit = fit_pages(vlm, heads, sizes, questions, **asked)
-        pages = _pages(options, fit.dpi, warn=False)
+        if fit.dpi != dpi:
+            pages = _pages(options, fit.dpi, warn=False)
     ranked = [each.ranked for each in pages]
     _say(vlm, heads, ranked, fit, options)
     about = {"documents": files, "dpi": fit.dpi, "skip_broken": options.skip_broken}
@@ -255,17 +257,13 @@ def _index_before(options: argparse.Namespace, files: dict[str, str]) -> dict[st
 
 
 def _pages(options: argparse.Namespace, dpi: int, *, warn: bool = True) -> list[_Candidate]:
-    """The pages of all documents as images, at the resolution of the options or another."""
+    """The pages of all documents as images, at a resolution."""
     from mmheads.pdfs import open_pdf
 
     pages = []
+    settings = {"password": options.password or None, "skip_broken": options.skip_broken}
     for path in options.pdf:
-        document = open_pdf(
-            path,
-            dpi=options.dpi or dpi,
-            password=options.password or None,
-            skip_broken=options.skip_broken,
-        )
+        document = open_pdf(path, dpi=dpi, **settings)
         for problem in document.problems if warn else ():
             commands.note(f"warning: {problem}")
         pages += [_Candidate(document.name, page, page.image) for page in document.pages]
@@ -291,9 +289,9 @@ def _check_words(vlm: VLM, question: str) -> None:
     """Raise ValueError if the tokenizer does not know most words of a question."""
     encoded = vlm.tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)
     ids, places = encoded["input_ids"], encoded["offset_mapping"]
-    unknown = vlm.tokenizer.unk_token_id
-    words = [question[slice(*place)] for i, place in zip(ids, places, strict=True) if i == unknown]
-    if unknown is not None and len(words) > (1 - KNOWN) * len(ids):
+    unknown = vlm.unknown(ids)
+    words = [question[slice(*at)] for at, missing in zip(places, unknown, strict=True) if missing]
+    if len(words) > (1 - KNOWN) * len(ids):
         raise ValueError(
             f"{vlm} does not know the words {', '.join(dict.fromkeys(words))} of the question; "
             "take a model that reads natural language"

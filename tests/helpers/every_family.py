@@ -25,21 +25,10 @@ from mmheads.prompts import Prompt
 
 TYPES = tuple(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 
-IMAGE_ID = 60
 LAYERS = 4
 
 _TEXT = {
-    "vocab_size": 64,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
+    **random_models.SMALL,
     "sliding_window": 6,
     "attention_chunk_size": 6,
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
@@ -127,7 +116,7 @@ def build(kind: str, seed: int = 0) -> PreTrainedModel:
     config = CONFIG_MAPPING[kind](**given)
     for name in ("image_token_id", "image_token_index", "image_patch_id"):
         if isinstance(getattr(config, name, None), int):
-            setattr(config, name, IMAGE_ID)
+            setattr(config, name, random_models.IMAGE_ID)
     config.vision_start_token_id = config.audio_token_id = LAYERS
     with torch.device("cpu" if kind in _ON_CPU else "meta"), _without_timm():
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()

@@ -405,7 +405,7 @@ def _siglip(patch: int) -> dict[str, Any]:
 IMAGE_ID = 60
 """Token id of a piece of an image in the models of `TOKEN_MODELS`."""
 
-_SMALL = {
+SMALL = {
     "vocab_size": 64,
     "hidden_size": 64,
     "intermediate_size": 64,
@@ -420,7 +420,7 @@ _SMALL = {
 }
 _MIXED = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 6}
 _GEMMA_4 = {
-    **_SMALL,
+    **SMALL,
     **_MIXED,
     "global_head_dim": 32,
     "vocab_size_per_layer_input": 64,
@@ -430,9 +430,9 @@ _GEMMA_4 = {
 _PER_LAYER = {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8}
 
 TOKEN_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "molmo2": ("molmo2", {**_SMALL, "additional_vocab_size": 8}),
-    "paligemma": ("paligemma", {**_SMALL, "model_type": "gemma"}),
-    "paligemma2": ("paligemma", {**_SMALL, **_MIXED, "model_type": "gemma2"}),
+    "molmo2": ("molmo2", {**SMALL, "additional_vocab_size": 8}),
+    "paligemma": ("paligemma", {**SMALL, "model_type": "gemma"}),
+    "paligemma2": ("paligemma", {**SMALL, **_MIXED, "model_type": "gemma2"}),
     "gemma4": ("gemma4", _GEMMA_4),
     "gemma4 with fewer global KV heads": (
         "gemma4",
@@ -441,17 +441,17 @@ TOKEN_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma4 with shared KV": ("gemma4", {**_GEMMA_4, **_PER_LAYER}),
     "gemma3n_text": (
         "gemma3n_text",
-        {**_SMALL, **_MIXED, **_PER_LAYER, "vocab_size_per_layer_input": 64},
+        {**SMALL, **_MIXED, **_PER_LAYER, "vocab_size_per_layer_input": 64},
     ),
-    "gemma2": ("gemma2", {**_SMALL, **_MIXED, "query_pre_attn_scalar": 16}),
-    "gpt_oss": ("gpt_oss", {**_SMALL, **_MIXED, "num_local_experts": 2, "num_experts_per_tok": 1}),
-    "mistral": ("mistral", {**_SMALL, "sliding_window": 6}),
-    "cohere2": ("cohere2", {**_SMALL, **_MIXED}),
+    "gemma2": ("gemma2", {**SMALL, **_MIXED, "query_pre_attn_scalar": 16}),
+    "gpt_oss": ("gpt_oss", {**SMALL, **_MIXED, "num_local_experts": 2, "num_experts_per_tok": 1}),
+    "mistral": ("mistral", {**SMALL, "sliding_window": 6}),
+    "cohere2": ("cohere2", {**SMALL, **_MIXED}),
     "qwen3_5_text": (
         "qwen3_5_text",
-        {**_SMALL, **_LINEAR, "layer_types": ["linear_attention", "full_attention"] * 2},
+        {**SMALL, **_LINEAR, "layer_types": ["linear_attention", "full_attention"] * 2},
     ),
-    "lfm2": ("lfm2", {**_SMALL, "layer_types": ["conv", "full_attention"] * 2}),
+    "lfm2": ("lfm2", {**SMALL, "layer_types": ["conv", "full_attention"] * 2}),
 }
 """By name, the type of a model and its text settings; the last families read only text."""
 

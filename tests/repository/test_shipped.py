@@ -30,6 +30,11 @@ ROWS = 4
 MEGABYTES = 25
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_shipped() -> None:
+    """Here, and nowhere else, tests read the results that the repository ships."""
+
+
 def sample(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of a file, drawn by its hash."""
     digest = hashlib.sha256(path.read_bytes()).digest()

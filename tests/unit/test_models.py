@@ -152,7 +152,7 @@ def test_layers_without_a_weight_are_scored_and_placed():
 @pytest.mark.parametrize("setting", ["num_attention_heads", "num_key_value_heads"])
 def test_layers_with_other_numbers_of_heads_are_refused_by_name(setting, changed):
     config = CONFIG_MAPPING["qwen3"](
-        **{k: v for k, v in random_models._SMALL.items() if k != "layer_types"}
+        **{k: v for k, v in random_models.SMALL.items() if k != "layer_types"}
     )
     config.per_layer_config = {0: {setting: 1}}
     vlm = example_prompts.vlm("qwen3")
