@@ -30,8 +30,8 @@ from mmheads.scores import HeadScores, concatenate
 from mmheads.scoring import open_results, score_heads, score_into
 from mmheads.statistics import holm
 from mmheads.tasks import natural_needles
-from mmheads.tasks.generated_needles import GeneratedNeedles
 from mmheads.tasks.grids import HAYSTACKS, Grid
+from mmheads.tasks.needles import Needles
 
 LENGTH = 1024
 """Length of the prompts by default, in tokens."""
@@ -132,7 +132,7 @@ def search_for(
                 f"{unknown:.0%} of the words of {folder} are unknown to the tokenizer of {vlm}; "
                 "leave the folder away, and generated needles are used"
             )
-        needles = GeneratedNeedles(image_ratio=0.0 if vlm.is_text_only else 0.5)
+        needles = Needles(image_ratio=0.0 if vlm.is_text_only else 0.5)
     limit = vlm.positions or LENGTH
     lengths = lengths or (min(LENGTH, limit),)
     for length in lengths:

@@ -24,7 +24,6 @@ from transformers import (
 
 from mmheads import paths
 from mmheads.models import without_video
-from mmheads.tasks.generated_needles import OPTIONS
 from mmheads.tasks.line_pages import (
     BLANK,
     CELL,
@@ -36,6 +35,7 @@ from mmheads.tasks.line_pages import (
     VALUES,
     VERBS,
 )
+from mmheads.tasks.needles import OPTIONS
 
 TinyModel = Qwen3ForCausalLM | Qwen3VLForConditionalGeneration
 MODEL_CLASSES: dict[str, Any] = {

@@ -13,7 +13,7 @@ from scipy.stats import binom, binomtest
 
 from mmheads import paths
 from mmheads.models import load
-from mmheads.tasks.generated_needles import LENGTHS
+from mmheads.tasks.needles import LENGTHS
 from tiny_models import measure
 from tiny_models.train import training_facts
 

@@ -20,8 +20,8 @@ from mmheads.models import VLM
 from mmheads.prompts import encode
 from mmheads.scores import HeadScores, spearman
 from mmheads.scoring import score_heads
-from mmheads.tasks.generated_needles import CONTROL, LENGTHS, GeneratedNeedles
 from mmheads.tasks.grids import DEPTHS, TASKS
+from mmheads.tasks.needles import CONTROL, LENGTHS, Needles
 
 FRACTIONS = (0.05, 0.10)
 """Sizes of the top sets whose overlap and ablation are measured."""
@@ -29,9 +29,9 @@ SPLIT = "test"
 TOKENS_PER_BATCH = 8192
 
 
-def needles(vlm: VLM) -> GeneratedNeedles:
+def needles(vlm: VLM) -> Needles:
     """The needles that a model is measured on: half pages, or only text."""
-    return GeneratedNeedles(0.0 if vlm.is_text_only else 0.5)
+    return Needles(0.0 if vlm.is_text_only else 0.5)
 
 
 def tasks(vlm: VLM) -> tuple[str, ...]:
@@ -107,7 +107,7 @@ NO_CHANGE = ("identical_image", "changed")
 
 
 def _example(
-    source: GeneratedNeedles, task: str, needle: str, length: int, depth: float, haystack: int
+    source: Needles, task: str, needle: str, length: int, depth: float, haystack: int
 ) -> Example:
     settings: dict[str, Any] = {"haystack": haystack, "split": SPLIT}
     example = source.make(task, length, depth, needle=needle != "removed", **settings)

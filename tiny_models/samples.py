@@ -16,7 +16,6 @@ from typing import Literal
 import numpy as np
 import torch
 
-from mmheads.tasks.generated_needles import OPTIONS
 from mmheads.tasks.line_pages import (
     CELL,
     CODES,
@@ -32,6 +31,7 @@ from mmheads.tasks.line_pages import (
     draw,
     fill,
 )
+from mmheads.tasks.needles import OPTIONS
 from tiny_models.architectures import MERGE, PATCH, VOCABULARY
 
 Generator = np.random.Generator

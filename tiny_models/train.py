@@ -25,7 +25,7 @@ from tiny_models.losses import loss_and_accuracy
 from tiny_models.recipes import RECIPES, Recipe, Stage
 from tiny_models.samples import KINDS, Batch, batch
 
-CHECKPOINTS = paths.ROOT / "tiny_models" / "checkpoints"
+CHECKPOINTS = paths.MODELS
 """Where the weights of models are after the last stage that is done."""
 MEMORY = 0.93
 """Weight of the past in the running mean of an accuracy."""
@@ -78,7 +78,7 @@ def train(
 
     Args:
         name: One of `RECIPES`.
-        out: Where the checkpoint goes, by default `tiny_models/checkpoints/<name>`.
+        out: Where the checkpoint goes, by default `data/models/<name>`.
         work: Where saves and the log go, by default `runs/tiny_models/<name>`.
         threads: Threads of PyTorch; another number changes rounding, not the recipe.
         stop_after: Name of a stage to stop after, by default the last one.
@@ -287,6 +287,8 @@ def _export(state: State, name: str, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     half: Any = copy.deepcopy(state.model)
     half.half()
+    for config in (half.config, *(getattr(half.config, key) for key in half.config.sub_configs)):
+        config.dtype = None  # loaded weights leave theirs there, 32 bits
     half.generation_config.eos_token_id = VOCABULARY["<eos>"]
     half.generation_config.pad_token_id = VOCABULARY["<pad>"]
     half.save_pretrained(target)

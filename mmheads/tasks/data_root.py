@@ -181,7 +181,7 @@ def prompts(source: Grid, task: str, length: int, count: int, *, split: str = "t
 
     A haystack comes at every depth before the next one, or at one depth only if the source has
     `one_depth_each`. In the task "identical_image", every second prompt has no needle (answer
-    "no"); with `one_depth_each` these are always the same depths.
+    "no"), so that over two rounds of the depths each depth has both answers.
 
     Args:
         source: What makes the examples.
@@ -201,7 +201,7 @@ def prompts(source: Grid, task: str, length: int, count: int, *, split: str = "t
             depths[i % len(depths)],
             haystack=i // apart,
             split=split,
-            answer=answers[(i if apart == 1 else i + i // apart) % len(answers)],
+            answer=answers[(i % len(depths) + i // len(depths)) % len(answers)],
         )
 
     return Examples(lambda: map(make, range(count)))

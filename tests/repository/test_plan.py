@@ -106,7 +106,7 @@ def test_sliding_layers_keep_and_read_only_their_window():
 def test_a_folder_is_read_for_its_size(tiny, tmp_path):
     size = models.size_of(TINY)
     assert size.parameters == sum(weight.numel() for weight in tiny.model.parameters())
-    assert (size.layers, size.hidden, size.heads) == (6, 128, 16)
+    assert (size.layers, size.hidden, size.heads) == (8, 128, 16)
     assert (size.kv_groups, size.channels, size.sliding) == (4, 32, 0)
     assert models.size_of(str(paths.MODELS / TINY)) == size
     assert models.size_of("nobody/nothing") is None

@@ -11,7 +11,7 @@ PACKAGE = paths.ROOT / "mmheads"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MOST_LINES_OF_A_FILE = 450
 MOST_LINES_OF_A_CLASS = 250
-MOST_LINES_OF_CODE = 12_984
+MOST_LINES_OF_CODE = 11_571
 """The package only shrinks from here: lower this number with every change that makes it thinner."""
 
 
@@ -69,7 +69,7 @@ LAYERS = (
     {"decoder", "prefix", "streaming", "together"},
     {"scoring", "kept_scores", "answers", "effects", "causal", "retrieval", "tasks", "evaluation"},
     {"detection"},
-    {"example_files", "explorer", "zoo"},
+    {"example_files", "explorer"},
     {"commands"},
     {"cli", "__main__"},
 )

@@ -56,7 +56,7 @@ def test_command_scores_a_users_own_examples(own_images, tmp_path, capsys):
     arguments = ["score", model, str(own_images), "--out", str(out)]
     assert cli.main([*arguments, "--device", "cpu"]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 6
+    assert len(printed) == 8
     scores = HeadScores.load(next(out.glob("*.parquet")))
     assert scores.metadata["task"].tolist() == ["rendered_text", "text"]
     expected = scoring.score_heads(
@@ -69,7 +69,7 @@ def test_command_scores_a_users_own_examples(own_images, tmp_path, capsys):
     )
     np.testing.assert_allclose(scores.values, expected.values, atol=1e-6)
     table = pd.read_csv(next(out.glob("*.csv")))
-    assert len(table) == 2 * 96
+    assert len(table) == 2 * 128
     assert {"layer", "head", "score", *scoring.QUANTITIES} <= set(table.columns)
     released = json.loads(next(out.glob("*.json")).read_text())["head_score_list"]
     best = scores.top(count=1).heads[0]
@@ -146,7 +146,7 @@ def test_files_of_one_name_in_two_folders_keep_their_own_results(tmp_path, capsy
         arguments = [str(path), "--out", str(tmp_path / "out")]
         assert cli.main(["score", "tiny-qwen3-vl-m", *arguments, "--json"]) == 0
         data = json.loads(capsys.readouterr().out)
-        assert [len(data["heads"]), data["examples"]] == [5, 1]
+        assert [len(data["heads"]), data["examples"]] == [7, 1]
         scores = HeadScores.load(data["files"]["parquet"])
         assert data["heads"][0]["score"] == pytest.approx(scores.mean.max())
     for suffix in ("parquet", "csv", "json", "png"):
@@ -163,7 +163,7 @@ def test_rank_orders_the_pages_of_a_pdf_and_draws_them(score_file, tmp_path, cap
     first, second, picture_line = printed.out.splitlines()
     assert [line.split()[0] for line in (first, second)] == ["1", "2"]
     assert {line.split()[2] for line in (first, second)} < {"1", "2", "3"}
-    assert "5 heads of tiny-qwen3-vl-m; 3 pages at 144 dpi in windows of 2" in printed.err
+    assert "7 heads of tiny-qwen3-vl-m; 3 pages at 144 dpi in windows of 2" in printed.err
     assert picture_line == str(tmp_path / "d.png")
     with Image.open(tmp_path / "d.png") as picture:
         assert picture.size[0] > 300

@@ -14,7 +14,7 @@ from mmheads.detection import Search, detect, search_for, strong_heads
 from mmheads.heads import Head, HeadSet
 from mmheads.models import load
 from mmheads.scores import HeadScores
-from mmheads.tasks.generated_needles import GeneratedNeedles
+from mmheads.tasks.needles import Needles
 
 TEXT = ("--tasks", "text", "--lengths", "128")
 
@@ -69,7 +69,7 @@ def test_halves_are_even_and_odd_haystacks_and_are_compared_with_random_sets():
 
 def test_a_search_fits_its_model(tiny, tmp_path):
     search = search_for(tiny)
-    assert isinstance(search.needles, GeneratedNeedles)
+    assert isinstance(search.needles, Needles)
     assert (len(search.tasks), search.lengths, search.haystacks) == (4, (1024,), 20)
     natural = search_for(example_prompts.vlm("qwen2_5_vl"), lengths=[700])
     assert natural.needles.name == "natural-corpus-0.5"

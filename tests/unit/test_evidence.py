@@ -406,7 +406,7 @@ def test_candidates_of_a_document_become_spans():
     prompt = prompts.encode(vlm, document)
     pages, layouts = prompt.candidates["page"], prompt.candidates["layout"]
     assert [len(page) for page in pages] == [16] * 4
-    assert [len(layout) for layout in layouts] == [4] * 16
+    assert [len(layout) for layout in layouts] == [4] * 8
     (span,) = prompt.evidence
     assert any(np.array_equal(span.tokens, layout.tokens) for layout in layouts)
 

@@ -236,8 +236,8 @@ def test_then_the_heads_with_the_lowest_scores_lose_their_attention(tiny):
     tokens, means = (size_of(content(whole), name) for name in ("tokens", "means"))
     notes, shown = limited(tiny, example, len(whole.html) - tokens - means // 2)
     kept = [index for index, block in enumerate(shown["examples"][0]["means"]) if block]
-    assert 30 < len(kept) < 96
-    assert notes == (explorer.NO_TOKENS, explorer.FEWER_HEADS.format(kept=len(kept), all=96))
+    assert 30 < len(kept) < 128
+    assert notes == (explorer.NO_TOKENS, explorer.FEWER_HEADS.format(kept=len(kept), all=128))
     scores = floats(shown["examples"][0]["scores"]["calibrated"])
     assert set(kept) == set(np.argsort(-scores, kind="stable")[: len(kept)])
     with pytest.raises(ValueError, match="has no room for what 1 examples need at least"):
@@ -360,7 +360,7 @@ def test_the_page_opens_without_errors_or_network(opened):
     title = opened.execute_script("return document.getElementById('title').textContent")
     assert title == HOSTILE
     assert opened.execute_script("return window.hit") is None
-    assert len(opened.find_elements("css selector", "#map [role=gridcell]")) == 96
+    assert len(opened.find_elements("css selector", "#map [role=gridcell]")) == 128
 
 
 def test_a_click_shows_the_values_that_score_heads_gives(tiny, opened):
@@ -451,7 +451,7 @@ def test_a_set_of_heads_and_one_question_token_are_shown(tiny, opened):
     np.testing.assert_allclose(shown, expected, atol=1e-7)
     selected = opened.find_elements("css selector", "#map [aria-selected=true]")
     assert len(selected) == len(page["top"])
-    assert "Mean of 5 heads" in opened.find_element("id", "about").text
+    assert "Mean of 7 heads" in opened.find_element("id", "about").text
 
 
 def test_the_map_works_by_keyboard(opened):
@@ -509,6 +509,6 @@ def test_the_page_works_in_the_frame_of_a_notebook(tiny, browser, tmp_path):
     browser.get(path.as_uri())
     browser.switch_to.frame(0)
     ready(browser)
-    assert len(browser.find_elements("css selector", "#map [role=gridcell]")) == 96
+    assert len(browser.find_elements("css selector", "#map [role=gridcell]")) == 128
     browser.switch_to.default_content()
     assert [entry for entry in browser.get_log("browser") if entry["source"] != "rendering"] == []

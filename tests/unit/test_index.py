@@ -440,7 +440,7 @@ def test_attention_that_is_not_finite_does_not_rank():
 def test_the_tiny_model_finds_the_page_and_the_block():
     vlm = load("tiny-qwen3-vl-m")
     examples = [needles.document(12, index=i, split="test") for i in range(6)]
-    heads = HeadSet(((4, 11), (4, 9), (2, 9), (4, 12)), vlm.geometry, vlm.model_id)
+    heads = HeadSet.load("tiny-qwen3-vl-m")
     right = []
     for example in examples:
         index = DocumentIndex(vlm, heads, list(example.context))

@@ -1,1 +1,0 @@
-"""Tiny vision-language models, trained from scratch on generated documents."""
