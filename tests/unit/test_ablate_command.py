@@ -34,13 +34,13 @@ def test_answers_are_compared_in_pairs_and_with_random_heads(
     command += ["--max-new-tokens", "4", "--out", str(out)]
     assert cli.main([*command, "--json"]) == 0
     printed = capsys.readouterr()
-    assert "16 heads of tiny-qwen3-vl-m and 3 random sets matched by layer: 20 answers" in (
+    assert "10 heads of tiny-qwen3-vl-m and 3 random sets matched by layer: 20 answers" in (
         printed.err
     )
     data = json.loads(printed.out)
     full, selected, random = data["effects"]
     assert (full["ablation"], full["score"], full["n"]) == ("full model", 1.0, 4)
-    assert (selected["heads"], random["draws"]) == (16, 3)
+    assert (selected["heads"], random["draws"]) == (10, 3)
     assert selected["change"] == selected["score"] - 1
     lost = round(-4 * selected["change"])
     assert data["p_exact"] == pytest.approx(min(1, 2 / 2**lost))

@@ -320,7 +320,7 @@ def test_what_the_page_on_your_documents_shows_runs(score_file, tmp_path, capsys
     (command,) = commands("docs/your_documents.md", "mmheads rank")
     assert cli.main(command) == 0
     printed = capsys.readouterr()
-    assert "16 heads of tiny-qwen3-vl-m; 3 pages at 144 dpi" in printed.err
+    assert "10 heads of tiny-qwen3-vl-m; 3 pages at 144 dpi" in printed.err
     assert printed.out.splitlines()[-1] == "report.rank.png"
 
 

@@ -48,7 +48,7 @@ def test_several_documents_are_ranked_together_for_several_questions(here, tiny,
     assert rank(*words, "--json", "--window", "2", "--top", "9", "--heat", "raw") == 0
     printed = capsys.readouterr()
     data = json.loads(printed.out)
-    assert "16 heads of tiny-qwen3-vl-m; 5 pages at 48 dpi in windows of 2, at most" in printed.err
+    assert "10 heads of tiny-qwen3-vl-m; 5 pages at 48 dpi in windows of 2, at most" in printed.err
     assert "of 8192 tokens; the index takes about" in printed.err
     assert [each["question"] for each in data["questions"]] == ["? D1", "? B7", "? C3"]
     assert (data["window"], data["dpi"], data["pages"]) == (2, 48, 5)
