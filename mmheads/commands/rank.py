@@ -1,13 +1,14 @@
-"""`mmheads rank`: rank the pages of PDF files for questions."""
+"""`mmheads rank`: rank the pages of PDF files, and regions of them, for questions."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,11 @@ from mmheads import commands, paths
 from mmheads.commands import Outcome
 
 if TYPE_CHECKING:
+    from mmheads.blocks import Block
     from mmheads.heads import HeadSet
     from mmheads.models import VLM
     from mmheads.pdfs import Page
+    from mmheads.retrieval.candidates import Place
     from mmheads.retrieval.fitting import Fit
     from mmheads.retrieval.index import DocumentIndex
 
@@ -27,6 +30,12 @@ EXAMPLES = """  mmheads rank a.pdf --model Qwen/Qwen3-VL-8B-Instruct --question 
 
 KNOWN = 0.5
 """Part of the words of a question that a tokenizer must know."""
+
+CELLS = (3, 4)
+"""Columns and rows into which a page without paragraphs and pictures is divided."""
+
+SMALLEST = 64
+"""Square points; a paragraph of less, such as a page number, is not ranked by its place."""
 
 
 def add(subparsers: Any) -> None:
@@ -68,11 +77,17 @@ def add(subparsers: Any) -> None:
     parser.add_argument(
         "--memory", type=commands.number(float, 0.001), default=0, help="GB that may be used"
     )
+    parser.add_argument(
+        "--regions",
+        action="store_true",
+        help="also rank the paragraphs and pictures of the PDF, and of a page that has none the "
+        f"cells of a grid of {CELLS[0]} x {CELLS[1]}; a text model ranks only paragraphs",
+    )
     parser.add_argument("--password", default="", help="of encrypted PDF files")
     parser.add_argument(
         "--skip-broken", action="store_true", help="leave out pages that cannot be read"
     )
-    parser.add_argument("--top", type=commands.number(int, 1), default=5, help="pages to print")
+    parser.add_argument("--top", type=commands.number(int, 1), default=5, help="ranks to print: 5")
     parser.add_argument(
         "--heat",
         default="calibrated",
@@ -88,7 +103,7 @@ class _Candidate:
 
     document: str
     page: Page
-    ranked: str | Callable[[], Any]
+    ranked: tuple[str, ...] | Callable[[], Any]
 
     @property
     def title(self) -> str:
@@ -119,7 +134,7 @@ def run(options: argparse.Namespace) -> Outcome:
     }
     if vlm.is_text_only:
         pages = _with_text(pages)
-        texts = [str(each.ranked) for each in pages]
+        texts = ["\n".join(each.ranked) for each in pages if isinstance(each.ranked, tuple)]
         fit = fit_texts(vlm, heads, texts, questions, **asked)
     else:
         sizes = [each.page.size for each in pages]
@@ -128,6 +143,7 @@ def run(options: argparse.Namespace) -> Outcome:
         if fit.dpi != dpi:
             pages = _pages(options, fit.dpi, warn=False)
     ranked = [each.ranked for each in pages]
+    regions = _regions(pages, vlm.is_text_only) if options.regions else []
     _say(vlm, heads, ranked, fit, options)
     about = {"documents": files, "dpi": fit.dpi, "skip_broken": options.skip_broken}
     index = DocumentIndex(
@@ -143,7 +159,7 @@ def run(options: argparse.Namespace) -> Outcome:
     results = []
     for question, picture in zip(questions, pictures, strict=True):
         lines += [question] if len(questions) > 1 else []
-        result, printed = _answered(index, question, pages, options, picture)
+        result, printed = _answered(index, question, pages, regions, options, picture)
         results.append(result)
         lines += printed
     data = {
@@ -161,31 +177,72 @@ def _answered(
     index: DocumentIndex,
     question: str,
     pages: Sequence[_Candidate],
+    regions: Sequence[tuple[Block, Place]],
     options: argparse.Namespace,
     picture: Path,
 ) -> tuple[dict[str, Any], list[str]]:
-    """The best pages for a question, for `--json` and in lines; writes their picture."""
+    """The best pages and regions for a question, as data and in lines; writes their picture."""
     several = len(options.pdf) > 1
-    ranking = index.rank(question)
-    rows, lines = [], []
-    for row in ranking.table().head(options.top).to_dict("records"):
-        best = pages[row["candidate"]]
-        place = {"document": best.document, "page": best.page.number, "label": best.page.label}
-        rows.append({"rank": row["rank"], **place, "score": row["score"]})
-        where = f"{best.document} " if several else ""
-        lines.append(f"{row['rank']:>4}  {where}page {best.page.title:<10} {row['score']:+.5f}")
-    result = {"question": question, "pages": rows, "picture": None}
+    ranking = index.rank(question, [place for _, place in regions] if regions else None)
+    result: dict[str, Any] = {"question": question, "pages": []}
+    lines = []
+    for row in (ranking.candidates or ranking).table().head(options.top).to_dict("records"):
+        found, line = _row(pages[row["candidate"]], row, several)
+        result["pages"].append(found)
+        lines.append(line)
+    if regions:
+        result["regions"] = []
+        lines.append("regions (left, top, right and bottom in points):")
+        for row in ranking.table().head(options.top).to_dict("records"):
+            page, block = pages[row["candidate"]], regions[row["region"]][0]
+            found, line = _row(page, row, several)
+            result["regions"].append(found | asdict(block) | {"size": page.page.size})
+            box = ", ".join(f"{value:.0f}" for value in block.box)
+            start = textwrap.shorten(block.text, 50, placeholder=" …") or block.kind
+            lines.append(f"{line}  ({box})  {start}")
+    result["picture"] = None
     if not index.vlm.is_text_only:
         labels = [
             f"{each.page.title} of {each.document}" if several else each.page.label
             for each in pages
         ]
         images = [each.page.image for each in pages]
-        figure = ranking.picture(images, heat=options.heat, labels=labels)
+        figure = ranking.picture(images, heat=options.heat, labels=labels, outlined=options.top)
         commands.write_picture(figure, picture)
         result["picture"] = str(picture)
         lines.append(str(picture))
     return result, lines
+
+
+def _row(page: _Candidate, row: dict[Any, Any], several: bool) -> tuple[dict[str, Any], str]:
+    """A rank with its page and score, as data and as a line."""
+    place = {"document": page.document, "page": page.page.number, "label": page.page.label}
+    where = f"{page.document} " if several else ""
+    line = f"{row['rank']:>4}  {where}page {page.page.title:<10} {row['score']:+.5f}"
+    return {"rank": row["rank"], **place, "score": row["score"]}, line
+
+
+def _regions(pages: Sequence[_Candidate], as_text: bool) -> list[tuple[Block, Place]]:
+    """The paragraphs of texts, or the paragraphs, pictures and cells of images, with places."""
+    from mmheads.blocks import grid
+    from mmheads.pdfs import PageBox
+    from mmheads.retrieval.candidates import PagePart
+
+    regions: list[tuple[Block, Place]] = []
+    for number, each in enumerate(pages):
+        if as_text:
+            texts = enumerate(each.page.paragraphs)
+            regions += [(block, PagePart(number, part)) for part, block in texts]
+            continue
+        size = each.page.size
+        blocks = [block for block in each.page.blocks if block.area >= SMALLEST]
+        regions += [
+            (block, PageBox(number, block.box, size)) for block in blocks or grid(size, *CELLS)
+        ]
+    cells = sum(block.kind == "cell" for block, _ in regions)
+    of_cells = f", {cells} of them cells of pages that hold neither paragraphs nor pictures"
+    commands.note(f"{len(regions)} regions{of_cells * bool(cells)}")
+    return regions
 
 
 def _questions(options: argparse.Namespace) -> list[str]:
@@ -272,16 +329,15 @@ def _pages(options: argparse.Namespace, dpi: int, *, warn: bool = True) -> list[
 
 def _with_text(pages: Sequence[_Candidate]) -> list[_Candidate]:
     """The pages as texts, without those that have none."""
-    texts = [each.page.text.strip() for each in pages]
-    blank = [each.title for each, text in zip(pages, texts, strict=True) if not text]
+    blank = [each.title for each in pages if not each.page.paragraphs]
     if blank:
         commands.note(f"warning: without text, and left out: {', '.join(blank)}")
     if len(blank) == len(pages):
         raise ValueError("no page holds text, and the model reads only text; take another model")
     return [
-        _Candidate(each.document, each.page, f"{text}\n\n")
-        for each, text in zip(pages, texts, strict=True)
-        if text
+        _Candidate(each.document, each.page, tuple(f"{p.text}\n" for p in each.page.paragraphs))
+        for each in pages
+        if each.page.paragraphs
     ]
 
 
