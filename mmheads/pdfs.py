@@ -133,7 +133,7 @@ def open_pdf(
                 pages.append(pdf.page(file, index))
             except ValueError as error:
                 if not skip_broken:
-                    advice = "pass skip_broken=True to leave out such pages"
+                    advice = "skip_broken=True, or --skip-broken, leaves out such pages"
                     raise ValueError(f"{error}; {advice}") from None
                 problems.append(str(error))
             if len(problems) > MAX_PROBLEMS:  # A forged number of pages.
@@ -178,7 +178,7 @@ class _Pdf:
         # The code is that of an earlier file where this one only lacks pages.
         if error.err_code == pypdfium2.raw.FPDF_ERR_PASSWORD and b"/Encrypt" in content:
             if self.password is None:
-                return f"{self.path} is encrypted; pass its password (password=...)"
+                return f"{self.path} is encrypted; give its password (password=..., or --password)"
             return f"{self.path} is encrypted with another password than the given one"
         return (
             f"{self.path} cannot be opened as a PDF (it begins with {content[:16]!r}): it is "

@@ -1,4 +1,15 @@
-"""`mmheads rank`: rank the pages of PDF files, and regions of them, for questions."""
+"""Rank the pages of PDF files, and regions of them, for questions.
+
+Pages are ranked by the attention that chosen heads give them. The command prints the best pages
+and writes a picture of them for each question. A model that reads only text ranks the texts of the
+pages. Resolution and window are chosen to fit the model and the memory; the command says what it
+chose, and how long the index will take.
+
+Examples:
+    mmheads rank a.pdf --model Qwen/Qwen3-VL-8B-Instruct --question "What was sold?"
+    mmheads rank a.pdf --model tiny-qwen3-vl-m --question "? B7" --regions
+    mmheads rank a.pdf b.pdf --model my-model --question-file questions.txt --index ab.index
+"""
 
 from __future__ import annotations
 
@@ -24,10 +35,6 @@ if TYPE_CHECKING:
     from mmheads.retrieval.fitting import Fit
     from mmheads.retrieval.index import DocumentIndex
 
-EXAMPLES = """  mmheads rank a.pdf --model Qwen/Qwen3-VL-8B-Instruct --question "What was sold?"
-  mmheads rank a.pdf b.pdf --model Qwen/Qwen3-VL-8B-Instruct --question-file questions.txt \\
-    --index ab.safetensors --json"""
-
 KNOWN = 0.5
 """Part of the words of a question that a tokenizer must know."""
 
@@ -40,61 +47,53 @@ SMALLEST = 64
 
 def add(subparsers: Any) -> None:
     """Add the command."""
-    parser = commands.add(
-        subparsers,
-        "rank",
-        run,
-        "Rank the pages of PDF files for questions. Pages are ranked by the attention of chosen "
-        "heads; the best ones are printed, and a picture of them is written for each question. A "
-        "model that reads only text ranks the texts of the pages. Resolution and window are chosen "
-        "to fit the model and the memory.",
-        EXAMPLES,
-    )
-    parser.add_argument("pdf", nargs="+", help="the documents; their pages are ranked together")
-    parser.add_argument("--model", required=True, help="folder, shipped model, or name on the hub")
-    parser.add_argument("--question", action="append", default=[], help="may be given repeatedly")
+    parser = commands.add(subparsers, "rank", run, __doc__)
+    parser.add_argument("pdf", nargs="+", help="the documents, whose pages are ranked together")
+    parser.add_argument("--model", required=True, help=commands.MODEL)
     parser.add_argument(
-        "--question-file", default="", help="one question per line, in UTF-8; - reads the input"
+        "--question", action="append", default=[], help="what is asked; may be given several times"
+    )
+    parser.add_argument(
+        "--question-file",
+        default="",
+        help="a text file in UTF-8 with one question per line; - reads them from a pipe",
     )
     parser.add_argument(
         "--heads",
         default="",
-        help="score file, head list, or name of a shipped list; by default that of the model, "
-        "shipped or released",
+        help="a head list (as `detect` writes), a score file (as `score` writes), or the name of a "
+        "model whose list is shipped; by default the list that is shipped or released for --model",
     )
+    commands.add_fraction(parser, "to take from a score file")
     parser.add_argument(
-        "--fraction", type=commands.SHARE, default=0.05, help="share of heads of a score file"
+        "--index",
+        default="",
+        help="file that keeps the index: after an interrupt it goes on from there, and later "
+        "questions are answered from it, with or without --regions",
     )
-    parser.add_argument(
-        "--index", default="", help="file in which the index is kept; it goes on from there"
+    commands.add_number(parser, "--window", 0, "pages per forward pass")
+    commands.add_number(
+        parser, "--dpi", 0, "resolution of the pages, in pixels per inch", high=2400
     )
-    parser.add_argument(
-        "--window", type=commands.number(int, 1), default=0, help="pages per forward pass"
-    )
-    parser.add_argument(
-        "--dpi", type=commands.number(int, 1, 2400), default=0, help="resolution of the pages"
-    )
-    parser.add_argument(
-        "--memory", type=commands.number(float, 0.001), default=0, help="GB that may be used"
-    )
+    memory = "GB that may be used, by default most of what is free"
+    commands.add_number(parser, "--memory", 0, memory, float, 0.001)
     parser.add_argument(
         "--regions",
         action="store_true",
-        help="also rank the paragraphs and pictures of the PDF, and of a page that has none the "
-        f"cells of a grid of {CELLS[0]} x {CELLS[1]}; a text model ranks only paragraphs",
+        help="also rank the paragraphs and pictures of the pages (paragraphs only, if the model "
+        f"reads only text); a page without any is divided into {CELLS[0]} x {CELLS[1]} cells",
     )
-    parser.add_argument("--password", default="", help="of encrypted PDF files")
+    parser.add_argument("--password", default="", help="password of encrypted PDF files")
     parser.add_argument(
         "--skip-broken", action="store_true", help="leave out pages that cannot be read"
     )
-    parser.add_argument("--top", type=commands.number(int, 1), default=5, help="ranks to print: 5")
+    commands.add_number(parser, "--top", 5, "number of pages, and of regions, to print")
+    heat = "what the picture shows: the attention from the question less that from a question that "
+    heat += "says nothing, or all of it"
+    commands.add_choice(parser, "--heat", ("calibrated", "raw"), heat)
     parser.add_argument(
-        "--heat",
-        default="calibrated",
-        choices=("calibrated", "raw"),
-        help="attention in the picture: without that of a question that asks nothing, or all",
+        "-o", "--out", default="", help="picture to write, by default <document>.rank.png here"
     )
-    parser.add_argument("-o", "--out", default="", help="picture, default <document>.rank.png here")
 
 
 @dataclass(frozen=True)
@@ -113,6 +112,7 @@ class _Candidate:
 
 def run(options: argparse.Namespace) -> Outcome:
     """Index the documents and rank their pages for each question."""
+    from mmheads.attention import check_heads
     from mmheads.models import load
     from mmheads.retrieval.fitting import DPIS, fit_pages, fit_texts
     from mmheads.retrieval.index import DocumentIndex
@@ -126,6 +126,7 @@ def run(options: argparse.Namespace) -> Outcome:
     given = commands.read_heads(options.heads, options.fraction) if options.heads else None
     vlm = load(options.model, device=options.device)
     heads = given or commands.known_heads(vlm)
+    check_heads(vlm, [heads], "used to rank")
     for question in questions:
         _check_words(vlm, question)
     asked: dict[str, Any] = {
@@ -257,8 +258,9 @@ def _questions(options: argparse.Namespace) -> list[str]:
             raise ValueError(f"{name} is not a text in UTF-8 ({error})") from error
         questions += [line.strip() for line in text.split("\n") if line.strip()]
     if not questions or not all(question.strip() for question in questions):
+        given = "a question is empty" if questions else "no question is given"
         raise ValueError(
-            "the question is empty; give --question, or a --question-file with a question per line"
+            f"{given}; give --question, or a --question-file with one question per line"
         )
     return questions
 
@@ -274,9 +276,7 @@ def _pictures(options: argparse.Namespace, count: int) -> list[Path]:
             f"--out is {path}; expected the name of a picture that ends in one of "
             f"{', '.join('.' + kind for kind in kinds)}"
         )
-    if path.is_dir():
-        raise ValueError(f"--out {path} is a folder; give the name of a picture")
-    paths.writable(path.parent)
+    paths.writable_file(path)
     several = [path.with_stem(f"{path.stem}-{number}") for number in range(1, count + 1)]
     return several if count > 1 else [path]
 
@@ -287,7 +287,8 @@ def _files(options: argparse.Namespace) -> dict[str, str]:
 
     for path in options.pdf:
         if not Path(path).is_file():
-            raise ValueError(f"{path} does not exist; expected a PDF file")
+            what = "is a folder" if Path(path).is_dir() else "does not exist"
+            raise ValueError(f"{path} {what}; expected the name of a PDF file")
     files = {Path(path).name: file_sha256(Path(path)) for path in options.pdf}
     if len(files) < len(options.pdf):
         raise ValueError(f"two of the documents have one name ({', '.join(options.pdf)})")
@@ -300,7 +301,7 @@ def _index_before(options: argparse.Namespace, files: dict[str, str]) -> dict[st
 
     if not options.index:
         return {}
-    paths.writable(Path(options.index).parent)
+    paths.writable_file(Path(options.index))
     if not Path(options.index).exists():
         return {}
     text, window = what_is_indexed(Path(options.index))

@@ -102,7 +102,7 @@ def test_pages_are_bounded_before_they_are_drawn(tmp_path):
     large = write_pdf(tmp_path / "large.pdf", [PageSpec(), PageSpec(box="0 0 14400 14400")])
     message = (
         r"^Page 2 of \S+large.pdf has 14,400 x 14,400 points, and thereby 207,360,000 pixels at "
-        r"72 dpi; expected at most 178,956,970 pixels: 66 dpi or less would fit; pass skip_broken"
+        r"72 dpi; expected at most 178,956,970 pixels: 66 dpi or less would fit; skip_broken=True, or"
     )
     with pytest.raises(ValueError, match=message):
         open_pdf(large, dpi=72)
@@ -161,7 +161,7 @@ def test_a_wrong_number_of_pages_does_no_harm(tmp_path):
 
 def test_encrypted_files_open_with_their_password(tmp_path):
     path = write_pdf(tmp_path / "secret.pdf", [PageSpec(text("secret words"))], password="käse")
-    with pytest.raises(ValueError, match=r"^\S+secret.pdf is encrypted; pass its password"):
+    with pytest.raises(ValueError, match=r"^\S+secret.pdf is encrypted; give its password"):
         open_pdf(path)
     with pytest.raises(ValueError, match=r"encrypted with another password than the given") as bad:
         open_pdf(path, password="guess")

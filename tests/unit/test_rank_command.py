@@ -248,7 +248,9 @@ def test_a_model_of_text_ranks_the_texts_of_pages(tmp_path, capsys, monkeypatch)
         (["--question", "What was sold?"], "does not know the words What, was, sold? of the"),
         (["--question-file", "none.txt"], "none.txt"),
         (["--question-file", "latin.txt"], "latin.txt is not a text in UTF-8"),
-        (["--question-file", "empty.txt"], "the question is empty; give --question"),
+        (["--question-file", "empty.txt"], "no question is given; give --question, or a"),
+        (["here", "--question", "? B7"], "here is a folder; expected the name of a PDF file"),
+        (["--question", "? B7", "--index", "here"], "here is a folder; give the name of a file"),
         (["a.pdf", "--question", "? B7"], "two of the documents have one name"),
         (["--question", "? B7", "--memory", "0.001"], "beside its forward passes, of 0.001 GB; gi"),
     ],
@@ -258,6 +260,7 @@ def test_questions_and_limits_that_do_not_fit_are_refused_in_one_sentence(
 ):
     (here / "latin.txt").write_bytes("Größe?".encode("latin-1"))
     (here / "empty.txt").write_text("\n\n")
+    (here / "here").mkdir()
     assert rank("a.pdf", *words) == 1
     (error,) = capsys.readouterr().err.splitlines()
     assert message in error
