@@ -185,7 +185,7 @@ def _answered(
     """The best pages and regions for a question, as data and in lines; writes their picture."""
     several = len(options.pdf) > 1
     ranking = index.rank(question, [place for _, place in regions] if regions else None)
-    result: dict[str, Any] = {"question": question, "pages": []}
+    result: dict[str, Any] = {"question": question, "pages": [], "picture": None}
     lines = []
     for row in (ranking.candidates or ranking).table().head(options.top).to_dict("records"):
         found, line = _row(pages[row["candidate"]], row, several)
@@ -201,7 +201,6 @@ def _answered(
             box = ", ".join(f"{value:.0f}" for value in block.box)
             start = textwrap.shorten(block.text, 50, placeholder=" …") or block.kind
             lines.append(f"{line}  ({box})  {start}")
-    result["picture"] = None
     if not index.vlm.is_text_only:
         labels = [
             f"{each.page.title} of {each.document}" if several else each.page.label
