@@ -1,4 +1,16 @@
-"""The console script `mmheads`; `python -m mmheads` is the same."""
+"""Find the attention heads that fetch evidence, and use them.
+
+Examples:
+    mmheads detect tiny-qwen3-vl-m
+    mmheads rank report.pdf --model Qwen/Qwen3-VL-8B-Instruct --question "What was the total?"
+    mmheads score tiny-qwen3-vl-m examples.jsonl
+    mmheads ablate tiny-qwen3-vl-m tiny-qwen3-vl-m examples.jsonl
+    mmheads explore tiny-qwen3-vl-m examples.jsonl -o heads.html
+
+Exit codes:
+    0 done; 1 an error, in one sentence on standard error; 2 wrong options;
+    3 no heads found (detect); 130 interrupted
+"""
 
 from __future__ import annotations
 
@@ -9,19 +21,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from mmheads.commands import NOTHING_FOUND, Outcome, ablate, detect, explore, note, rank, score
-
-ABOUT = f"""examples:
-  mmheads detect tiny-qwen3-vl-m
-  mmheads rank report.pdf --model Qwen/Qwen3-VL-8B-Instruct --question "What was the total?"
-  mmheads score tiny-qwen3-vl-m examples.jsonl
-  mmheads ablate tiny-qwen3-vl-m tiny-qwen3-vl-m examples.jsonl
-  mmheads explore tiny-qwen3-vl-m examples.jsonl -o heads.html
-
-exit codes:
-  0 done; 1 an error, in one sentence on standard error; 2 wrong options;
-  {NOTHING_FOUND} no heads found (detect); 130 interrupted, what was computed is kept
-"""
+from mmheads.commands import Outcome, ablate, detect, explore, help_of, note, rank, score
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,12 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    parser = argparse.ArgumentParser(
-        prog="mmheads",
-        description="Find the attention heads that fetch evidence, and use them.",
-        epilog=ABOUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(prog="mmheads", **help_of(__doc__))
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (detect, rank, score, ablate, explore):
         command.add(subparsers)
@@ -59,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         note(_sentence(error))
         return 1
     except KeyboardInterrupt:
-        note("interrupted; what was computed is kept, and the same command goes on from there")
+        note("interrupted; the same command goes on from what is kept (of rank, with --index)")
         return 130
     return 0
 

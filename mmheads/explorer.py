@@ -157,9 +157,9 @@ def checked_path(path: str | Path) -> Path:
         ValueError: Its name does not end in .html, it is a folder, or its folder takes no files.
     """
     path = Path(path)
-    if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
+    if path.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"the page's file is {path}; expected the name of a file ending in .html")
-    paths.writable(path.parent)
+    paths.writable_file(path)
     return path
 
 

@@ -69,6 +69,12 @@ class HeadGeometry:
         if beyond := [layer for layer in named if not 0 <= layer < self.layers]:
             raise ValueError(f"global layers {beyond} are not among the {self.layers} layers")
 
+    def __str__(self) -> str:
+        named = {"global": self.global_layers, "without heads": self.without_heads}
+        layers = [f"layers {which} {name}" for name, which in named.items() if which]
+        text = f"{self.layers} layers of {self.heads} heads in {self.kv_groups} KV groups"
+        return ", ".join([text, *layers, f"architecture {self.architecture or 'unknown'}"])
+
     @property
     def size(self) -> int:
         """Number of heads of the whole model."""

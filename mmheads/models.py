@@ -393,9 +393,10 @@ def _first_line(error: BaseException) -> str:
 
 def _why(source: str, error: BaseException) -> str:
     """Why a model could not be loaded, in one sentence."""
+    shipped = ", ".join(sorted(path.name for path in paths.MODELS.iterdir()))
     expected = (
-        "expected a folder that `save_pretrained` wrote, or the name of a model on the hub "
-        "whose class is a part of transformers"
+        f"expected a folder that `save_pretrained` wrote, a shipped model ({shipped}), or the name "
+        "of a model on the hub whose class is a part of transformers"
     )
     if isinstance(error, SafetensorError):
         return f"a weight file of {source} is damaged or cut: {_first_line(error)}; copy it again"

@@ -74,6 +74,17 @@ def writable(folder: Path) -> Path:
         raise ValueError(f"{folder} cannot be written to ({error}); name another folder") from error
 
 
+def writable_file(path: Path) -> None:
+    """Refuse the name of a file that cannot be written.
+
+    Raises:
+        ValueError: It is a folder, or its folder takes no files.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the name of a file")
+    writable(path.parent)
+
+
 @contextmanager
 def write_whole(path: Path) -> Iterator[Path]:
     """Yields a temporary path that becomes `path` when the block ends without an exception.

@@ -13,6 +13,7 @@ from pathlib import Path
 import pypdfium2
 from PIL import Image
 
+from mmheads.blocks import Block, page_blocks
 from mmheads.images import MAX_PIXELS
 
 DPI = 144
@@ -48,7 +49,7 @@ class PageBox:
 
 @dataclass(frozen=True, eq=False)
 class Page:
-    """One page: its number, and its text and image, which are made when asked for.
+    """One page: its number, and its text, image and blocks, which are made when asked for.
 
     Attributes:
         number: Position of the page in its file, from 1.
@@ -56,6 +57,7 @@ class Page:
         image: Returns the page as displayed, in RGB.
         label: The number that is printed on the page, such as "iv"; "" if the file names none.
         size: Width and height in points, as displayed; (0, 0) where they are not known.
+        read_blocks: Returns its paragraphs and pictures; none where they are not known.
     """
 
     number: int
@@ -63,11 +65,22 @@ class Page:
     image: Callable[[], Image.Image]
     label: str = ""
     size: tuple[float, float] = (0.0, 0.0)
+    read_blocks: Callable[[], tuple[Block, ...]] = tuple
 
     @cached_property
     def text(self) -> str:
         """The text of the page, read once."""
         return self.read_text()
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """The paragraphs and pictures of the page, read once."""
+        return self.read_blocks()
+
+    @property
+    def paragraphs(self) -> list[Block]:
+        """The blocks that hold text."""
+        return [block for block in self.blocks if block.text.strip()]
 
     @property
     def title(self) -> str:
@@ -120,7 +133,7 @@ def open_pdf(
                 pages.append(pdf.page(file, index))
             except ValueError as error:
                 if not skip_broken:
-                    advice = "pass skip_broken=True to leave out such pages"
+                    advice = "skip_broken=True, or --skip-broken, leaves out such pages"
                     raise ValueError(f"{error}; {advice}") from None
                 problems.append(str(error))
             if len(problems) > MAX_PROBLEMS:  # A forged number of pages.
@@ -165,7 +178,7 @@ class _Pdf:
         # The code is that of an earlier file where this one only lacks pages.
         if error.err_code == pypdfium2.raw.FPDF_ERR_PASSWORD and b"/Encrypt" in content:
             if self.password is None:
-                return f"{self.path} is encrypted; pass its password (password=...)"
+                return f"{self.path} is encrypted; give its password (password=..., or --password)"
             return f"{self.path} is encrypted with another password than the given one"
         return (
             f"{self.path} cannot be opened as a PDF (it begins with {content[:16]!r}): it is "
@@ -196,6 +209,7 @@ class _Pdf:
             lambda: self.image(index, title),
             label,
             (width, height),
+            lambda: self.blocks(index, title),
         )
 
     @cached_property
@@ -214,6 +228,13 @@ class _Pdf:
         if index not in self.texts:
             raise ValueError(f"{title} holds text that cannot be read")
         return self.texts[index]
+
+    def blocks(self, index: int, title: str) -> tuple[Block, ...]:
+        with self.opened() as file:
+            try:
+                return page_blocks(file[index])
+            except pypdfium2.PdfiumError as error:
+                raise ValueError(f"{title} holds text that cannot be read: {error}") from error
 
     def image(self, index: int, title: str) -> Image.Image:
         with self.opened() as file:

@@ -142,8 +142,8 @@ def check_heads(vlm: VLM, sets: Sequence[HeadSet], what: str) -> None:
         known = chosen.geometry.architecture and vlm.geometry.architecture
         if not chosen.geometry.fits(vlm.geometry) or not (known or same):
             raise ValueError(
-                f"heads of {chosen.model or 'a model'} with {chosen.geometry} cannot be {what} in "
-                f"{vlm} with {vlm.geometry}; find the heads of {vlm} with `mmheads detect`"
+                f"heads of {chosen.model or 'a model'} ({chosen.geometry}) cannot be {what} in "
+                f"{vlm} ({vlm.geometry}); find the heads of {vlm} with `mmheads detect`"
             )
         if missing := [head for head in chosen if head.layer in vlm.geometry.without_heads]:
             raise ValueError(

@@ -6,8 +6,7 @@ import argparse
 import json
 import math
 import sys
-import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +22,19 @@ if TYPE_CHECKING:
 
 NOTHING_FOUND = 3
 """Exit code of `detect` when there are no heads to be found."""
+
+
+MODEL = "a folder, a GGUF file, a shipped model, or a name on the Hugging Face hub"
+"""What the help says of a model."""
+
+
+FORMAT = """each line of examples.jsonl is one example:
+    {"context": ["One page.", {"image": "page1.png"}], "question": "What was the total?",
+     "answer": "1,204", "evidence": [{"part": 1, "box": [120, 300, 410, 340]}]}
+Images are files beside examples.jsonl. Evidence is a part of the context, counted from 0, with a
+"box" (left, top, right and bottom in pixels) or a "text" that occurs in it once. It is needed for
+scores, and answers for `ablate` and gradients."""
+"""What the help says of examples."""
 
 
 class Outcome(NamedTuple):
@@ -43,26 +55,33 @@ Runner = Callable[[argparse.Namespace], Outcome]
 """Runs a command with its options."""
 
 
-def add(
-    subparsers: Any, name: str, run: Runner, about: str, examples: str
-) -> argparse.ArgumentParser:
+def help_of(about: str | None) -> dict[str, Any]:
+    """What a parser shows: a text above the options, and from its line "Examples:" on below."""
+    text, _, examples = (about or "").partition("\n\nExamples:\n")
+    raw = argparse.RawDescriptionHelpFormatter
+    return {"description": text, "epilog": f"examples:\n{examples}", "formatter_class": raw}
+
+
+def add(subparsers: Any, name: str, run: Runner, about: str | None) -> argparse.ArgumentParser:
     """Add a command with the options that all of them have.
 
     Args:
         subparsers: Those of the console script.
         name: Name of the command.
         run: Runs it.
-        about: What it does: the first sentence is shown in the list of commands.
-        examples: Lines of examples.
+        about: What it does, and after a line "Examples:" how it is called. The first line is shown
+            in the list of commands.
     """
+    shown = help_of(about)
     parser: argparse.ArgumentParser = subparsers.add_parser(
-        name,
-        help=about.split(". ")[0].rstrip(".").replace("%", "%%"),
-        description=textwrap.fill(about, 78),
-        epilog=f"examples:\n{examples}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        name, help=shown["description"].split("\n")[0].rstrip("."), **shown
     )
-    parser.add_argument("--device", default="", help="cpu, cuda:0 or auto")
+    parser.add_argument(
+        "--device",
+        default="",
+        help="where the model runs: cpu, cuda:0, or auto for all GPUs together; by default the "
+        "best that is there",
+    )
     parser.add_argument("--json", action="store_true", help="print the results as one JSON object")
     parser.set_defaults(run=run)
     return parser
@@ -70,22 +89,19 @@ def add(
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add the model as the first position."""
-    parser.add_argument("model", help="folder, GGUF file, shipped model, or name on the hub")
+    parser.add_argument("model", help=MODEL)
 
 
 def add_examples(parser: argparse.ArgumentParser) -> None:
-    """Add the file of examples as the next position."""
-    parser.add_argument("examples", help="a .jsonl file, or a folder with examples.jsonl")
+    """Add the file of examples as the next position, and show what is in it."""
+    parser.add_argument("examples", help="a .jsonl file, or a folder that holds examples.jsonl")
+    parser.epilog = f"{parser.epilog}\n{FORMAT}"
 
 
 def add_null_images(parser: argparse.ArgumentParser) -> None:
     """Add the option what the null question shows."""
-    parser.add_argument(
-        "--null-images",
-        default="placeholders",
-        choices=("placeholders", "pixels"),
-        help="what the null question shows of the question's images",
-    )
+    text = "what the question that says nothing shows in place of images: nothing, or the images"
+    add_choice(parser, "--null-images", ("placeholders", "pixels"), text)
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
@@ -105,7 +121,31 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], An
     return read
 
 
-SHARE = number(float, 1e-6, 1.0)
+def add_number(
+    parser: argparse.ArgumentParser,
+    name: str,
+    default: float,
+    text: str,
+    kind: type = int,
+    low: float = 1,
+    high: float = math.inf,
+) -> None:
+    """Add an option that is a number from `low` to `high`; the help shows a default but for 0."""
+    text += f" (default: {default})" * bool(default)
+    parser.add_argument(name, type=number(kind, low, high), default=default, help=text)
+
+
+def add_choice(
+    parser: argparse.ArgumentParser, name: str, choices: Sequence[str], text: str
+) -> None:
+    """Add an option that is one of some words, by default the first."""
+    text += f" (default: {choices[0]})"
+    parser.add_argument(name, default=choices[0], choices=choices, help=text)
+
+
+def add_fraction(parser: argparse.ArgumentParser, of: str) -> None:
+    """Add the option how many heads are chosen."""
+    add_number(parser, "--fraction", 0.05, f"share of all heads {of}", float, 1e-6, 1.0)
 
 
 def note(text: str) -> None:

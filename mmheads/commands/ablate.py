@@ -1,4 +1,13 @@
-"""`mmheads ablate`: what answers lose without some heads, beside as many random heads."""
+"""Answer your examples without some heads, and without as many random heads.
+
+Answers without the heads are compared with those of the full model in pairs, by an exact test, and
+the selected heads are ranked among the random sets. The command says beforehand how long this
+takes, and goes on where it was interrupted.
+
+Examples:
+    mmheads ablate tiny-qwen3-vl-m tiny-qwen3-vl-m examples.jsonl --draws 50
+    mmheads ablate my-model runs/detect/my-model-natural-corpus-0.5.json examples.jsonl --json
+"""
 
 from __future__ import annotations
 
@@ -10,9 +19,6 @@ from typing import Any
 from mmheads import commands, paths
 from mmheads.commands import Outcome
 
-EXAMPLES = """  mmheads ablate tiny-qwen3-vl-m tiny-qwen3-vl-m examples.jsonl --draws 50
-  mmheads ablate my-model runs/detect/my-model-natural-corpus-0.5.json examples.jsonl --json"""
-
 METRICS = ("same", "token_f1", "document_answer")
 """Rules of `mmheads.metrics`."""
 
@@ -21,39 +27,29 @@ SELECTED, RANDOM = "selected", "random"
 
 def add(subparsers: Any) -> None:
     """Add the command."""
-    parser = commands.add(
-        subparsers,
-        "ablate",
-        run,
-        "Answer examples without some heads, and without as many random heads. Answers are "
-        "compared in pairs with those of the full model, by an exact test, and the selected heads "
-        "are ranked among the random sets.",
-        EXAMPLES,
-    )
+    parser = commands.add(subparsers, "ablate", run, __doc__)
     commands.add_model(parser)
-    parser.add_argument("heads", help="head list, score file, or name of a shipped list")
+    parser.add_argument(
+        "heads",
+        help="a head list (as `detect` writes), a score file (as `score` writes), or the name of a "
+        "model whose list is shipped",
+    )
     commands.add_examples(parser)
-    parser.add_argument("-o", "--out", default="", help="table of all answers, a .csv file")
-    parser.add_argument(
-        "--draws", type=commands.number(int, 2), default=200, help="random sets of heads: 200"
-    )
-    parser.add_argument(
-        "--match", default="layer", choices=("layer", "kv_group", "none"), help="of random heads"
-    )
-    parser.add_argument("--mode", default="zero", choices=("zero", "uniform"), help="of ablation")
-    parser.add_argument(
-        "--when", default="both", choices=("prefill", "decode", "both", "answer"), help="ablated"
-    )
-    parser.add_argument(
-        "--metric", default="same", choices=METRICS, help="how an answer is compared with yours"
-    )
-    parser.add_argument(
-        "--max-new-tokens", type=commands.number(int, 1), default=32, help="of an answer"
-    )
-    parser.add_argument(
-        "--fraction", type=commands.SHARE, default=0.05, help="share of heads of a score file"
-    )
-    parser.add_argument("--seed", type=commands.number(int, 0), default=0, help="of random sets")
+    parser.add_argument("-o", "--out", default="", help="write all answers to this .csv file")
+    commands.add_number(parser, "--draws", 200, "number of random sets of heads", low=2)
+    match = "random sets have as many heads per layer or KV group as the selected heads, or any"
+    commands.add_choice(parser, "--match", ("layer", "kv_group", "none"), match)
+    mode = "what an ablated head gives: nothing, or the mean of all that it may attend to"
+    commands.add_choice(parser, "--mode", ("zero", "uniform"), mode)
+    when = "when heads are ablated: as the prompt is read, as the answer is written, both, or only "
+    when += "at the positions that predict the answer"
+    commands.add_choice(parser, "--when", ("both", "prefill", "decode", "answer"), when)
+    metric = "how an answer is compared with yours: the same but for white space at the ends, F1 "
+    metric += "of the words, or the rule of MMLongBench-Doc"
+    commands.add_choice(parser, "--metric", METRICS, metric)
+    commands.add_number(parser, "--max-new-tokens", 32, "longest answer, in tokens")
+    commands.add_fraction(parser, "to take from a score file")
+    commands.add_number(parser, "--seed", 0, "seed of the random sets", low=0)
 
 
 def run(options: argparse.Namespace) -> Outcome:
@@ -74,7 +70,7 @@ def run(options: argparse.Namespace) -> Outcome:
         raise ValueError(f"{examples.path} holds one example; expected at least 2 to compare")
     heads = commands.read_heads(options.heads, options.fraction)
     if options.out:
-        paths.writable(Path(options.out).parent)
+        paths.writable_file(Path(options.out))
     vlm = load(options.model, device=options.device)
     check_heads(vlm, [heads], "ablated")
     controls = random_controls(

@@ -1,4 +1,16 @@
-"""`mmheads detect`: find the retrieval heads of a model without any data."""
+"""Find the retrieval heads of a model, without any data of yours.
+
+Needles are hidden in texts and on pages, and heads are scored by their attention to them, until
+the two halves of the haystacks agree about the strongest heads. The command says beforehand how
+long this takes, and goes on where it was interrupted. It writes the scores, a heat map, and a list
+of the heads, which `rank` and `ablate` take; but no list if the halves agree no better than by
+chance.
+
+Examples:
+    mmheads detect tiny-qwen3-vl-m
+    mmheads detect Qwen/Qwen3-VL-2B-Instruct --tasks text,image --lengths 1024,4096
+    mmheads detect my-model --from my-documents --json > summary.json
+"""
 
 from __future__ import annotations
 
@@ -12,44 +24,37 @@ from mmheads.commands import Outcome
 if TYPE_CHECKING:
     from mmheads.detection import Detection
 
-EXAMPLES = """  mmheads detect tiny-qwen3-vl-m
-  mmheads detect Qwen/Qwen3-VL-2B-Instruct --tasks text,image --lengths 1024,4096
-  mmheads detect my-model --from my-documents --json > heads.json
-
-The list of heads that is written can be given to `rank` and `ablate`."""
-
 
 def add(subparsers: Any) -> None:
     """Add the command."""
-    parser = commands.add(
-        subparsers,
-        "detect",
-        run,
-        "Find the heads of a model without data of yours. Needles are hidden in texts and pages, "
-        "and heads scored by their attention to them, until the two halves of the haystacks agree "
-        "about the strongest heads. Scores, a heat map and a list of the heads are written; no "
-        "list if the halves agree no better than by chance.",
-        EXAMPLES,
-    )
+    parser = commands.add(subparsers, "detect", run, __doc__)
     commands.add_model(parser)
     parser.add_argument(
         "--from",
         dest="folder",
         default="",
         metavar="FOLDER",
-        help="texts, PDF files and images to hide needles in: the shipped corpus",
-    )
-    parser.add_argument("--tasks", type=_names, default=(), help="text,image,...: all it can read")
-    parser.add_argument(
-        "--lengths", type=_lengths, default=(), help="of the prompts, in tokens: 1024"
+        help="your texts, PDF files and images, in which needles are hidden in place of the "
+        "shipped corpus",
     )
     parser.add_argument(
-        "--haystacks", type=commands.number(int, 4), default=20, help="most haystacks per task"
+        "--tasks",
+        type=_names,
+        default=(),
+        help="one or several of text, image, rendered_text and identical_image, with commas "
+        "between them; by default all that the model can read",
     )
     parser.add_argument(
-        "--fraction", type=commands.SHARE, default=0.05, help="share of heads per task"
+        "--lengths",
+        type=_lengths,
+        default=(),
+        help="lengths of the prompts in tokens, with commas between them (default: 1024)",
     )
-    parser.add_argument("-o", "--out", default="", help="folder of the results: runs/detect")
+    commands.add_number(parser, "--haystacks", 20, "largest number of haystacks per task", low=4)
+    commands.add_fraction(parser, "that each task selects")
+    parser.add_argument(
+        "-o", "--out", default="", help="folder of the results, by default runs/detect"
+    )
 
 
 def _names(text: str) -> tuple[str, ...]:

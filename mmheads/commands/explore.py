@@ -1,4 +1,11 @@
-"""`mmheads explore`: one HTML file that shows where every head looks."""
+"""Write one HTML file that shows where every head looks.
+
+The file needs no network. It has a map of all heads, and shows their attention on each of your
+examples. For examples without evidence it shows attention but no scores.
+
+Examples:
+    mmheads explore tiny-qwen3-vl-m examples.jsonl -o heads.html
+"""
 
 from __future__ import annotations
 
@@ -8,25 +15,17 @@ from typing import Any
 from mmheads import commands
 from mmheads.commands import Outcome
 
-EXAMPLES = """  mmheads explore tiny-qwen3-vl-m examples.jsonl -o heads.html"""
-
 
 def add(subparsers: Any) -> None:
     """Add the command."""
-    parser = commands.add(
-        subparsers,
-        "explore",
-        run,
-        "Write one HTML file that shows where every head looks. It needs no network, and has a map "
-        "of all heads with their attention on your examples. Examples without evidence have "
-        "attention but no scores.",
-        EXAMPLES,
-    )
+    parser = commands.add(subparsers, "explore", run, __doc__)
     commands.add_model(parser)
     commands.add_examples(parser)
-    parser.add_argument("-o", "--out", default="", help="default <examples>.html here")
+    parser.add_argument(
+        "-o", "--out", default="", help="file to write, by default <examples>.html here"
+    )
     commands.add_null_images(parser)
-    parser.add_argument("--title", default="", help="heading of the page")
+    parser.add_argument("--title", default="", help="heading of the HTML page")
     parser.add_argument(
         "--gradients", action="store_true", help="also show gate gradients; examples need answers"
     )

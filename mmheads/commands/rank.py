@@ -1,13 +1,25 @@
-"""`mmheads rank`: rank the pages of PDF files for questions."""
+"""Rank the pages of PDF files, and regions of them, for questions.
+
+Pages are ranked by the attention that chosen heads give them. The command prints the best pages
+and writes a picture of them for each question. A model that reads only text ranks the texts of the
+pages. Resolution and window are chosen to fit the model and the memory; the command says what it
+chose, and how long the index will take.
+
+Examples:
+    mmheads rank a.pdf --model Qwen/Qwen3-VL-8B-Instruct --question "What was sold?"
+    mmheads rank a.pdf --model tiny-qwen3-vl-m --question "? B7" --regions
+    mmheads rank a.pdf b.pdf --model my-model --question-file questions.txt --index ab.index
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,71 +27,73 @@ from mmheads import commands, paths
 from mmheads.commands import Outcome
 
 if TYPE_CHECKING:
+    from mmheads.blocks import Block
     from mmheads.heads import HeadSet
     from mmheads.models import VLM
     from mmheads.pdfs import Page
+    from mmheads.retrieval.candidates import Place
     from mmheads.retrieval.fitting import Fit
     from mmheads.retrieval.index import DocumentIndex
-
-EXAMPLES = """  mmheads rank a.pdf --model Qwen/Qwen3-VL-8B-Instruct --question "What was sold?"
-  mmheads rank a.pdf b.pdf --model Qwen/Qwen3-VL-8B-Instruct --question-file questions.txt \\
-    --index ab.safetensors --json"""
 
 KNOWN = 0.5
 """Part of the words of a question that a tokenizer must know."""
 
+CELLS = (3, 4)
+"""Columns and rows into which a page without paragraphs and pictures is divided."""
+
+SMALLEST = 64
+"""Square points; a paragraph of less, such as a page number, is not ranked by its place."""
+
 
 def add(subparsers: Any) -> None:
     """Add the command."""
-    parser = commands.add(
-        subparsers,
-        "rank",
-        run,
-        "Rank the pages of PDF files for questions. Pages are ranked by the attention of chosen "
-        "heads; the best ones are printed, and a picture of them is written for each question. A "
-        "model that reads only text ranks the texts of the pages. Resolution and window are chosen "
-        "to fit the model and the memory.",
-        EXAMPLES,
-    )
-    parser.add_argument("pdf", nargs="+", help="the documents; their pages are ranked together")
-    parser.add_argument("--model", required=True, help="folder, shipped model, or name on the hub")
-    parser.add_argument("--question", action="append", default=[], help="may be given repeatedly")
+    parser = commands.add(subparsers, "rank", run, __doc__)
+    parser.add_argument("pdf", nargs="+", help="the documents, whose pages are ranked together")
+    parser.add_argument("--model", required=True, help=commands.MODEL)
     parser.add_argument(
-        "--question-file", default="", help="one question per line, in UTF-8; - reads the input"
+        "--question", action="append", default=[], help="what is asked; may be given several times"
+    )
+    parser.add_argument(
+        "--question-file",
+        default="",
+        help="a text file in UTF-8 with one question per line; - reads them from a pipe",
     )
     parser.add_argument(
         "--heads",
         default="",
-        help="score file, head list, or name of a shipped list; by default that of the model, "
-        "shipped or released",
+        help="a head list (as `detect` writes), a score file (as `score` writes), or the name of a "
+        "model whose list is shipped; by default the list that is shipped or released for --model",
     )
+    commands.add_fraction(parser, "to take from a score file")
     parser.add_argument(
-        "--fraction", type=commands.SHARE, default=0.05, help="share of heads of a score file"
+        "--index",
+        default="",
+        help="file that keeps the index: after an interrupt it goes on from there, and later "
+        "questions are answered from it, with or without --regions",
     )
+    commands.add_number(parser, "--window", 0, "pages per forward pass")
+    commands.add_number(
+        parser, "--dpi", 0, "resolution of the pages, in pixels per inch", high=2400
+    )
+    memory = "GB that may be used, by default most of what is free"
+    commands.add_number(parser, "--memory", 0, memory, float, 0.001)
     parser.add_argument(
-        "--index", default="", help="file in which the index is kept; it goes on from there"
+        "--regions",
+        action="store_true",
+        help="also rank the paragraphs and pictures of the pages (paragraphs only, if the model "
+        f"reads only text); a page without any is divided into {CELLS[0]} x {CELLS[1]} cells",
     )
-    parser.add_argument(
-        "--window", type=commands.number(int, 1), default=0, help="pages per forward pass"
-    )
-    parser.add_argument(
-        "--dpi", type=commands.number(int, 1, 2400), default=0, help="resolution of the pages"
-    )
-    parser.add_argument(
-        "--memory", type=commands.number(float, 0.001), default=0, help="GB that may be used"
-    )
-    parser.add_argument("--password", default="", help="of encrypted PDF files")
+    parser.add_argument("--password", default="", help="password of encrypted PDF files")
     parser.add_argument(
         "--skip-broken", action="store_true", help="leave out pages that cannot be read"
     )
-    parser.add_argument("--top", type=commands.number(int, 1), default=5, help="pages to print")
+    commands.add_number(parser, "--top", 5, "number of pages, and of regions, to print")
+    heat = "what the picture shows: the attention from the question less that from a question that "
+    heat += "says nothing, or all of it"
+    commands.add_choice(parser, "--heat", ("calibrated", "raw"), heat)
     parser.add_argument(
-        "--heat",
-        default="calibrated",
-        choices=("calibrated", "raw"),
-        help="attention in the picture: without that of a question that asks nothing, or all",
+        "-o", "--out", default="", help="picture to write, by default <document>.rank.png here"
     )
-    parser.add_argument("-o", "--out", default="", help="picture, default <document>.rank.png here")
 
 
 @dataclass(frozen=True)
@@ -88,7 +102,7 @@ class _Candidate:
 
     document: str
     page: Page
-    ranked: str | Callable[[], Any]
+    ranked: tuple[str, ...] | Callable[[], Any]
 
     @property
     def title(self) -> str:
@@ -98,6 +112,7 @@ class _Candidate:
 
 def run(options: argparse.Namespace) -> Outcome:
     """Index the documents and rank their pages for each question."""
+    from mmheads.attention import check_heads
     from mmheads.models import load
     from mmheads.retrieval.fitting import DPIS, fit_pages, fit_texts
     from mmheads.retrieval.index import DocumentIndex
@@ -111,6 +126,7 @@ def run(options: argparse.Namespace) -> Outcome:
     given = commands.read_heads(options.heads, options.fraction) if options.heads else None
     vlm = load(options.model, device=options.device)
     heads = given or commands.known_heads(vlm)
+    check_heads(vlm, [heads], "used to rank")
     for question in questions:
         _check_words(vlm, question)
     asked: dict[str, Any] = {
@@ -119,7 +135,7 @@ def run(options: argparse.Namespace) -> Outcome:
     }
     if vlm.is_text_only:
         pages = _with_text(pages)
-        texts = [str(each.ranked) for each in pages]
+        texts = ["\n".join(each.ranked) for each in pages if isinstance(each.ranked, tuple)]
         fit = fit_texts(vlm, heads, texts, questions, **asked)
     else:
         sizes = [each.page.size for each in pages]
@@ -128,6 +144,7 @@ def run(options: argparse.Namespace) -> Outcome:
         if fit.dpi != dpi:
             pages = _pages(options, fit.dpi, warn=False)
     ranked = [each.ranked for each in pages]
+    regions = _regions(pages, vlm.is_text_only) if options.regions else []
     _say(vlm, heads, ranked, fit, options)
     about = {"documents": files, "dpi": fit.dpi, "skip_broken": options.skip_broken}
     index = DocumentIndex(
@@ -143,7 +160,7 @@ def run(options: argparse.Namespace) -> Outcome:
     results = []
     for question, picture in zip(questions, pictures, strict=True):
         lines += [question] if len(questions) > 1 else []
-        result, printed = _answered(index, question, pages, options, picture)
+        result, printed = _answered(index, question, pages, regions, options, picture)
         results.append(result)
         lines += printed
     data = {
@@ -161,31 +178,71 @@ def _answered(
     index: DocumentIndex,
     question: str,
     pages: Sequence[_Candidate],
+    regions: Sequence[tuple[Block, Place]],
     options: argparse.Namespace,
     picture: Path,
 ) -> tuple[dict[str, Any], list[str]]:
-    """The best pages for a question, for `--json` and in lines; writes their picture."""
+    """The best pages and regions for a question, as data and in lines; writes their picture."""
     several = len(options.pdf) > 1
-    ranking = index.rank(question)
-    rows, lines = [], []
-    for row in ranking.table().head(options.top).to_dict("records"):
-        best = pages[row["candidate"]]
-        place = {"document": best.document, "page": best.page.number, "label": best.page.label}
-        rows.append({"rank": row["rank"], **place, "score": row["score"]})
-        where = f"{best.document} " if several else ""
-        lines.append(f"{row['rank']:>4}  {where}page {best.page.title:<10} {row['score']:+.5f}")
-    result = {"question": question, "pages": rows, "picture": None}
+    ranking = index.rank(question, [place for _, place in regions] if regions else None)
+    result: dict[str, Any] = {"question": question, "pages": [], "picture": None}
+    lines = []
+    for row in (ranking.candidates or ranking).table().head(options.top).to_dict("records"):
+        found, line = _row(pages[row["candidate"]], row, several)
+        result["pages"].append(found)
+        lines.append(line)
+    if regions:
+        result["regions"] = []
+        lines.append("regions (left, top, right and bottom in points):")
+        for row in ranking.table().head(options.top).to_dict("records"):
+            page, block = pages[row["candidate"]], regions[row["region"]][0]
+            found, line = _row(page, row, several)
+            result["regions"].append(found | asdict(block) | {"size": page.page.size})
+            box = ", ".join(f"{value:.0f}" for value in block.box)
+            start = textwrap.shorten(block.text, 50, placeholder=" …") or block.kind
+            lines.append(f"{line}  ({box})  {start}")
     if not index.vlm.is_text_only:
         labels = [
             f"{each.page.title} of {each.document}" if several else each.page.label
             for each in pages
         ]
         images = [each.page.image for each in pages]
-        figure = ranking.picture(images, heat=options.heat, labels=labels)
+        figure = ranking.picture(images, heat=options.heat, labels=labels, outlined=options.top)
         commands.write_picture(figure, picture)
         result["picture"] = str(picture)
         lines.append(str(picture))
     return result, lines
+
+
+def _row(page: _Candidate, row: dict[Any, Any], several: bool) -> tuple[dict[str, Any], str]:
+    """A rank with its page and score, as data and as a line."""
+    place = {"document": page.document, "page": page.page.number, "label": page.page.label}
+    where = f"{page.document} " if several else ""
+    line = f"{row['rank']:>4}  {where}page {page.page.title:<10} {row['score']:+.5f}"
+    return {"rank": row["rank"], **place, "score": row["score"]}, line
+
+
+def _regions(pages: Sequence[_Candidate], as_text: bool) -> list[tuple[Block, Place]]:
+    """The paragraphs of texts, or the paragraphs, pictures and cells of images, with places."""
+    from mmheads.blocks import grid
+    from mmheads.pdfs import PageBox
+    from mmheads.retrieval.candidates import PagePart
+
+    regions: list[tuple[Block, Place]] = []
+    for number, each in enumerate(pages):
+        if as_text:
+            texts = enumerate(each.page.paragraphs)
+            regions += [(block, PagePart(number, part)) for part, block in texts]
+            continue
+        size = each.page.size
+        blocks = [block for block in each.page.blocks if block.area >= SMALLEST]
+        regions += [
+            (block, PageBox(number, block.box, size)) for block in blocks or grid(size, *CELLS)
+        ]
+    cells = sum(block.kind == "cell" for block, _ in regions)
+    of_cells = f", {cells} of them cells of pages that hold neither paragraphs nor pictures"
+    commands.note(f"{len(regions)} regions{of_cells * bool(cells)}")
+    return regions
 
 
 def _questions(options: argparse.Namespace) -> list[str]:
@@ -200,8 +257,9 @@ def _questions(options: argparse.Namespace) -> list[str]:
             raise ValueError(f"{name} is not a text in UTF-8 ({error})") from error
         questions += [line.strip() for line in text.split("\n") if line.strip()]
     if not questions or not all(question.strip() for question in questions):
+        given = "a question is empty" if questions else "no question is given"
         raise ValueError(
-            "the question is empty; give --question, or a --question-file with a question per line"
+            f"{given}; give --question, or a --question-file with one question per line"
         )
     return questions
 
@@ -217,9 +275,7 @@ def _pictures(options: argparse.Namespace, count: int) -> list[Path]:
             f"--out is {path}; expected the name of a picture that ends in one of "
             f"{', '.join('.' + kind for kind in kinds)}"
         )
-    if path.is_dir():
-        raise ValueError(f"--out {path} is a folder; give the name of a picture")
-    paths.writable(path.parent)
+    paths.writable_file(path)
     several = [path.with_stem(f"{path.stem}-{number}") for number in range(1, count + 1)]
     return several if count > 1 else [path]
 
@@ -230,7 +286,8 @@ def _files(options: argparse.Namespace) -> dict[str, str]:
 
     for path in options.pdf:
         if not Path(path).is_file():
-            raise ValueError(f"{path} does not exist; expected a PDF file")
+            what = "is a folder" if Path(path).is_dir() else "does not exist"
+            raise ValueError(f"{path} {what}; expected the name of a PDF file")
     files = {Path(path).name: file_sha256(Path(path)) for path in options.pdf}
     if len(files) < len(options.pdf):
         raise ValueError(f"two of the documents have one name ({', '.join(options.pdf)})")
@@ -243,7 +300,7 @@ def _index_before(options: argparse.Namespace, files: dict[str, str]) -> dict[st
 
     if not options.index:
         return {}
-    paths.writable(Path(options.index).parent)
+    paths.writable_file(Path(options.index))
     if not Path(options.index).exists():
         return {}
     text, window = what_is_indexed(Path(options.index))
@@ -272,16 +329,15 @@ def _pages(options: argparse.Namespace, dpi: int, *, warn: bool = True) -> list[
 
 def _with_text(pages: Sequence[_Candidate]) -> list[_Candidate]:
     """The pages as texts, without those that have none."""
-    texts = [each.page.text.strip() for each in pages]
-    blank = [each.title for each, text in zip(pages, texts, strict=True) if not text]
+    blank = [each.title for each in pages if not each.page.paragraphs]
     if blank:
         commands.note(f"warning: without text, and left out: {', '.join(blank)}")
     if len(blank) == len(pages):
         raise ValueError("no page holds text, and the model reads only text; take another model")
     return [
-        _Candidate(each.document, each.page, f"{text}\n\n")
-        for each, text in zip(pages, texts, strict=True)
-        if text
+        _Candidate(each.document, each.page, tuple(f"{p.text}\n" for p in each.page.paragraphs))
+        for each in pages
+        if each.page.paragraphs
     ]
 
 

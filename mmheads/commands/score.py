@@ -1,4 +1,13 @@
-"""`mmheads score`: score every head on your own examples."""
+"""Score the heads of a model on your own examples.
+
+A head's score is its attention to the evidence, minus its attention to it from a question that says
+nothing. The command writes all scores, their means and a heat map, and prints the heads with the
+highest scores. L8H10 is layer 8, head 10, both counted from 0.
+
+Examples:
+    mmheads score tiny-qwen3-vl-m examples.jsonl
+    mmheads score Qwen/Qwen3-VL-2B-Instruct examples.jsonl --json | jq .heads
+"""
 
 from __future__ import annotations
 
@@ -10,28 +19,17 @@ from typing import Any
 from mmheads import commands, paths
 from mmheads.commands import Outcome
 
-EXAMPLES = """  mmheads score tiny-qwen3-vl-m examples.jsonl
-  mmheads score Qwen/Qwen3-VL-2B-Instruct examples.jsonl --json | jq .heads"""
-
 
 def add(subparsers: Any) -> None:
     """Add the command."""
-    parser = commands.add(
-        subparsers,
-        "score",
-        run,
-        "Score the heads of a model on your own examples. All scores, the means, and a heat map "
-        "are written, and the heads with the highest scores printed (L8H10 is layer 8, head 10, "
-        "from 0).",
-        EXAMPLES,
-    )
+    parser = commands.add(subparsers, "score", run, __doc__)
     commands.add_model(parser)
     commands.add_examples(parser)
-    parser.add_argument("-o", "--out", default="", help="folder of the results: runs/scores")
-    commands.add_null_images(parser)
     parser.add_argument(
-        "--fraction", type=commands.SHARE, default=0.05, help="share of heads to print"
+        "-o", "--out", default="", help="folder of the results, by default runs/scores"
     )
+    commands.add_null_images(parser)
+    commands.add_fraction(parser, "to print")
 
 
 def run(options: argparse.Namespace) -> Outcome:

@@ -1,12 +1,8 @@
 """Rank the pages or regions of a document by the attention of chosen heads (paper A, Sec. 6)."""
 
 from mmheads.retrieval.baselines import bm25_pages, dense_pages
-from mmheads.retrieval.index import (
-    KEEP,
-    NULL_IMAGES,
-    WINDOW,
-    DocumentIndex,
-)
+from mmheads.retrieval.candidates import PagePart
+from mmheads.retrieval.index import KEEP, NULL_IMAGES, WINDOW, DocumentIndex
 from mmheads.retrieval.metrics import (
     LAYOUT_CUTS,
     PAGE_CUTS,
@@ -27,6 +23,7 @@ __all__ = [
     "PAGE_CUTS",
     "WINDOW",
     "DocumentIndex",
+    "PagePart",
     "Ranking",
     "bm25_pages",
     "box_area",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,23 @@ Part = str | Image.Image
 
 Candidate = Part | Sequence[Part] | Callable[[], Part | Sequence[Part]]
 """An image, a text, several of them, or a function that makes one of these when its turn comes."""
+
+
+@dataclass(frozen=True)
+class PagePart:
+    """One of the texts and images of which a candidate consists, as a region to rank.
+
+    Attributes:
+        page: Number of the candidate.
+        part: Index among its texts and images.
+    """
+
+    page: int
+    part: int
+
+
+Place = PageBox | PagePart
+"""A region of a candidate: a box on its image, or one of its parts."""
 
 
 FILE_SUFFIXES = frozenset(
@@ -91,19 +109,19 @@ def question_parts(question: str | Sequence[Part]) -> tuple[Part, ...]:
 
 
 def check_regions(regions: object) -> None:
-    """Refuse what is not a sequence of at least one `PageBox`.
+    """Refuse what is not a sequence of at least one `PageBox` or `PagePart`.
 
     Raises:
         TypeError: It is something else.
         ValueError: There is no region.
     """
     if isinstance(regions, (str, bytes)) or not isinstance(regions, Sequence):
-        raise TypeError(f"regions are {_shown(regions)}; expected a list of PageBox")
+        raise TypeError(f"regions are {_shown(regions)}; expected a list of PageBox or PagePart")
     if not len(regions):
         raise ValueError("there is no region to rank; give at least one, or None for candidates")
     for region in regions:
-        if not isinstance(region, PageBox):
-            raise TypeError(f"a region is {_shown(region)}; expected a PageBox")
+        if not isinstance(region, Place):
+            raise TypeError(f"a region is {_shown(region)}; expected a PageBox or PagePart")
 
 
 def spread(count: int, window: int, overlap: int) -> list[range]:

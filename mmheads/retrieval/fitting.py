@@ -80,16 +80,17 @@ def fit_pages(
     """
     memory = memory or free_memory(vlm)
     base = _base(vlm, questions)
-    tokens: list[int] = []
     for resolution in (dpi,) if dpi else DPIS:
         pixels = [
             (_rounded(width * resolution / 72), _rounded(height * resolution / 72))
             for width, height in sizes
         ]
         tokens = [_image_tokens(vlm, size) for size in pixels]
-        if found := _fit(vlm, heads, tokens, base, resolution, window, memory):
-            return found
-    raise ValueError(_refusal(vlm, heads, tokens, base, window, memory, f" at {resolution} dpi"))
+        try:
+            return _fit(vlm, heads, tokens, base, resolution, window, memory)
+        except ValueError as error:
+            refusal = error
+    raise refusal
 
 
 def fit_texts(
@@ -106,10 +107,7 @@ def fit_texts(
     base = _base(vlm, questions)
     ids = vlm.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     tokens = [len(each) + 2 for each in ids]
-    found = _fit(vlm, heads, tokens, base, 0, window, memory)
-    if not found:
-        raise ValueError(_refusal(vlm, heads, tokens, base, window, memory, ""))
-    return found
+    return _fit(vlm, heads, tokens, base, 0, window, memory)
 
 
 def free_memory(vlm: VLM) -> float:
@@ -127,8 +125,8 @@ def _fit(
     dpi: int,
     window: int,
     memory: float,
-) -> Fit | None:
-    """The largest window, or the given one, if it fits."""
+) -> Fit:
+    """The largest window, or the given one, that fits; ValueError if none does."""
     cache = sum(tokens) * _cache_bytes(vlm, heads)
     room = _room(vlm, cache, memory)
     for size in (window,) if window else range(min(MOST, len(tokens)), 0, -1):
@@ -137,21 +135,9 @@ def _fit(
         if longest <= room:
             first = tokens[0] / sum(tokens)
             return Fit(dpi, len(ranges[0]), len(ranges), longest, first, cache)
-    return None
-
-
-def _refusal(
-    vlm: VLM,
-    heads: HeadSet,
-    tokens: Sequence[int],
-    base: int,
-    window: int,
-    memory: float,
-    where: str,
-) -> str:
-    cache = sum(tokens) * _cache_bytes(vlm, heads)
+    where = f" at {dpi} dpi" if dpi else ""
     takes = f"{vlm} takes {vlm.positions} tokens" if vlm.positions else f"{vlm} takes any length"
-    return (
+    raise ValueError(
         f"{len(tokens)} pages do not fit{where} in windows of {window or 1}: the longest page has "
         f"{max(tokens)} tokens and the longest question {base}, {takes}, and the index needs "
         f"{cache / 1e9:.2g} GB beside its forward passes, of {memory / 1e9:.2g} GB; give fewer "

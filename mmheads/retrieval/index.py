@@ -20,11 +20,11 @@ from mmheads.attention.hook import check_heads
 from mmheads.checks import expect_one_of
 from mmheads.heads import HeadSet
 from mmheads.models import VLM
-from mmheads.pdfs import PageBox
 from mmheads.prompts import null_question
 from mmheads.retrieval.candidates import (
     Candidate,
     Part,
+    Place,
     check_candidates,
     check_regions,
     question_parts,
@@ -190,7 +190,7 @@ class DocumentIndex:
     def masses(
         self,
         question: str | Sequence[Part],
-        regions: Sequence[PageBox] | None = None,
+        regions: Sequence[Place] | None = None,
         *,
         calibrated: bool = True,
         null: str = NULL_QUESTION,
@@ -201,8 +201,8 @@ class DocumentIndex:
 
         Args:
             question: A text, or texts and images.
-            regions: Boxes to rank in place of whole candidates; `PageBox.page` is the number of
-                the candidate.
+            regions: Boxes or parts to rank in place of whole candidates; their `page` is the
+                number of the candidate.
             calibrated: Subtract the attention from the null question.
             null: The null question. The index holds the attention from "N/A"; another one is run
                 once for each window, when it is first asked for.
@@ -224,7 +224,7 @@ class DocumentIndex:
     def rank(
         self,
         question: str | Sequence[Part],
-        regions: Sequence[PageBox] | None = None,
+        regions: Sequence[Place] | None = None,
         *,
         calibrated: bool = True,
         null: str = NULL_QUESTION,
@@ -232,7 +232,7 @@ class DocumentIndex:
         normalize: bool = False,
         top: int | None = None,
     ) -> Ranking:
-        """Rank candidates, or regions of them, for a question.
+        """Rank candidates, or regions of them, for a question, which is run once for both.
 
         Args:
             question: See `masses`.
@@ -251,9 +251,9 @@ class DocumentIndex:
             raise ValueError(f"top is {top!r}; expected a whole number of at least 1, or None")
         looks = self._attention(question, regions, calibrated, null, null_images)
         means = [(own - empty).mean(axis=0, keepdims=True) for own, empty in looks]
-        scores = _sums(self.document, means, regions, normalize)[0]
+        scores = _sums(self.document, means, None, normalize)[0]
         texts = [p if isinstance(p, str) else "<image>" for p in question_parts(question)]
-        return Ranking(
+        ranking = Ranking(
             " ".join(texts),
             scores,
             rank(scores)[:top],
@@ -261,13 +261,19 @@ class DocumentIndex:
             len(self.document.windows),
             _heat(self.document, means),
             _heat(self.document, [own.mean(axis=0, keepdims=True) for own, _ in looks]),
-            regions,
+        )
+        if regions is None:
+            return ranking
+        scores = _sums(self.document, means, regions, normalize)[0]
+        order = rank(scores)[:top]
+        return dataclasses.replace(
+            ranking, scores=scores, order=order, regions=regions, candidates=ranking
         )
 
     def _attention(
         self,
         question: str | Sequence[Part],
-        regions: Sequence[PageBox] | None,
+        regions: Sequence[Place] | None,
         calibrated: bool,
         null: str,
         null_images: str,
@@ -324,7 +330,7 @@ def _continued(
 def _sums(
     document: IndexedDocument,
     attentions: Sequence[Attention],
-    regions: Sequence[PageBox] | None,
+    regions: Sequence[Place] | None,
     normalize: bool,
 ) -> NDArray[np.float32]:
     """[head, candidate] sums over tokens, means over windows."""

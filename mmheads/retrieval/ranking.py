@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from mmheads.families import Boxes
 from mmheads.pdfs import PageBox
+from mmheads.retrieval.candidates import Place
 
 Heat = Mapping[int, tuple[Boxes, NDArray[np.float32]]]
 """By candidate with one image: [token, 4] boxes in its pixels, and [token] attention."""
@@ -36,6 +39,7 @@ class Ranking:
             that is normalised.
         raw_heat: The same for the attention before calibration.
         regions: The regions that were ranked; None for candidates of the index.
+        candidates: The ranking of the whole candidates where regions were ranked; else None.
     """
 
     question: str
@@ -45,12 +49,14 @@ class Ranking:
     windows: int
     heat: Heat
     raw_heat: Heat
-    regions: Sequence[PageBox] | None = None
+    regions: Sequence[Place] | None = None
+    candidates: Ranking | None = None
 
     def table(self) -> pd.DataFrame:
         """One row per candidate or region, the best first.
 
-        Columns: rank (from 1), candidate (from 0), box (only for regions), score, window.
+        Columns: rank (from 1), candidate (from 0), region (its index) and box (None where it is not
+        a `PageBox`) if regions were ranked, score, window.
         """
         table = pd.DataFrame(
             {
@@ -63,7 +69,8 @@ class Ranking:
         if self.regions is not None:
             ranked = [self.regions[index] for index in self.order]
             table["candidate"] = [region.page for region in ranked]
-            table.insert(2, "box", [region.box for region in ranked])
+            table.insert(2, "region", self.order)
+            table.insert(3, "box", [getattr(region, "box", None) for region in ranked])
         return table
 
     def picture(
@@ -73,8 +80,12 @@ class Ranking:
         *,
         heat: str = "calibrated",
         labels: Sequence[str] = (),
+        outlined: int = 5,
     ) -> Figure:
         """The best candidates with the heat of their tokens over them.
+
+        If regions were ranked, these are the candidates that hold the best regions, which are
+        outlined, each with its rank.
 
         Args:
             images: By candidate, a function that gives its image.
@@ -82,6 +93,7 @@ class Ranking:
             heat: "calibrated" shows what the scores consist of, "raw" the attention from the
                 question before the null question's is subtracted.
             labels: By candidate, the label printed on the page ("iv"), shown beside its number.
+            outlined: Number of best regions that are outlined.
 
         Raises:
             ValueError: `top` is below 1, `heat` is unknown, images or labels are missing, or no
@@ -118,6 +130,10 @@ class Ranking:
                 vmax=max(limit, 1e-9),
                 alpha=0.5,
             )
+            for number, index in enumerate(self.order[:outlined], 1):
+                region = self.regions[index] if self.regions is not None else None
+                if isinstance(region, PageBox) and region.page == row["candidate"]:
+                    _outline(axis, region, number, image.size)
             axis.set_axis_off()
             name = _page_name(row["candidate"], labels)
             axis.set_title(f"{row['rank']}: {name}, {row['score']:+.4f}", parse_math=False)
@@ -129,6 +145,16 @@ def _page_name(candidate: int, labels: Sequence[str]) -> str:
     number = f"{candidate + 1}"
     label = str(labels[candidate]).strip() if labels else number
     return f"page {number}" if label in ("", number) else f"page {label} ({number})"
+
+
+def _outline(axis: Axes, region: PageBox, number: int, size: tuple[int, int]) -> None:
+    """Draw a region on its page, and its rank at its upper left corner."""
+    wide, high = np.divide(size, region.size)
+    left, top, right, bottom = region.box
+    corner, sides = (left * wide, top * high), ((right - left) * wide, (bottom - top) * high)
+    axis.add_patch(Rectangle(corner, *sides, fill=False, color="black", linewidth=1))
+    shown = {"facecolor": "black", "edgecolor": "none", "pad": 1}
+    axis.text(*corner, str(number), color="white", fontsize=7, va="top", bbox=shown)
 
 
 def _raster(

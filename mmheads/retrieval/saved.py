@@ -32,7 +32,7 @@ from mmheads.prompts import restore
 from mmheads.provenance import Provenance
 from mmheads.retrieval.windows import NULL_QUESTION, IndexedDocument, Window
 
-FORMAT = 4
+FORMAT = 5
 """Version of the file; raised when its content or what an index computes changes."""
 
 _KEY = "mmheads"

@@ -17,10 +17,9 @@ from mmheads.examples import Example, Part
 from mmheads.families import box_shares
 from mmheads.heads import HeadSet
 from mmheads.models import VLM
-from mmheads.pdfs import PageBox
 from mmheads.prefix import Prefix, prefill
 from mmheads.prompts import Prompt, Question, Span, ask, encode, without_pixels
-from mmheads.retrieval.candidates import Candidate, candidate_parts
+from mmheads.retrieval.candidates import Candidate, PagePart, Place, candidate_parts
 
 SAVE_EVERY = 30.0
 """Seconds between two saves of an index: what a killed process may lose."""
@@ -60,10 +59,18 @@ class Window:
                 tokens = np.concatenate([span.tokens for span in spans])
                 yield number, Span(tokens, np.concatenate([span.weights for span in spans]))
 
-    def region_spans(self, regions: Sequence[PageBox]) -> Iterator[tuple[int, Span]]:
+    def region_spans(self, regions: Sequence[Place]) -> Iterator[tuple[int, Span]]:
         """Regions by number, each with the shares of the tokens that it covers in this window."""
         for number, region in enumerate(regions):
             if not 0 <= region.page - self.first < len(self.parts):
+                continue
+            if isinstance(region, PagePart):
+                parts = self.parts[region.page - self.first]
+                found = (
+                    self.prompt.parts[parts[region.part]] if 0 <= region.part < len(parts) else None
+                )
+                if found is not None:
+                    yield number, found
                 continue
             images = self.image_parts(region.page)
             if len(images) > 1:

@@ -70,7 +70,11 @@ def test_answers_are_compared_in_pairs_and_with_random_heads(
         ([LINE, LINE | {"answer": ""}], "tiny-qwen3-vl-m", "line 2: the example has no answer"),
         ([LINE], "tiny-qwen3-vl-m", "holds one example; expected at least 2"),
         ([LINE, LINE], "none.json", "none.json is not a file; expected a JSON file of heads"),
-        ([LINE, LINE], "other.json", "heads of other with HeadGeometry(layers=2, "),
+        (
+            [LINE, LINE],
+            "other.json",
+            "heads of other (2 layers of 4 heads in 2 KV groups, architecture unknown) cannot",
+        ),
     ],
 )
 def test_ablate_refuses_bad_input_in_one_sentence(
@@ -84,3 +88,12 @@ def test_ablate_refuses_bad_input_in_one_sentence(
     printed = capsys.readouterr().err
     (error,) = [line for line in printed.splitlines() if line.startswith("mmheads: ")]
     assert message in error
+
+
+def test_a_folder_in_place_of_the_table_is_refused_before_the_model_is_loaded(
+    examples, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("mmheads.models.load", None)
+    command = ["ablate", "m", "tiny-qwen3-vl-m", str(examples), "--out", str(tmp_path)]
+    assert cli.main(command) == 1
+    assert f"{tmp_path} is a folder; give the name of a file" in capsys.readouterr().err

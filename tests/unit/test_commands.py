@@ -172,7 +172,7 @@ def test_rank_orders_the_pages_of_a_pdf_and_draws_them(score_file, tmp_path, cap
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--question", " "], "the question is empty"),
+        (["--question", " "], "a question is empty"),
         (["e.pdf"], "e.pdf does not exist"),
         (["empty.pdf"], "empty.pdf"),
         (["text.pdf"], "text.pdf"),
@@ -333,3 +333,21 @@ def test_what_the_page_on_the_tiny_models_shows_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(sample, {})
     assert (tmp_path / "sample.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("command", ["", "detect", "rank", "score", "ablate", "explore"])
+def test_the_help_shows_examples_that_the_parser_takes(command, tmp_path, capsys, monkeypatch):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*command.split(), "--help"])
+    assert stopped.value.code == 0
+    printed = capsys.readouterr().out
+    if command in ("score", "ablate", "explore"):
+        assert '"evidence": [{"part": 1, "box": [120, 300, 410, 340]}]' in printed
+    shown = [re.split("[|>]", line)[0] for line in printed.splitlines()]
+    examples = [shlex.split(line)[1:] for line in shown if line.startswith("    mmheads ")]
+    assert examples
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(paths, "RUNS", tmp_path)
+    monkeypatch.setattr("mmheads.models.load", None)
+    for words in examples:
+        assert cli.main(words) == 1  # a file is missing, or there is no model; not a wrong option

@@ -22,7 +22,7 @@ from mmheads.heads import Head, HeadSet
 from mmheads.models import load
 from mmheads.pdfs import PageBox
 from mmheads.prompts import encode, null_question
-from mmheads.retrieval import DocumentIndex, windows
+from mmheads.retrieval import DocumentIndex, PagePart, windows
 from mmheads.retrieval import candidates as candidates_module
 from mmheads.scores import HeadScores, Provenance
 from mmheads.tasks import needles
@@ -175,6 +175,35 @@ def test_regions_take_the_share_of_each_token():
         index.masses(QUESTION, [PageBox.whole(7, (6, 4))])
 
 
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_vl"])
+def test_parts_of_candidates_are_ranked_beside_them(family):
+    vlm = example_prompts.vlm(family)
+    heads = some_heads(vlm)
+    given: list = [(f"{TEXT[0]}\n\n", f"{TEXT[1]}\n\n"), (f"{TEXT[1]}\n\n",)]
+    if family == "qwen3_vl":
+        given[1] = (example_prompts.picture(60, 40), *given[1])
+    index = DocumentIndex(vlm, heads, given)
+    regions = [PagePart(page, part) for page, of in enumerate(given) for part in range(len(of))]
+    found = index.masses("which rain falls", regions, calibrated=False)
+    attention, prompt = full_pass(vlm, given, ("which rain falls",))
+    expected = [[attention[h][part.tokens].sum() for part in prompt.parts] for h in heads]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    ranking = index.rank("which rain falls", regions)
+    whole = index.rank("which rain falls")
+    assert ranking.candidates.order == whole.order
+    np.testing.assert_array_equal(ranking.candidates.scores, whole.scores)
+    np.testing.assert_allclose(
+        whole.scores, [ranking.scores[:2].sum(), ranking.scores[2:].sum()], atol=1e-5
+    )
+    table = ranking.table()
+    best = ranking.order[0]
+    assert (table["region"][0], table["candidate"][0]) == (best, regions[best].page)
+    assert table["box"].isna().all()
+    for wrong in (PagePart(1, 2), PagePart(0, -1), PagePart(2, 0)):
+        with pytest.raises(ValueError, match=r"PagePart\(page=.* covers no token of the 2"):
+            index.masses("which rain falls", [wrong])
+
+
 def test_heat_adds_up_to_the_score():
     vlm = example_prompts.vlm("qwen3_vl")
     index = DocumentIndex(vlm, some_heads(vlm), candidates("qwen3_vl")[:1] * 3, window=2)
@@ -211,6 +240,11 @@ def test_regions_are_drawn_on_their_pages():
     titles = [axis.get_title() for axis in figure.axes]
     assert titles[0].startswith(f"1: page {best.page + 1}, ")
     assert len(titles) == 2
+    (rectangle,) = ranking.picture([lambda: images[0]] * 2, outlined=1).axes[0].patches
+    left, top, right, bottom = best.box
+    assert rectangle.get_bbox().extents == pytest.approx((left, top, right, bottom))
+    counts = [len(axis.patches) for axis in figure.axes]
+    assert counts == [2, 2]
     with pytest.raises(ValueError, match="candidate 0 has 2 images"):
         DocumentIndex(vlm, some_heads(vlm), [images]).masses(QUESTION, regions[:1])
 

@@ -102,7 +102,7 @@ def test_pages_are_bounded_before_they_are_drawn(tmp_path):
     large = write_pdf(tmp_path / "large.pdf", [PageSpec(), PageSpec(box="0 0 14400 14400")])
     message = (
         r"^Page 2 of \S+large.pdf has 14,400 x 14,400 points, and thereby 207,360,000 pixels at "
-        r"72 dpi; expected at most 178,956,970 pixels: 66 dpi or less would fit; pass skip_broken"
+        r"72 dpi; expected at most 178,956,970 pixels: 66 dpi or less would fit; skip_broken=True"
     )
     with pytest.raises(ValueError, match=message):
         open_pdf(large, dpi=72)
@@ -131,7 +131,7 @@ def test_the_limit_itself_is_drawn(tmp_path, monkeypatch):
 def test_a_broken_page_is_named_and_the_others_are_read_on_request(tmp_path):
     specs = [PageSpec(text("one")), PageSpec(broken=True), PageSpec(text("three"))]
     path = write_pdf(tmp_path / "broken.pdf", specs, catalog=ROMAN_THEN_DECIMAL)
-    with pytest.raises(ValueError, match=r"^Page ii \(2\) of \S+broken.pdf is broken; pass skip_"):
+    with pytest.raises(ValueError, match=r"^Page ii \(2\) of \S+broken.pdf is broken; skip_"):
         open_pdf(path)
     document = open_pdf(path, dpi=72, skip_broken=True)
     assert [page.title for page in document.pages] == ["i (1)", "A-1 (3)"]
@@ -161,7 +161,7 @@ def test_a_wrong_number_of_pages_does_no_harm(tmp_path):
 
 def test_encrypted_files_open_with_their_password(tmp_path):
     path = write_pdf(tmp_path / "secret.pdf", [PageSpec(text("secret words"))], password="käse")
-    with pytest.raises(ValueError, match=r"^\S+secret.pdf is encrypted; pass its password"):
+    with pytest.raises(ValueError, match=r"^\S+secret.pdf is encrypted; give its password"):
         open_pdf(path)
     with pytest.raises(ValueError, match=r"encrypted with another password than the given") as bad:
         open_pdf(path, password="guess")

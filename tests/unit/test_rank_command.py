@@ -6,15 +6,15 @@ import math
 import sys
 
 import example_prompts
-import pypdfium2
 import pytest
+from pdf_writer import PageSpec, text, write_pdf
 from PIL import Image
 
 from mmheads import cli
 from mmheads.examples import Example
 from mmheads.heads import Head, HeadSet
 from mmheads.models import load
-from mmheads.pdfs import open_pdf
+from mmheads.pdfs import PageBox, open_pdf
 from mmheads.prompts import encode
 from mmheads.retrieval import DocumentIndex, fitting, windows
 from mmheads.retrieval.fitting import fit_pages, fit_texts
@@ -105,6 +105,77 @@ def test_an_index_is_kept_goes_on_after_an_interrupt_and_is_read_again(
     assert DocumentIndex.load("a.index", tiny).count == 3
 
 
+def regions_pdf(path):
+    """Two pages: two paragraphs, and nothing."""
+    content = f"{text('B7 K')} {text('rain falls', 300, 200)} {text('1', 5, 5, 4)}"
+    write_pdf(path, [PageSpec(content), PageSpec()])
+
+
+def test_regions_are_paragraphs_pictures_and_cells_ranked_from_the_same_index(here, tiny, capsys):
+    regions_pdf(here / "r.pdf")
+    asked = ["r.pdf", "--question", "? B7", "--index", "r.index"]
+    assert rank(*asked, "--json") == 0
+    pages = json.loads(capsys.readouterr().out)["questions"][0]["pages"]
+    kept = (here / "r.index").read_bytes()
+    assert rank(*asked, "--regions", "--json", "--top", "20") == 0
+    printed = capsys.readouterr()
+    assert "14 regions, 12 of them cells of pages that hold neither paragraphs" in printed.err
+    assert "going on with r.index" in printed.err
+    assert (here / "r.index").read_bytes() == kept
+    (result,) = json.loads(printed.out)["questions"]
+    assert result["pages"] == pages
+    index = DocumentIndex.load("r.index", tiny)
+    for row in result["regions"]:
+        box = PageBox(row["page"] - 1, tuple(row["box"]), tuple(row["size"]))
+        assert row["score"] == pytest.approx(float(index.rank("? B7", [box]).scores[0]), abs=1e-6)
+    assert [row["rank"] for row in result["regions"]] == list(range(1, 15))
+    scores = [row["score"] for row in result["regions"]]
+    assert scores == sorted(scores, reverse=True)
+    texts = {row["text"] for row in result["regions"] if row["page"] == 1}
+    assert texts == {"B7 K\n", "rain falls\n"}  # not the page number, which is too small
+    assert {row["kind"] for row in result["regions"] if row["page"] == 2} == {"cell"}
+    with Image.open(result["picture"]) as picture:
+        assert picture.size[0] > 300
+
+    assert rank(*asked, "--regions", "--top", "1") == 0
+    page, heading, region, picture = capsys.readouterr().out.splitlines()
+    assert page.split()[:2] == region.split()[:2] == ["1", "page"]
+    assert heading == "regions (left, top, right and bottom in points):"
+    assert picture == "r.rank.png"
+
+
+def test_an_index_that_began_with_regions_goes_on_without_them(here, tiny, capsys, monkeypatch):
+    regions_pdf(here / "r.pdf")
+    run, calls = windows._run_window, []
+
+    def interrupted(*given):
+        calls.append(given)
+        if len(calls) == 3:  # the first call measures
+            raise KeyboardInterrupt
+        return run(*given)
+
+    monkeypatch.setattr(windows, "_run_window", interrupted)
+    asked = ["r.pdf", "--question", "? B7", "--window", "1", "--index", "r.index"]
+    assert rank(*asked, "--regions") == 130
+    assert rank(*asked) == 0
+    assert len(calls) == 3 + 1
+    assert rank(*asked, "--regions") == 0
+    assert len(calls) == 3 + 1
+    assert "cell" in capsys.readouterr().out
+
+
+def test_regions_of_a_broken_page_are_refused_or_left_out_with_it(here, capsys):
+    specs = [PageSpec(text("B7 K")), PageSpec(broken=True)]
+    write_pdf(here / "r.pdf", specs)
+    asked = ["r.pdf", "--question", "? B7", "--regions"]
+    assert rank(*asked) == 1
+    assert "Page 2 of r.pdf is broken; " in capsys.readouterr().err
+    assert rank(*asked, "--skip-broken") == 0
+    printed = capsys.readouterr()
+    assert "Page 2 of r.pdf is broken" in printed.err
+    assert "B7 K" in printed.out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -128,18 +199,9 @@ def test_a_model_of_text_ranks_the_texts_of_pages(tmp_path, capsys, monkeypatch)
     monkeypatch.chdir(tmp_path)
     vlm = example_prompts.vlm("qwen3")
     monkeypatch.setattr("mmheads.models.load", lambda *_, **__: vlm)
-    file = pypdfium2.PdfDocument.new()
-    for text in ("the rain falls", "", "which rain falls in the needle"):
-        page = file.new_page(300, 300)
-        if text:
-            font = pypdfium2.raw.FPDFText_LoadStandardFont(file, b"Helvetica")
-            written = pypdfium2.raw.FPDFPageObj_CreateTextObj(file, font, 12)
-            encoded = (text + "\0").encode("utf-16-le")
-            letters = (pypdfium2.raw.FPDF_WCHAR * (len(encoded) // 2)).from_buffer_copy(encoded)
-            pypdfium2.raw.FPDFText_SetText(written, letters)
-            pypdfium2.raw.FPDFPage_InsertObject(page, written)
-            page.gen_content()
-    file.save(tmp_path / "t.pdf")
+    two = f"{text('the rain falls')} {text('here the needle is hidden', 72, 300)}"
+    pages = [PageSpec(two), PageSpec(), PageSpec(text("which rain falls in the needle"))]
+    write_pdf(tmp_path / "t.pdf", pages)
     HeadSet((Head(1, 0),), vlm.geometry, "qwen3").save("heads.json")
     words = ["rank", "t.pdf", "--model", "m", "--question", "which rain falls"]
     assert cli.main([*words, "--heads", "heads.json", "--json"]) == 0
@@ -150,6 +212,21 @@ def test_a_model_of_text_ranks_the_texts_of_pages(tmp_path, capsys, monkeypatch)
     assert {row["page"] for row in result["pages"]} == {1, 3}
     assert result["picture"] is None
     assert not list(tmp_path.glob("*.png"))
+
+    assert cli.main([*words, "--heads", "heads.json", "--json", "--regions"]) == 0
+    printed = capsys.readouterr()
+    assert "mmheads: 3 regions\n" in printed.err
+    (ranked,) = json.loads(printed.out)["questions"]
+    assert ranked["pages"] == result["pages"]
+    assert {row["text"]: row["page"] for row in ranked["regions"]} == {
+        "the rain falls\n": 1,
+        "here the needle is hidden\n": 1,
+        "which rain falls in the needle\n": 3,
+    }
+    totals = dict.fromkeys((1, 3), 0.0)
+    for row in ranked["regions"]:
+        totals[row["page"]] += row["score"]
+    assert totals == pytest.approx({row["page"]: row["score"] for row in ranked["pages"]}, abs=1e-6)
 
     assert cli.main(words) == 1
     assert "no heads of qwen3 are shipped or released; find them with `mmheads detect" in (
@@ -171,7 +248,9 @@ def test_a_model_of_text_ranks_the_texts_of_pages(tmp_path, capsys, monkeypatch)
         (["--question", "What was sold?"], "does not know the words What, was, sold? of the"),
         (["--question-file", "none.txt"], "none.txt"),
         (["--question-file", "latin.txt"], "latin.txt is not a text in UTF-8"),
-        (["--question-file", "empty.txt"], "the question is empty; give --question"),
+        (["--question-file", "empty.txt"], "no question is given; give --question, or a"),
+        (["here", "--question", "? B7"], "here is a folder; expected the name of a PDF file"),
+        (["--question", "? B7", "--index", "here"], "here is a folder; give the name of a file"),
         (["a.pdf", "--question", "? B7"], "two of the documents have one name"),
         (["--question", "? B7", "--memory", "0.001"], "beside its forward passes, of 0.001 GB; gi"),
     ],
@@ -181,6 +260,7 @@ def test_questions_and_limits_that_do_not_fit_are_refused_in_one_sentence(
 ):
     (here / "latin.txt").write_bytes("Größe?".encode("latin-1"))
     (here / "empty.txt").write_text("\n\n")
+    (here / "here").mkdir()
     assert rank("a.pdf", *words) == 1
     (error,) = capsys.readouterr().err.splitlines()
     assert message in error
