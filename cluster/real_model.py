@@ -8,7 +8,8 @@ Needles in natural language are hidden in the shipped corpus. Steps, in this ord
 - heads: the head list, found as `mmheads detect` finds it, in `data/heads`.
 - ablation: test prompts, answered by the whole model and without the strongest heads.
 - again: the search for heads repeated with other needles and haystacks.
-- random: the test prompts without random heads of the same layers, in rounds.
+- random: the same prompts without random heads of the same layers, group by group.
+- more: further test prompts, as in the step ablation.
 
 Results are kept in `runs` prompt by prompt: what is interrupted goes on from there. Ship them with
 `python -m cluster.ship`. The test of the real model and its page in the documentation take their
@@ -21,7 +22,8 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -48,17 +50,22 @@ LENGTH_AGAIN = 512
 TEST_LENGTH = 512
 PROMPTS = 24
 """Test prompts, each of a haystack of its own; the depths take turns."""
+WITH_RANDOM = 12
+"""The first of them, which are asked without random sets too."""
 FRACTIONS = (0.01, 0.02, 0.05, 0.1)
 MAIN = 0.05
-"""The fraction that is compared with random sets."""
-DRAWS = 216
-"""Random sets: nine per prompt and round."""
-ROUNDS = 2
-"""Each round asks for one prompt with each random set."""
+"""The fraction of the head list, and of the comparison that counts."""
+CONTROLLED = (0.05, 0.1)
+"""Fractions that are compared with random sets."""
+DRAWS = 192
+"""Random sets, more than there may be time for: they are asked group by group."""
+GROUP = 48
+"""Random sets of a group: four per prompt and turn."""
+TURNS = 2
+"""How many prompts are asked with each random set."""
 NEW_TOKENS = 24
 BATCH_TOKENS = 10_240
 """Room for all sets of a prompt, which share the layers below their first head."""
-RANDOM = "random, same layers"
 
 
 def grid(vlm: VLM) -> HeadScores:
@@ -96,7 +103,7 @@ def _search(vlm: VLM, seed: int, lengths: Sequence[int]) -> Detection:
     return detect(vlm, search, progress=False)
 
 
-def test_prompts(vlm: VLM) -> list[Example]:
+def prompts(vlm: VLM) -> list[Example]:
     """Returns the prompts of the ablation, which share no needle with those of the detection."""
     needles = natural_needles.for_model(vlm)
     depths = needles.depths
@@ -107,8 +114,18 @@ def test_prompts(vlm: VLM) -> list[Example]:
 
 
 def selections(scores: HeadScores) -> dict[str, HeadSet]:
-    """Returns the strongest heads by name, "top 5%"."""
-    return {f"top {fraction:.0%}": scores.top(fraction) for fraction in FRACTIONS}
+    """Returns the strongest heads by name."""
+    return {top_name(fraction): scores.top(fraction) for fraction in FRACTIONS}
+
+
+def top_name(fraction: float) -> str:
+    """Name of the strongest heads."""
+    return f"top {fraction:.0%}"
+
+
+def random_name(fraction: float) -> str:
+    """Name of random sets of as many heads."""
+    return f"random {fraction:.0%}, same layers"
 
 
 def random_sets(selected: HeadSet) -> list[HeadSet]:
@@ -118,19 +135,20 @@ def random_sets(selected: HeadSet) -> list[HeadSet]:
 
 
 def asked_of(draw: int) -> list[int]:
-    """Returns the prompts that are asked with a random set, one per round.
+    """Returns the prompts that are asked with a random set, one per turn.
 
-    In each round, every prompt is asked with the same number of sets.
+    In each turn of a group, every prompt is asked with the same number of sets.
     """
-    return [(draw + n * (PROMPTS // 2 + draw // PROMPTS)) % PROMPTS for n in range(ROUNDS)]
+    shift = WITH_RANDOM // 2 + draw // WITH_RANDOM % (WITH_RANDOM // 2)
+    return [(draw + turn * shift) % WITH_RANDOM for turn in range(TURNS)]
 
 
 def answered(
-    vlm: VLM, examples: Sequence[Example], sets: Callable[[int], dict[str, HeadSet]]
+    vlm: VLM, examples: Mapping[int, Example], sets: Callable[[int], dict[str, HeadSet]]
 ) -> pd.DataFrame:
-    """Returns the answers to prompts, each with sets of its own by name."""
+    """Returns the answers to prompts by number, each with sets of its own by name."""
     parts = []
-    for number, example in enumerate(examples):
+    for number, example in examples.items():
         start = time.process_time()
         part = answers.answer(
             vlm,
@@ -148,24 +166,22 @@ def answered(
     return pd.concat(parts, ignore_index=True)
 
 
-def ablation(vlm: VLM, scores: HeadScores) -> pd.DataFrame:
+def ablation(vlm: VLM, scores: HeadScores, numbers: range) -> pd.DataFrame:
     """Returns the answers of the whole model and without the strongest heads."""
-    sets = selections(scores)
-    return answered(vlm, test_prompts(vlm), lambda number: sets)
+    sets, examples = selections(scores), prompts(vlm)
+    return answered(vlm, {number: examples[number] for number in numbers}, lambda _: sets)
 
 
-def ablation_of_random_sets(vlm: VLM, selected: HeadSet) -> Iterator[pd.DataFrame]:
-    """Yields the answers of each round without random sets, `draw` being the number of the set."""
-    sets = dict(enumerate(random_sets(selected)))
-    examples = test_prompts(vlm)
-    for turn in range(ROUNDS):
-
-        def chosen(number: int, turn: int = turn) -> dict[str, HeadSet]:
-            return {str(draw): sets[draw] for draw in sets if asked_of(draw)[turn] == number}
-
-        table = answered(vlm, examples, chosen)
-        table = table[table["ablation"] != answers.FULL_MODEL]
-        yield table.assign(draw=table["ablation"].astype(int), ablation=RANDOM)
+def ablation_of_random_sets(vlm: VLM, scores: HeadScores) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yields the answers without random sets of each group, turn and fraction, with their name."""
+    sets = {fraction: random_sets(scores.top(fraction)) for fraction in CONTROLLED}
+    examples = dict(enumerate(prompts(vlm)[:WITH_RANDOM]))
+    for start, turn, fraction in product(range(0, DRAWS, GROUP), range(TURNS), CONTROLLED):
+        chosen: dict[int, dict[str, HeadSet]] = {number: {} for number in examples}
+        for draw in range(start, start + GROUP):
+            chosen[asked_of(draw)[turn]][str(draw)] = sets[fraction][draw]
+        table = answered(vlm, examples, chosen.__getitem__)
+        yield random_name(fraction), table[table["ablation"] != answers.FULL_MODEL]
 
 
 def _say(text: str) -> None:
@@ -176,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     from mmheads.models import load
 
-    steps = ("grid", "heads", "ablation", "again", "random")
+    steps = ("grid", "heads", "ablation", "again", "random", "more")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -198,15 +214,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "heads" in options.only:
             detection.heads.save(paths.HEADS / f"{vlm.model_id}.json")
         if "ablation" in options.only:
-            table = ablation(vlm, scores)
+            table = ablation(vlm, scores, range(WITH_RANDOM))
             _say(f"\n{table.groupby('ablation')['score'].agg(['mean', 'size'])}")
         if "again" in options.only:
             repeated = again(vlm)
             shared = len(repeated.heads & detection.heads)
             _say(f"{shared} of {len(detection.heads)} heads are found again\n{repeated.table.T}")
         if "random" in options.only:
-            for table in ablation_of_random_sets(vlm, scores.top(MAIN)):
-                _say(f"random sets: {table['score'].mean():.3f}, {table['draw'].nunique()} sets")
+            for name, table in ablation_of_random_sets(vlm, scores):
+                sets = table["ablation"].nunique()
+                _say(f"{name}, {sets} sets: {table['score'].mean():.3f}")
+        if "more" in options.only:
+            table = ablation(vlm, scores, range(WITH_RANDOM, PROMPTS))
+            _say(f"\n{table.groupby('ablation')['score'].agg(['mean', 'size'])}")
     except (ValueError, OSError) as error:
         print(f"cluster.real_model: {error}", file=sys.stderr)
         return 1
