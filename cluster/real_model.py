@@ -57,10 +57,10 @@ MAIN = 0.05
 """The fraction of the head list, and of the comparison that counts."""
 CONTROLLED = (0.05, 0.1)
 """Fractions that are compared with random sets."""
-DRAWS = 192
+DRAWS = 180
 """Random sets, more than there may be time for: they are asked group by group."""
-GROUP = 48
-"""Random sets of a group: four per prompt and turn."""
+GROUP = 36
+"""Random sets of a group, of each fraction: three per prompt and turn."""
 TURNS = 2
 """How many prompts are asked with each random set."""
 NEW_TOKENS = 24
@@ -144,7 +144,7 @@ def asked_of(draw: int) -> list[int]:
 
 
 def answered(
-    vlm: VLM, examples: Mapping[int, Example], sets: Callable[[int], dict[str, HeadSet]]
+    vlm: VLM, examples: Mapping[int, Example], sets: Callable[[int], answers.Ablations]
 ) -> pd.DataFrame:
     """Returns the answers to prompts by number, each with sets of its own by name."""
     parts = []
@@ -172,16 +172,17 @@ def ablation(vlm: VLM, scores: HeadScores, numbers: range) -> pd.DataFrame:
     return answered(vlm, {number: examples[number] for number in numbers}, lambda _: sets)
 
 
-def ablation_of_random_sets(vlm: VLM, scores: HeadScores) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yields the answers without random sets of each group, turn and fraction, with their name."""
+def ablation_of_random_sets(vlm: VLM, scores: HeadScores) -> Iterator[pd.DataFrame]:
+    """Yields the answers without random sets of each group and turn."""
     sets = {fraction: random_sets(scores.top(fraction)) for fraction in CONTROLLED}
     examples = dict(enumerate(prompts(vlm)[:WITH_RANDOM]))
-    for start, turn, fraction in product(range(0, DRAWS, GROUP), range(TURNS), CONTROLLED):
-        chosen: dict[int, dict[str, HeadSet]] = {number: {} for number in examples}
-        for draw in range(start, start + GROUP):
-            chosen[asked_of(draw)[turn]][str(draw)] = sets[fraction][draw]
-        table = answered(vlm, examples, chosen.__getitem__)
-        yield random_name(fraction), table[table["ablation"] != answers.FULL_MODEL]
+    for start, turn in product(range(0, DRAWS, GROUP), range(TURNS)):
+        chosen: dict[int, dict[str, list[HeadSet]]] = {
+            number: {random_name(fraction): [] for fraction in CONTROLLED} for number in examples
+        }
+        for draw, fraction in product(range(start, start + GROUP), CONTROLLED):
+            chosen[asked_of(draw)[turn]][random_name(fraction)].append(sets[fraction][draw])
+        yield answered(vlm, examples, chosen.__getitem__)
 
 
 def _say(text: str) -> None:
@@ -221,9 +222,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             shared = len(repeated.heads & detection.heads)
             _say(f"{shared} of {len(detection.heads)} heads are found again\n{repeated.table.T}")
         if "random" in options.only:
-            for name, table in ablation_of_random_sets(vlm, scores):
-                sets = table["ablation"].nunique()
-                _say(f"{name}, {sets} sets: {table['score'].mean():.3f}")
+            for table in ablation_of_random_sets(vlm, scores):
+                _say(f"\n{table.groupby('ablation')['score'].agg(['mean', 'size'])}")
         if "more" in options.only:
             table = ablation(vlm, scores, range(WITH_RANDOM, PROMPTS))
             _say(f"\n{table.groupby('ablation')['score'].agg(['mean', 'size'])}")
