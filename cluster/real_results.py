@@ -112,8 +112,9 @@ def _about_scores(scores: HeadScores, listed: HeadSet) -> Iterator[Row]:
             "about": str(length),
             **value._asdict(),
         }
+    by_haystack = scores.by_haystack().mean(axis=1)
     for head in listed:
-        value = bootstrap_interval(scores.by_haystack()[:, head.layer, head.head], seed=0)
+        value = bootstrap_interval(by_haystack[:, head.layer, head.head], seed=0)
         yield {"quantity": "score", "about": str(head), **value._asdict()}
     for length in lengths[1:]:
         short, long = (scores.select(length=n).top(plan.MAIN) for n in (lengths[0], length))
@@ -160,7 +161,7 @@ def _sparsity(scores: HeadScores) -> Interval:
     rows = [np.flatnonzero(of == number) for number in range(of.max() + 1)]
 
     def share(chosen: NDArray[Any]) -> float:
-        return scores.take(np.concatenate([rows[number] for number in chosen])).sparsity(0.5)
+        return scores.take(np.concatenate([rows[int(number)] for number in chosen])).sparsity(0.5)
 
     return bootstrap_interval(np.arange(len(rows)), share, seed=0)
 
@@ -180,8 +181,9 @@ def _about_answers(table: pd.DataFrame) -> Iterator[Row]:
     for fraction in plan.CONTROLLED:
         name = plan.random_name(fraction)
         drawn = table[table["ablation"] == name]
-        selected = right[plan.top_name(fraction)]
-        yield from _about_random_sets(name, drawn, whole, selected)
+        if len(set(drawn["prompt"])) > 1:
+            selected = right[plan.top_name(fraction)]
+            yield from _about_random_sets(name, drawn, whole, selected)
 
 
 def _about_random_sets(
