@@ -113,7 +113,7 @@ with one or two of the first {prompts} prompts; their interval is a bootstrap ov
 their p that of the exact sign test on the mean of each prompt. The comparison that was named
 beforehand is that of the strongest 5% with random sets; all others are exploratory."""
 NO_CONTROLS = """Random sets of heads were not
-run: what is lost may be lost without any heads of these layers."""
+run, so that other heads of the same layers may matter as much."""
 
 TEXT = """# A pretrained text model
 
@@ -154,7 +154,8 @@ On 2 CPU cores that were shared with other work, with one thread: {minutes:.0f} 
 for all scores and answers. The plan was cut to fit into that time:
 
 - 4 haystacks per cell in place of 10, and no prompts of 2,048 tokens;
-- {prompts} test prompts in place of 48, and {asked} answers without random sets in place of 1,200;
+- {prompts} test prompts in place of 48; random sets were ablated for {asked} answers in place of
+  1,200;
 - no sets that leave out the selected heads, no bottom heads, no single heads, no decode-only
   ablation, no window heads, no loss on prose;
 - no answers to questions on real documents{ranking}.
