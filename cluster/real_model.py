@@ -11,8 +11,8 @@ Needles in natural language are hidden in the shipped corpus. Steps, in this ord
 - random: the same prompts without random heads of the same layers, group by group.
 - more: further test prompts, as in the step ablation.
 
-Results are kept in `runs` prompt by prompt: what is interrupted goes on from there. Ship them with
-`python -m cluster.ship`. The test of the real model and its page in the documentation take their
+Results are kept in `runs` prompt by prompt: what is interrupted goes on from there, and from what is
+shipped (but for the step heads, which scores anew). Ship them with `python -m cluster.ship`. The test of the real model and its page in the documentation take their
 prompts and sets from here.
 """
 
@@ -90,7 +90,6 @@ def _scored(vlm: VLM, seed: int, lengths: Sequence[int]) -> HeadScores:
         tasks=[TASK],
         lengths=lengths,
         haystacks=HAYSTACKS,
-        fresh=True,
         progress=False,
         source=source,
     )
@@ -210,17 +209,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(f"{vlm} is loaded")
         scores = grid(vlm)
         _say(f"{len(scores.values)} prompts are scored")
-        detection = found(vlm)
-        _say(f"heads {detection.heads}\n{detection.table.T}")
         if "heads" in options.only:
+            detection = found(vlm)
+            _say(f"heads {detection.heads}\n{detection.table.T}")
             detection.heads.save(paths.HEADS / f"{vlm.model_id}.json")
         if "ablation" in options.only:
             table = ablation(vlm, scores, range(WITH_RANDOM))
             _say(f"\n{table.groupby('ablation')['score'].agg(['mean', 'size'])}")
         if "again" in options.only:
-            repeated = again(vlm)
-            shared = len(repeated.heads & detection.heads)
-            _say(f"{shared} of {len(detection.heads)} heads are found again\n{repeated.table.T}")
+            repeated, listed = again(vlm), HeadSet.load(vlm.model_id)
+            shared = len(repeated.heads & listed)
+            _say(f"{shared} of {len(listed)} heads are found again\n{repeated.table.T}")
         if "random" in options.only:
             for table in ablation_of_random_sets(vlm, scores):
                 _say(f"\n{table.groupby('ablation')['score'].agg(['mean', 'size'])}")
