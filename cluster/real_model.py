@@ -11,9 +11,9 @@ Needles in natural language are hidden in the shipped corpus. Steps, in this ord
 - random: the same prompts without random heads of the same layers, group by group.
 - more: further test prompts, as in the step ablation.
 
-Results are kept in `runs` prompt by prompt: what is interrupted goes on from there, and from what is
-shipped (but for the step heads, which scores anew). Ship them with `python -m cluster.ship`. The test of the real model and its page in the documentation take their
-prompts and sets from here.
+Results are kept in `runs` prompt by prompt. What is interrupted goes on from there and from what is
+shipped; only the step heads scores anew what is not kept. Ship results by `python -m cluster.ship`.
+The tests of the model and its page in the documentation take their prompts and sets from here.
 """
 
 from __future__ import annotations
