@@ -31,7 +31,8 @@ class Cell:
     """Numbers of one file of data, as they are shown in one cell of the overview.
 
     Attributes:
-        file: Name of a CSV file in `figures/`; with "papers/" before it, in `data/papers/`.
+        file: Name of a CSV file in `figures/`; with "papers/" or "results/" before it, in that
+            folder of `data/`.
         column: The column with the numbers.
         where: Value of a column that chooses the rows, by the name of the column.
         percent: Whether the numbers are fractions and shown as percent.
@@ -95,15 +96,17 @@ def overview() -> Iterator[Entry]:
     longest = data("A_fig5_overlap_live").sort_values("length")["pair"].iloc[-1]
     for task, name in TASKS.items():
         chosen = {"task": task, "fraction": 0.05, "ablation": "selected"}
+        pretrained = {"real": real("right answers", "top 5%")} if task == "text" else {}
         yield Entry(
             "A, Fig. 1",
             f"accuracy (%) without the 5% of heads of its own task, {name}",
             ("A_fig1_ablation", "B_fig6_ablation"),
-            {"live": Cell("B_fig6_ablation_live", "score", chosen, percent=True)},
+            {"live": Cell("B_fig6_ablation_live", "score", chosen, percent=True), **pretrained},
         )
     yield Entry("A, Fig. 2", "how heads are detected", note="notebooks 01 and 02, step by step")
     for task, name in TASKS.items():
         released = "A_fig3_sparsity_released"
+        half = real("share of heads with half of the score", "all")
         yield Entry(
             "A, Fig. 3",
             f"share of heads (%) that holds half of the score, {name}",
@@ -112,6 +115,7 @@ def overview() -> Iterator[Entry]:
                 "paper": Cell(released, "paper", {"task": task}),
                 "released": Cell(released, "value", {"task": task}),
                 "live": Cell("A_fig3_sparsity_live", "value", {"task": task, "length": "all"}),
+                **({"real": half} if task == "text" else {}),
             },
         )
     yield Entry(
@@ -220,9 +224,14 @@ def overview() -> Iterator[Entry]:
 
 @cache
 def data(file: str) -> pd.DataFrame:
-    """Returns the data of a figure, or numbers that a paper prints."""
-    folder, name = (paths.PAPERS, file[7:]) if file.startswith("papers/") else (paths.FIGURES, file)
-    return pd.read_csv(folder / f"{name}.csv", encoding="utf-8")
+    """Returns the data of a figure, or numbers of `data/`."""
+    folder = paths.DATA if "/" in file else paths.FIGURES
+    return pd.read_csv(folder / f"{file}.csv", encoding="utf-8")
+
+
+def real(quantity: str, about: str) -> Cell:
+    """A share of the pretrained text model."""
+    return Cell("results/real_model", "value", {"quantity": quantity, "about": about}, percent=True)
 
 
 def number(value: float) -> str:
@@ -389,7 +398,7 @@ or X for figures that are only ours. The sources:
 - `released`: computed from the scores that paper A's authors released for six large models;
 - `live`: computed here, from the tiny models that we train, unless the row of the figure says
   otherwise; these numbers show how a method works, and say nothing about large models;
-- `real`: computed here from a pretrained model;
+- `real`: computed here from a [pretrained text model](real_model.md);
 - `paper`: numbers that a paper prints.
 
 Names that begin with `B_` say which kind of figure it is. Paper B ranks heads by RAM; where one of

@@ -19,6 +19,31 @@ def data(name: str) -> pd.DataFrame:
     return pd.read_csv(paths.FIGURES / f"{name}.csv", encoding="utf-8")
 
 
+def real() -> list[str]:
+    """Returns what the pretrained text model says that is run here."""
+    path = paths.DATA / "results" / "real_model.csv"
+    rows = pd.read_csv(path, encoding="utf-8", dtype={"about": str})
+    by_name = {name: part.set_index("about") for name, part in rows.groupby("quantity")}
+    right = by_name["right answers"]
+    share = by_name["share of heads with half of the score"].loc["all"]
+    halves = by_name["heads shared by the halves"].iloc[0]
+    whole, losses = right.loc["full model"], []
+    for fraction in ("5%", "10%"):
+        row, control = right.loc[f"top {fraction}"], f"random {fraction}, same layers"
+        left = f"{right.loc[control, 'value']:.0%}" if control in right.index else "not run"
+        beside = f"exact p = {row['p']:.1g}; random heads of the same layers: {left}"
+        losses.append(
+            f"{row['value']:.0%} [{row['low']:.0%}, {row['high']:.0%}] without its strongest "
+            f"{fraction} of heads ({beside})"
+        )
+    return [
+        f"It answers {whole['value']:.0%} of {whole['n']:.0f} questions about needles in 512 "
+        f"tokens, {', and '.join(losses)}.",
+        f"{share['value']:.1%} of its 336 heads hold half of the retrieval score, and two halves "
+        f"of the needles share {halves['value']:.0f} of their {halves['n']:.0f} strongest.",
+    ]
+
+
 def released() -> list[str]:
     """Returns what the released scores of six large models say."""
     shares = data("A_fig3_sparsity_released")
@@ -67,7 +92,12 @@ def live() -> list[str]:
 
 def text() -> str:
     """Returns the findings as the README shows them."""
+    model = (
+        "From one pretrained text model, in a file that identifies itself as "
+        "Qwen2.5-Coder-0.5B-Instruct ([details](docs/real_model.md))"
+    )
     parts = (
+        (model, real()),
         ("From the released scores of six large models", released()),
         ("From one tiny model that we train, which says nothing about large ones", live()),
     )

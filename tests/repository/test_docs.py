@@ -81,6 +81,12 @@ def test_the_page_of_figures_is_what_its_script_writes():
     )
 
 
+def test_the_page_of_the_real_model_is_what_its_script_writes():
+    assert read(DOCS / "real_model.md") == script("make_real_page").page(), (
+        "run python docs/make_real_page.py"
+    )
+
+
 def test_the_page_of_figures_shows_every_figure_with_its_notebook():
     page = read(DOCS / "figures.md")
     names = {Path(entry["file"]).stem: entry["notebook"] for entry in figures.manifest()}

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cluster import ship
-from mmheads import causal, models, scoring, store
+from mmheads import causal, models, paths, scoring, store
 from mmheads.answers import stacked
 from mmheads.attention.interventions import ablate
 from mmheads.examples import Example
@@ -68,8 +68,16 @@ def loaded():
 
 
 def files(kind: str) -> Any:
-    """One case for every shipped file of a kind."""
-    chosen = [path for path in FILES if path.parent.name == kind]
+    """One case for every shipped file of a kind and of a model that is shipped too.
+
+    Those of the pretrained text model are in test_real_model.py.
+    """
+    models_here = {path.name for path in paths.MODELS.iterdir()}
+    chosen = [
+        path
+        for path in FILES
+        if path.parent.name == kind and read_table(path)[0]["provenance"]["model"] in models_here
+    ]
     return pytest.mark.parametrize("path", chosen, ids=[path.stem for path in chosen])
 
 

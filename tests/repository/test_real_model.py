@@ -1,0 +1,124 @@
+"""The pretrained text model: its file, its shipped results, and what is said of it."""
+
+import json
+import os
+from pathlib import Path
+
+import example_prompts
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from cluster import real_model, real_results
+from mmheads import answers, scoring
+from mmheads.heads import HeadSet
+from mmheads.models import VLM, load
+from mmheads.prompts import encode
+from mmheads.tables import read_table
+from mmheads.tasks import natural_needles
+
+FILE = os.environ.get("MMHEADS_REAL_LM", "")
+NOT_HERE = "MMHEADS_REAL_LM names no GGUF file of the pretrained text model"
+slow = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_shipped() -> None:
+    """These tests read the results that the repository ships."""
+
+
+@pytest.fixture(scope="module")
+def vlm() -> VLM:
+    if not Path(FILE).is_file():
+        pytest.skip(NOT_HERE)
+    return load(FILE, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def scores():
+    return min(real_results.shipped_scores().items(), key=lambda item: len(item[0]))[1]
+
+
+def shipped(kind: str):
+    """The shipped file of a kind."""
+    (path,) = (real_results.store.SHIPPED / kind).glob(f"{real_results.MODEL}-*.parquet")
+    return path
+
+
+def test_the_shipped_heads_are_those_of_the_shipped_scores(scores):
+    listed = HeadSet.load(real_results.MODEL)
+    top = scores.top(real_model.MAIN)
+    assert len(listed) == 17
+    assert set(listed) == set(top)
+    for head in listed:
+        assert listed.scores[head] == pytest.approx(top.scores[head], abs=1e-4)
+    assert listed.origin.revision == scores.provenance.revision
+
+
+def test_each_random_set_is_asked_with_other_prompts_and_each_prompt_with_as_many_sets():
+    turns = np.array([real_model.asked_of(draw) for draw in range(real_model.DRAWS)])
+    assert all(len(set(turn)) == real_model.TURNS for turn in turns)
+    for start in range(0, real_model.DRAWS, real_model.GROUP):
+        for turn in turns[start : start + real_model.GROUP].T:
+            asked = np.bincount(turn, minlength=real_model.WITH_RANDOM)
+            assert (asked == real_model.GROUP // real_model.WITH_RANDOM).all()
+
+
+def test_the_committed_numbers_are_those_of_the_shipped_results():
+    committed = pd.read_csv(real_results.TABLE, encoding="utf-8")
+    again = real_results.table()
+    pd.testing.assert_frame_equal(again, committed, check_dtype=False, rtol=1e-9)
+
+
+@slow
+def test_the_file_holds_the_model_whose_results_are_shipped(vlm):
+    assert vlm.model_id == real_results.MODEL
+    assert vlm.revision == HeadSet.load(real_results.MODEL).origin.revision
+    assert (vlm.geometry.layers, vlm.geometry.heads, vlm.geometry.kv_groups) == (24, 14, 2)
+    assert vlm.is_text_only
+
+
+@slow
+def test_masses_are_those_of_eager_attention(vlm):
+    example = natural_needles.for_model(vlm).make("text", 256, 0.4, haystack=5)
+    prompt = encode(vlm, example)
+    (score,) = (scoring.score_heads(vlm, [example], progress=False).quantities["raw"],)
+    attention = example_prompts.eager_attention(vlm, prompt.own)
+    evidence = torch.from_numpy(prompt.own.weights(prompt.own.evidence))
+    expected = (attention.float() @ evidence).mean(dim=-1)
+    np.testing.assert_allclose(score[0], expected.numpy(), atol=1e-4)
+    assert expected.max() > 0.1
+
+
+@slow
+def test_three_shipped_examples_are_scored_again(vlm):
+    _, scalars, arrays = read_table(shipped("scores"))
+    rows = [row | {"place": place} for place, row in enumerate(scalars.to_pylist())]
+    for row in np.random.default_rng(0).choice(rows, 3, replace=False):
+        seed, split, haystack, _ = json.loads(row["haystack"])
+        source = natural_needles.for_model(vlm, seed=seed)
+        split = natural_needles.SPLITS[split]
+        where = {"haystack": haystack, "split": split}
+        example = source.make(row["task"], row["length"], row["depth"], **where)
+        assert example.fingerprint() == row["key"]
+        again = scoring.score_heads(vlm, [example], progress=False)
+        for name in scoring.MASSES:
+            before = arrays[name][row["place"]]
+            np.testing.assert_allclose(again[name].values[0], before, atol=1e-4, err_msg=name)
+
+
+@slow
+def test_an_answer_changes_without_the_strongest_tenth_of_the_heads(vlm, scores):
+    table = real_results.shipped_answers(scores)
+    known = table.pivot_table(index="prompt", columns="ablation", values="score")
+    lost = known.index[(known[answers.FULL_MODEL] == 1) & (known["top 10%"] == 0)]
+    example = real_model.prompts(vlm)[lost[0]]
+    top = {"top 10%": scores.top(0.1)}
+    settings = {"max_new_tokens": real_model.NEW_TOKENS, "metric": natural_needles.score}
+    again = answers.answer(vlm, [example], top, folder=None, progress=False, **settings)
+    assert dict(zip(again["ablation"], again["score"], strict=True)) == {
+        answers.FULL_MODEL: 1,
+        "top 10%": 0,
+    }
+    assert again["prediction"].nunique() == 2
