@@ -454,7 +454,15 @@ def test_a_shipped_model_answers_from_the_needle(shipped):
         assert count_right(vlm, changed) >= 10, task
 
 
-MISSED = {"tiny-qwen3-m": [], "tiny-qwen3-vl-m": []}
+MISSED = {
+    "tiny-qwen3-m": [],
+    "tiny-qwen3-vl-m": [
+        *(f"text, needle present, {length} tokens" for length in (512, 1024, 2048)),
+        *(f"text, needle changed, {length} tokens" for length in (512, 1024, 2048)),
+        "rendered_text, needle present, 2048 tokens",
+        "rendered_text, needle changed, 2048 tokens",
+    ],
+}
 """Where a model does not reach its aim; its card says so too."""
 
 
