@@ -190,7 +190,8 @@ def parameter_hash(model: Any, sample: int = 1 << 14) -> str:
         step = 1 if len(flat) <= sample else (len(flat) // sample) | 1  # odd: every column
         values = flat[::step].contiguous().cpu()
         digest.update(values.view(torch.uint8).numpy().tobytes())
-    digest.update(canonical(compat.adapters_used(model)).encode())
+    if used := compat.adapters_used(model):
+        digest.update(canonical(used).encode())
     return digest.hexdigest()[:16]
 
 
