@@ -4,6 +4,7 @@
 # make notebooks execute the notebooks in place, to commit their outputs
 # make docs      build the documentation in docs/build/html; warnings are errors
 # make lint      ruff and mypy
+# make test-families  the equality tests with another transformers, the newest or the oldest in turn
 # make test-lowest  unit tests with the oldest supported transformers, in an environment of its own
 # Each creates .venv on first use. PYTHON names another interpreter (3.11 or newer).
 
@@ -12,9 +13,13 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 LOWEST := .venv-lowest
+PEFT := peft==0.21.2
+NEWEST := transformers==5.24.0 $(PEFT)
+OLDEST := transformers==5.17.0 huggingface_hub==1.33.0 $(PEFT)
+EQUALITY := tests/unit/test_every_family.py tests/unit/test_families.py tests/unit/test_wrapped.py
 EACH_CORE := --numprocesses logical --maxprocesses 8 --dist loadfile
 
-.PHONY: figures test test-all notebooks docs lint test-lowest
+.PHONY: figures test test-all notebooks docs lint test-families test-lowest
 .DELETE_ON_ERROR:
 
 figures: $(INSTALLED)
@@ -38,8 +43,17 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' $(EACH_CORE)
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env notebooks
 
-test-all: test
+test-all: test test-families
 	$(BIN)/python -m pytest -m slow
+
+# The parity of the commit's hash says which of the two; only transformers is another one, and PEFT
+# comes with it. Where neither can be downloaded, the tests are left out.
+test-families: $(INSTALLED)
+	hash=$$(git rev-parse HEAD); case $$hash in *[02468ace]) of="$(NEWEST)";; *) of="$(OLDEST)";; esac; \
+	other=$$(mktemp -d); trap 'rm -r "$$other"' EXIT; echo "equality tests with $$of, commit $$hash"; \
+	if $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target "$$other" $$of; then \
+		PYTHONPATH="$$other" OMP_NUM_THREADS=1 timeout 240 $(BIN)/python -m pytest $(EACH_CORE) $(EQUALITY); \
+	else echo "skipped: $$of could not be downloaded"; fi
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'

@@ -29,6 +29,48 @@ from transformers.models.auto.modeling_auto import (
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils.import_utils import is_torchvision_available
 
+# --- wrappers and adapters
+
+# By the class of a wrapper, the attribute with the model that it runs.
+_INSIDE = {"OptimizedModule": "_orig_mod", "DataParallel": "module"}
+
+# Kinds of PEFT's adapters that act inside of the model's layers, and only there.
+_ADAPTERS = ("ADALORA", "BOFT", "IA3", "LN_TUNING", "LOHA", "LOKR", "LORA", "OFT", "VERA")
+
+
+def bare(model: Any) -> Any:
+    """The model of transformers inside of `torch.compile`, PEFT's and data parallel wrappers.
+
+    Adapters stay in its layers, so that it computes what the wrapper computes.
+
+    Raises:
+        ValueError: There is none inside, or an adapter acts elsewhere, as prompt tuning does.
+    """
+    name = type(model).__name__
+    adapters: dict[str, Any] = getattr(model, "peft_config", None) or {}
+    for adapter, config in adapters.items():
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        if kind not in _ADAPTERS or getattr(config, "alora_invocation_tokens", None):
+            raise ValueError(
+                f"the adapter {adapter!r} of the kind {kind} of PEFT does not act inside of layers "
+                f"for all tokens alike; expected one of {', '.join(_ADAPTERS)}"
+            )
+    if isinstance(model, transformers.PreTrainedModel):
+        return model
+    if name not in _INSIDE and not adapters:
+        raise ValueError(f"expected a model of transformers, not one of the class {name}")
+    return bare(getattr(model, _INSIDE[name]) if name in _INSIDE else model.base_model.model)
+
+
+def adapters_used(model: torch.nn.Module) -> list[tuple[str, Any, bool, Any]]:
+    """Modules with PEFT's adapters: name, active adapters, whether they are off, and factors."""
+    return [
+        (name, active, module.disable_adapters, getattr(module, "scaling", None))
+        for name, module in model.named_modules()
+        if isinstance(active := getattr(module, "active_adapters", None), list)
+    ]
+
+
 # --- attention
 
 
@@ -68,11 +110,6 @@ def output_projection(module: Any) -> Any:
     if hasattr(module, "q_proj") and hasattr(module, "out_proj"):  # convolutions have only the last
         return module.out_proj
     return getattr(module, "o_proj", None)
-
-
-def takes_attention(module: Any) -> bool:
-    """Whether an attention module runs the function that is registered, and not its own."""
-    return hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS")
 
 
 @contextmanager
@@ -124,6 +161,12 @@ _STATES = ("conv_states", "recurrent_states")
 
 CACHE_TENSORS = ("keys", "values", *_STATES)
 """Names of what a layer of a cache may hold."""
+
+
+def continuing(decoder: Any, cache: Cache | None) -> dict[str, Any]:
+    """Arguments by which a decoder goes on from a cache; transformers 5.24 renames it."""
+    named = "cache" in inspect.signature(decoder.forward).parameters
+    return {"cache" if named else "past_key_values": cache, "use_cache": True}
 
 
 def empty_cache(config: Any) -> DynamicCache:

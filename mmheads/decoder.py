@@ -8,7 +8,7 @@ later question.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -114,13 +114,11 @@ class DecoderInputs:
         words = embed(vlm, ids)["inputs_embeds"].to(self.embeddings)
         blank = (later & self.visual)[None, :, None]
         kept = int(self.visual[:first].sum())
-        return DecoderInputs(
-            torch.where(blank, words, self.embeddings),
-            self.positions,
-            self.masks,
-            self.visual & ~later,
-            tuple(layer[:kept] for layer in self.deepstack),
-            self.per_token,
+        return replace(
+            self,
+            embeddings=torch.where(blank, words, self.embeddings),
+            visual=self.visual & ~later,
+            deepstack=tuple(layer[:kept] for layer in self.deepstack),
         )
 
 
@@ -142,7 +140,7 @@ def catch(vlm: VLM, inputs: Mapping[str, torch.Tensor]) -> DecoderInputs:
 
     handle = vlm.decoder.register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             vlm.model(**on_device(vlm, inputs), use_cache=False)
     except _CaughtError:
         pass

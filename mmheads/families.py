@@ -202,12 +202,13 @@ def embed(vlm: VLM, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """
     ids = ids.to(vlm.device)[None]
     table = vlm.model.get_input_embeddings()
-    embedded = {"inputs_embeds": table(torch.where(ids < table.num_embeddings, ids, 0))}
+    words: int = getattr(table, "base_layer", table).num_embeddings  # an adapter has a base layer
+    embedded = {"inputs_embeds": table(torch.where(ids < words, ids, 0))}
     if getattr(vlm.decoder, "hidden_size_per_layer_input", None):
         visual = torch.from_numpy(vlm.is_visual(ids.cpu())).to(vlm.device)
         blank = not vlm.family.startswith("gemma3n")  # which looks placeholders up too
-        words = torch.where(visual & blank, vlm.text_config.pad_token_id or 0, ids)
-        embedded["per_layer_inputs"] = vlm.decoder.get_per_layer_inputs(words)
+        given = torch.where(visual & blank, vlm.text_config.pad_token_id or 0, ids)
+        embedded["per_layer_inputs"] = vlm.decoder.get_per_layer_inputs(given)
     if compat.setting(vlm.text_config, "ple_layer_ids"):
         embedded["ple_input_ids"] = ids
     return embedded

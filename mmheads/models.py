@@ -41,7 +41,8 @@ class VLM:
     """A stock model with its processor; text-only causal models too.
 
     Attributes:
-        model: The model, in evaluation mode.
+        model: The model, in evaluation mode; of a compiled model or one with PEFT's adapters, the
+            model inside of the wrapper, which shares its layers.
         processor: Its processor of images and text; the tokenizer of a text-only model.
         model_id: Folder or name on the hub.
         revision: Commit on the hub, a hash of the folder's weights, or the SHA-256 of a GGUF file;
@@ -56,6 +57,7 @@ class VLM:
     loaded: str = ""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "model", compat.bare(self.model))
         object.__setattr__(self, "loaded", self.loaded or parameter_hash(self.model))
         if not getattr(self.tokenizer, "is_fast", False):
             raise ValueError(
@@ -109,7 +111,7 @@ class VLM:
     @property
     def device(self) -> torch.device:
         """Where inputs go: the device of the embedding."""
-        return self.model.get_input_embeddings().weight.device  # type: ignore[no-any-return]
+        return compat.device_of(self.model.get_input_embeddings()) or torch.device("cpu")
 
     def device_of(self, layer: int) -> torch.device:
         """Where a layer is computed; weights that Accelerate keeps elsewhere are on no device."""
@@ -400,6 +402,8 @@ def _why(source: str, error: BaseException) -> str:
     )
     if isinstance(error, SafetensorError):
         return f"a weight file of {source} is damaged or cut: {_first_line(error)}; copy it again"
+    if isinstance(error, ImportError):
+        return f"{source} needs a package that is not installed: {_first_line(error)}"
     if "does not support an attention implementation" in str(error):
         model = str(error).split()[0]
         return (

@@ -195,7 +195,7 @@ class Prefix:
         def run() -> None:
             cache = self._copy(first) if first else compat.empty_cache(self.vlm.text_config)
             with torch.no_grad():
-                self.vlm.decoder(**arguments, past_key_values=cache, use_cache=True)
+                self.vlm.decoder(**arguments, **compat.continuing(self.vlm.decoder, cache))
 
         return first, run
 
@@ -322,7 +322,7 @@ def fill(prefix: Prefix, *, layers: int = 0) -> Prefix:
 
     def run() -> None:
         with torch.no_grad():
-            vlm.decoder(**arguments, past_key_values=prefix.cache, use_cache=True)
+            vlm.decoder(**arguments, **compat.continuing(vlm.decoder, prefix.cache))
 
     last = next((layer for layer in vlm.attentions if layer >= layers - 1), vlm.geometry.layers)
     if layers and last < vlm.geometry.layers - 1:

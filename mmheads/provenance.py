@@ -16,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from mmheads import paths
+from mmheads import compat, paths
 from mmheads.checks import ONLY_KNOWN_FIELDS, parse
 
 _LIBRARIES = ("mmheads", "torch", "transformers")
@@ -172,22 +172,34 @@ def _known_hashes(listing: Path) -> dict[str, tuple[int, int, str]]:
 
 
 def parameter_hash(model: Any, sample: int = 1 << 14) -> str:
-    """Hash of the names and shapes of a model's parameters and of a sample of their values.
+    """Hash of the names and shapes of a model's weights and of a sample of their values.
 
-    It shows whether weights were changed after loading: by adapters, merges or edits. At most
-    `sample` evenly spread values of each parameter are read, in its own precision; parameters that
-    Accelerate keeps elsewhere have no values here and count by name and shape only.
+    It shows whether weights were changed after loading: by adapters, merges or edits. Which
+    adapters are active counts too. At most `sample` evenly spread values of each weight are read,
+    in its own precision; weights that Accelerate keeps elsewhere have no values here and count by
+    name and shape only.
     """
     import torch
 
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-        if parameter.device.type == "meta":
+    for name, weight in _plain_tensors(model.state_dict()):
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode())
+        if weight.device.type == "meta":
             continue
-        with suppress(NotImplementedError, RuntimeError):  # quantised tensors that hide their bits
-            flat = parameter.detach().reshape(-1)
-            step = 1 if len(flat) <= sample else (len(flat) // sample) | 1  # odd: every column
-            values = flat[::step].contiguous().cpu()
-            digest.update(values.view(torch.uint8).numpy().tobytes())
+        flat = weight.detach().reshape(-1)
+        step = 1 if len(flat) <= sample else (len(flat) // sample) | 1  # odd: every column
+        values = flat[::step].contiguous().cpu()
+        digest.update(values.view(torch.uint8).numpy().tobytes())
+    if used := compat.adapters_used(model):
+        digest.update(canonical(used).encode())
     return digest.hexdigest()[:16]
+
+
+def _plain_tensors(tensors: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The tensors of a state by name; of a quantised one, those that it is made of."""
+    for name, tensor in tensors.items():
+        if hasattr(tensor, "__tensor_flatten__"):
+            parts = {part: getattr(tensor, part) for part in tensor.__tensor_flatten__()[0]}
+            yield from _plain_tensors({f"{name}.{part}": inner for part, inner in parts.items()})
+        elif hasattr(tensor, "device"):  # a module may keep other things as its state
+            yield name, tensor

@@ -61,7 +61,7 @@ def ask_all(
     contexts = _batch([prefix.context() for prefix in prefixes], longest)
 
     def run() -> None:
-        vlm.decoder(**contexts, past_key_values=cache, use_cache=True)
+        vlm.decoder(**contexts, **compat.continuing(vlm.decoder, cache))
 
     stop_after(vlm, {max(vlm.attentions): lambda call: call.query}, run)
     rows = [
@@ -72,7 +72,7 @@ def ask_all(
     layout = _Layout(longest, width, [prompt.shared for prompt in prompts], asked)
     questions = _batch(rows, width) | {"attention_mask": layout.mask().to(vlm.device)}
     with record_mass(vlm, layout.rows(), layout.weights(), text=layout.text()) as recording:
-        vlm.decoder(**questions, past_key_values=cache, use_cache=True)
+        vlm.decoder(**questions, **compat.continuing(vlm.decoder, cache))
     layers = vlm.geometry.layers
     recorded = recording.mass(layers), recording.entropy(layers), recording.norm(layers)
     return layout.split(*recorded)

@@ -36,6 +36,9 @@ _USED = {"softcap", "s_aux"}
 """Keywords of an attention function that are taken into account."""
 
 
+_REGISTERED = "the attention function that is registered with transformers"
+
+
 _STATE = "_mmheads"
 """Attribute of an attention module that says what to do there."""
 
@@ -92,6 +95,11 @@ class Call:
         if self.causal and self.query.shape[2] > 1:
             return torch.arange(keys, device=device) <= rows[:, None, :, None]
         return None
+
+
+def seen(mask: torch.Tensor) -> torch.Tensor:
+    """[...] bool, what a mask allows that is bool or numbers to add."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 _State = Callable[[Call], torch.Tensor]
@@ -151,7 +159,10 @@ def check_heads(vlm: VLM, sets: Sequence[HeadSet], what: str) -> None:
                 f"{list(vlm.attentions)} have attention heads"
             )
         if _other_name(vlm, chosen):
-            _warn_of_other_name(chosen.model, str(vlm))
+            _warn_once(
+                f"heads that were scored in {chosen.model} are used in {vlm}, which has the same "
+                "architecture and as many heads; score them again if it is not a copy of that model"
+            )
     if any(chosen.origin.revision not in ("", vlm.revision) for chosen in sets):
         check_revision(vlm, sets, vlm.weights)
 
@@ -164,7 +175,10 @@ def check_revision(vlm: VLM, sets: Iterable[HeadSet], now: str) -> None:
     same = [chosen for chosen in sets if not _other_name(vlm, chosen)]
     for revision in dict.fromkeys(chosen.origin.revision for chosen in same):
         if revision not in ("", now):
-            _warn_of_other_weights(str(vlm), revision, now)
+            _warn_once(
+                f"heads that were scored with the weights {revision} of {vlm} are used with its "
+                f"weights {now}; score the heads again if the weights differ in more than precision"
+            )
 
 
 def _other_name(vlm: VLM, heads: HeadSet) -> bool:
@@ -172,23 +186,9 @@ def _other_name(vlm: VLM, heads: HeadSet) -> bool:
 
 
 @cache
-def _warn_of_other_name(scored: str, used: str) -> None:
-    """Warn once per pair of models, although heads are checked for every batch."""
-    warnings.warn(
-        f"heads that were scored in {scored} are used in {used}, which has the same architecture "
-        "and as many heads; score them again if it is not a copy of that model",
-        stacklevel=5,
-    )
-
-
-@cache
-def _warn_of_other_weights(model: str, revision: str, now: str) -> None:
-    """Warn once per pair of revisions, although heads are checked for every batch."""
-    warnings.warn(
-        f"heads that were scored with the weights {revision} of {model} are used with its weights "
-        f"{now}; score the heads again if the weights differ in more than precision",
-        stacklevel=5,
-    )
+def _warn_once(text: str) -> None:
+    """Warn once of each pair of models or weights, although heads are checked for every batch."""
+    warnings.warn(text, stacklevel=5)
 
 
 @contextmanager
@@ -196,30 +196,51 @@ def attached(vlm: VLM, states: Mapping[int, _State]) -> Iterator[None]:
     """Switch the language model to our attention, with something to do in some layers."""
     config = vlm.text_config
     stock = compat.attention_name(config)
-    if stock in _NAMES.values():
-        raise ValueError(
-            f"{vlm} is inside another `record_mass`, `ablate` or `gate`; leave that one first"
-        )
     if stock not in _NAMES:
-        raise ValueError(
-            f"{vlm} runs on the attention {stock!r}; load it with one of "
-            f"{', '.join(map(repr, _NAMES))}"
-        )
-    if not all(map(compat.takes_attention, vlm.attentions.values())):
-        raise ValueError(
-            f"{vlm} ({vlm.family}) computes attention in its own way, not by a function that can "
-            "be replaced; where its heads look cannot be told, and they cannot be ablated"
-        )
+        why = f"runs on the attention {stock!r}; load it with one of {str([*_NAMES])[1:-1]}"
+        if stock in _NAMES.values():
+            why = "is inside another `record_mass`, `ablate` or `gate`; leave that one first"
+        raise ValueError(f"{vlm} {why}")
     compat.set_attention_name(vlm.model, config, _NAMES[stock])
     try:
-        for layer, state in states.items():
-            setattr(vlm.attentions[layer], _STATE, state)
-        with compat.every_row(vlm.decoder):
+        with _reached(vlm, states, _REGISTERED) as reached, compat.every_row(vlm.decoder):
+
+            def noted(state: _State, call: Call) -> torch.Tensor:
+                reached.add(call.layer)
+                return state(call)
+
+            for layer, state in states.items():
+                setattr(vlm.attentions[layer], _STATE, partial(noted, state))
             yield
     finally:
         for module in vlm.attentions.values():
             module.__dict__.pop(_STATE, None)
         compat.set_attention_name(vlm.model, config, stock)
+
+
+@contextmanager
+def _reached(vlm: VLM, layers: Iterable[int], what: str) -> Iterator[set[int]]:
+    """Refuse calls of attention modules that do not add their layer to the set that this gives.
+
+    Nothing inside runs compiled: such code passes hooks by.
+    """
+    reached: set[int] = set()
+
+    def check(layer: int, module: Any, *_: Any) -> None:
+        if layer not in reached:
+            raise ValueError(
+                f"the attention of layer {layer} of {vlm} ({type(module).__name__}) does not call "
+                f"{what}, so that its heads can be neither recorded nor ablated; if another "
+                "library has replaced its code, load the model without that"
+            )
+        reached.remove(layer)
+
+    with ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for layer in layers:
+            handle = vlm.attentions[layer].register_forward_hook(partial(check, layer))
+            stack.callback(handle.remove)
+        yield reached
 
 
 @contextmanager
@@ -236,10 +257,12 @@ def on_projections(
     """
 
     def enter(layer: int, module: Any, args: tuple[torch.Tensor, ...]) -> Any:
+        reached.add(layer)
         changed = see(layer, args[0].unflatten(-1, (vlm.geometry.heads, -1)))
         return None if changed is None else (changed.flatten(-2), *args[1:])
 
-    with ExitStack() as hooks:
+    layers = list(layers)
+    with _reached(vlm, layers, "its output projection") as reached, ExitStack() as hooks:
         for layer in layers:
             projection = compat.output_projection(vlm.attentions[layer])
             handle = projection.register_forward_pre_hook(partial(enter, layer))
@@ -281,19 +304,14 @@ def _attention(base: str) -> Any:
         dropout: float = 0.0,
         is_causal: bool | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> Any:
         stock = compat.stock_attention(base, module)
         settings = dict(kwargs) if is_causal is None else {**kwargs, "is_causal": is_causal}
 
-        def attended(*given: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-            result: tuple[torch.Tensor, torch.Tensor | None] = stock(
-                module,
-                *(given or (query, key, value, attention_mask)),
-                scaling=scaling,
-                dropout=dropout,
-                **settings,
-            )
-            return result
+        states = (query, key, value, attention_mask)
+
+        def attended(*other: torch.Tensor | None) -> Any:
+            return stock(module, *(other or states), scaling=scaling, dropout=dropout, **settings)
 
         layer = getattr(module, "layer_idx", -1)
         _check_call(layer, query, key)
@@ -308,13 +326,8 @@ def _attention(base: str) -> Any:
             )
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         scale = scaling or query.shape[-1] ** -0.5
-        call = Call(
-            layer,
-            *(query, key, value, attention_mask, causal, scale),
-            kwargs.get("softcap"),
-            kwargs.get("s_aux"),
-            attended,
-        )
+        softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+        call = Call(layer, *states, causal, scale, softcap, sinks, attended)
         return state(call), call.weights
 
     return attend

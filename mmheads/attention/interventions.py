@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from mmheads.attention.hook import WORKING_SET, Call, attached, check_heads, on_projections
+from mmheads.attention.hook import WORKING_SET, Call, attached, check_heads, on_projections, seen
 from mmheads.attention.recording import stacked
 from mmheads.heads import HeadSet
 from mmheads.models import VLM
@@ -130,8 +130,8 @@ def _uniform(call: Call, rows: slice) -> torch.Tensor:
     shared = call.query.shape[1] // values.shape[1]
     index = torch.arange(count, device=values.device)[rows].expand(len(values), -1)
     if call.mask is None and call.causal and count > 1:
-        seen = index + 1
-        means = values[:, :, :count].cumsum(dim=2)[:, :, rows] / seen[:, None, :, None]
+        keys = index + 1
+        means = values[:, :, :count].cumsum(dim=2)[:, :, rows] / keys[:, None, :, None]
         return means.repeat_interleave(shared, dim=1).transpose(1, 2)
     values = values.repeat_interleave(shared, dim=1)
     block = max(1, WORKING_SET // (4 * values.shape[1] * values.shape[2] * len(values)))
@@ -141,8 +141,7 @@ def _uniform(call: Call, rows: slice) -> torch.Tensor:
         if allowed is None:
             parts.append(values.mean(dim=2, keepdim=True).expand(-1, -1, some.shape[1], -1))
             continue
-        if allowed.dtype != torch.bool:
-            allowed = allowed > torch.finfo(allowed.dtype).min / 2
+        allowed = seen(allowed)
         weights = allowed / allowed.sum(dim=-1, keepdim=True).clamp(min=1)
         parts.append(weights @ values)
     return torch.cat(parts, dim=2).transpose(1, 2)

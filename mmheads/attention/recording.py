@@ -64,8 +64,6 @@ class Recording:
 
     def norm(self, layers: int) -> torch.Tensor:
         """[example, layer, head, row] on the CPU; 0 in layers without heads."""
-        if missing := sorted(self.masses.keys() - self.norms.keys()):
-            raise ValueError(f"layers {missing} do not call their output projection")
         return stacked(self.norms, layers)
 
     def add_norm(self, layer: int, output: torch.Tensor) -> None:
@@ -91,11 +89,7 @@ def stacked(by_layer: dict[int, torch.Tensor], layers: int) -> torch.Tensor:
 
 @contextmanager
 def record_mass(
-    vlm: VLM,
-    rows: torch.Tensor,
-    weights: torch.Tensor,
-    *,
-    text: torch.Tensor | None = None,
+    vlm: VLM, rows: torch.Tensor, weights: torch.Tensor, *, text: torch.Tensor | None = None
 ) -> Iterator[Recording]:
     """Record, in the first forward call inside, where the given rows look.
 

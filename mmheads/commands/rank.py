@@ -146,15 +146,9 @@ def run(options: argparse.Namespace) -> Outcome:
     ranked = [each.ranked for each in pages]
     regions = _regions(pages, vlm.is_text_only) if options.regions else []
     _say(vlm, heads, ranked, fit, options)
-    about = {"documents": files, "dpi": fit.dpi, "skip_broken": options.skip_broken}
+    about = json.dumps({"documents": files, "dpi": fit.dpi, "skip_broken": options.skip_broken})
     index = DocumentIndex(
-        vlm,
-        heads,
-        ranked,
-        window=fit.window,
-        path=options.index,
-        about=json.dumps(about),
-        progress=True,
+        vlm, heads, ranked, window=fit.window, path=options.index, about=about, progress=True
     )
     lines: list[str] = []
     results = []

@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import Cache, DynamicCache
 
 from mmheads import compat
-from mmheads.attention.hook import Call, attached, check_heads
+from mmheads.attention.hook import Call, attached, check_heads, seen
 from mmheads.heads import HeadSet
 from mmheads.models import VLM
 from mmheads.streaming.cache import CompactLayer
@@ -277,26 +277,16 @@ class Streaming:
 
 def _allowed(call: Call, vlm: VLM) -> torch.Tensor | None:
     """[example, 1, row, key] bool, what the model's own mask allows; None if it is causal."""
+    mask, why = call.mask, ""
+    allowed = None if mask is None else seen(mask)
     if call.softcap is not None or call.sinks is not None or not call.causal:
-        raise ValueError(
-            f"layer {call.layer} of {vlm} has a bound on its scores, sink scores of its "
-            "own, or no causal mask; window heads are not known there"
-        )
-    mask = call.mask
-    if mask is None:
-        return None
-    if mask.shape[1] != 1:
-        raise ValueError(
-            f"layer {call.layer} of {vlm} has a mask per head; window heads are not known there"
-        )
-    if mask.dtype == torch.bool:
-        return mask
-    allowed = mask > torch.finfo(mask.dtype).min / 2
-    if mask.masked_fill(~allowed, 0).any():
-        raise ValueError(
-            f"layer {call.layer} of {vlm} adds a bias to its scores; window heads are not "
-            "known there"
-        )
+        why = "has a bound on its scores, sink scores of its own, or no causal mask"
+    elif mask is not None and mask.shape[1] != 1:
+        why = "has a mask per head"
+    elif mask is not None and mask is not allowed and mask.masked_fill(~seen(mask), 0).any():
+        why = "adds a bias to its scores"
+    if why:
+        raise ValueError(f"layer {call.layer} of {vlm} {why}; window heads are not known there")
     return allowed
 
 
@@ -306,12 +296,7 @@ def _select_pair(pair: Pair, groups: list[int]) -> Pair:
 
 @contextmanager
 def stream(
-    vlm: VLM,
-    dense: HeadSet,
-    sinks: int = 4,
-    window: int = 512,
-    *,
-    fallback: str = "",
+    vlm: VLM, dense: HeadSet, sinks: int = 4, window: int = 512, *, fallback: str = ""
 ) -> Iterator[Streaming]:
     """Let all heads but the dense ones see only the first tokens and a window (paper B, Sec. 5).
 

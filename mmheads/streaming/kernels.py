@@ -352,19 +352,15 @@ def flex(
     mask = block_mask(query.shape[3], sinks, window, str(query.device))
     attend = _compiled() if compiled else flex_attention
     output: torch.Tensor = attend(
-        query.flatten(1, 2),
-        key,
-        value,
-        block_mask=mask,
-        scale=scale,
-        enable_gqa=query.shape[2] > 1,
+        query.flatten(1, 2), key, value, block_mask=mask, scale=scale, enable_gqa=query.shape[2] > 1
     )
     return output.view_as(query)
 
 
 @cache
 def _compiled() -> Any:
-    return torch.compile(flex_attention)
+    compiled = torch.compile(flex_attention)
+    return torch.compiler.set_stance("default")(compiled)  # the model around it runs uncompiled
 
 
 @cache
