@@ -126,7 +126,8 @@ command wrote this card.
 import torch
 from transformers import {loader}
 
-model = {loader}.from_pretrained("data/models/{name}", dtype=torch.float32)
+folder = "data/models/{name}"
+model = {loader}.from_pretrained(folder, dtype=torch.float32)
 ```
 
 ## Accuracy on unseen examples
