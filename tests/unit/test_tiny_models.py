@@ -455,7 +455,13 @@ def test_a_shipped_model_answers_from_the_needle(shipped):
 
 
 MISSED = {
-    "tiny-qwen3-m": [],
+    "tiny-qwen3-m": [
+        "text, needle present, 1024 tokens",
+        "text, needle present, 2048 tokens",
+        "text, needle changed, 512 tokens",
+        "text, needle changed, 1024 tokens",
+        "text, needle changed, 2048 tokens",
+    ],
     "tiny-qwen3-vl-m": [
         *(f"text, needle present, {length} tokens" for length in (512, 1024, 2048)),
         *(f"text, needle changed, {length} tokens" for length in (512, 1024, 2048)),
