@@ -159,7 +159,7 @@ for all scores and answers. The plan was cut to fit into that time:
   ablation, no window heads, no loss on prose;
 - no answers to questions on real documents{ranking}.
 
-The results are shipped in [data/results](../data/results/README.md), and the numbers of this page
+The results are shipped in `data/results`, and the numbers of this page
 are [one table](../data/results/real_model.csv). To run all of it again, which continues where it
 was interrupted:
 
