@@ -43,7 +43,7 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' $(EACH_CORE)
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env notebooks
 
-test-all: test test-families
+test-all: test
 	$(BIN)/python -m pytest -m slow
 
 # The parity of the commit's hash says which of the two; only transformers is another one, and PEFT

@@ -54,7 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         note(_sentence(error))
         return 1
     except KeyboardInterrupt:
-        note("interrupted; the same command goes on from what is kept (of rank, with --index)")
+        note(
+            "interrupted; what was computed is kept, and the same command goes on (rank: with --index)"
+        )
         return 130
     return 0
 

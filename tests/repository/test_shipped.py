@@ -44,13 +44,17 @@ def sample(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def remade(row: dict[str, Any]) -> Example:
     """The generated example of a row."""
-    _, _, split, length, number, *share = json.loads(row["haystack"])
-    where = {"split": SPLITS[split]}
+    numbers = json.loads(row["haystack"])
     if row["task"].startswith("document-"):
-        kind = row["task"].removeprefix("document-")
-        return needles.document(length, question=kind, index=number, **where)
-    where |= {"haystack": number, "answer": row.get("answer")}
-    return needles.Needles(share[0] / 1000).make(row["task"], length, row["depth"] or 0.0, **where)
+        *_, hard, split, pages, index = numbers
+        asked = {"question": row["task"].removeprefix("document-"), "index": index}
+        asked |= {"split": SPLITS[split], "distractors": needles.DISTRACTORS[hard]}
+        return needles.document(pages, **asked)
+    _, _, split, length, number, share = numbers
+    where = {"split": SPLITS[split]}
+    given = None if row["task"] == needles.CONTROL else row.get("answer")
+    where |= {"haystack": number, "answer": given}
+    return needles.Needles(share / 1000).make(row["task"], length, row["depth"] or 0.0, **where)
 
 
 def changed(vlm: VLM, row: dict[str, Any]) -> AbstractContextManager[Any]:

@@ -111,7 +111,7 @@ def test_a_stable_task_stops_and_its_heads_are_those_of_all_its_examples(tiny, t
     scored = scoring.score_heads(tiny, examples, folder=None, progress=False)
     np.testing.assert_allclose(found.scores.values, scored.values, atol=1e-6)
     assert found.heads == strong_heads(scored)
-    assert found.heads.origin.source == "mmheads.detection, lines-0.5"
+    assert found.heads.origin.source == "mmheads.detection, generated"
 
 
 def test_the_command_writes_a_list_and_goes_on_from_what_is_kept(
@@ -140,7 +140,7 @@ def test_the_command_writes_a_list_and_goes_on_from_what_is_kept(
     assert "takes about 3 min if the top heads are soon stable, and at most about 2.5 h" in (
         printed.err
     )
-    assert "lines-0.5; 128 tokens; 6 depths; 4 to 20 haystacks per task" in printed.err
+    assert "needles generated; 128 tokens; 6 depths; 4 to 20 haystacks per task" in printed.err
     heads = HeadSet.load(data["files"]["json"])
     assert [each["name"] for each in data["heads"]] == list(map(str, heads))
     assert len(HeadScores.load(data["files"]["parquet"]).values) == sum(batches)
@@ -150,7 +150,7 @@ def test_the_command_writes_a_list_and_goes_on_from_what_is_kept(
     assert cli.main(command) == 0
     first, *rest = capsys.readouterr().out.splitlines()
     assert "share" in first
-    assert "by chance 0.3" in first
+    assert "by chance 0.4" in first
     assert [line.split()[0] for line in rest[:-1]] == list(map(str, heads))
 
 

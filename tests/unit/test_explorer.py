@@ -291,7 +291,7 @@ def test_the_command_writes_one_page(tmp_path, capsys, monkeypatch):
             ["tiny-qwen3-vl-m", "mine.jsonl", "-o", "out.pdf"],
             "out.pdf; expected the name of a file",
         ),
-        (["tiny-qwen3-vl-m", "mine.jsonl", "-o", "folder.html"], "the page's file is folder.html"),
+        (["tiny-qwen3-vl-m", "mine.jsonl", "-o", "folder.html"], "folder.html is a folder"),
         (["tiny-qwen3-vl-m", "mine.jsonl", "-o", "blocked/out.html"], "cannot be written to"),
         (["tiny-qwen3-vl-m", "mine.jsonl", "--gradients"], "the answer '' of an example"),
         (["tiny-qwen3-vl-m", "mine.jsonl", "--device", "nonsense"], "nonsense"),
