@@ -54,9 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         note(_sentence(error))
         return 1
     except KeyboardInterrupt:
-        note(
-            "interrupted; what was computed is kept, and the same command goes on (rank: with --index)"
-        )
+        note("interrupted; what was computed is kept (by rank with --index); repeat it to go on")
         return 130
     return 0
 
