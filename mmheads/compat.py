@@ -41,8 +41,8 @@ _ADAPTERS = ("ADALORA", "BOFT", "IA3", "LN_TUNING", "LOHA", "LOKR", "LORA", "OFT
 def bare(model: Any) -> Any:
     """The model of transformers inside of `torch.compile`, PEFT's and data parallel wrappers.
 
-    Adapters stay in its layers, so that it computes what the wrapper computes. What is no module,
-    such as a stand-in without weights, is returned as it is.
+    Adapters stay in its layers, so that it computes what the wrapper computes. What cannot be
+    called, such as a stand-in without weights, is returned as it is.
 
     Raises:
         ValueError: There is none inside, or an adapter acts elsewhere, as prompt tuning does.
@@ -56,7 +56,7 @@ def bare(model: Any) -> Any:
                 f"the adapter {adapter!r} of the kind {kind} of PEFT does not act inside of layers "
                 f"for all tokens alike; expected one of {', '.join(_ADAPTERS)}"
             )
-    if isinstance(model, transformers.PreTrainedModel) or not isinstance(model, torch.nn.Module):
+    if isinstance(model, transformers.PreTrainedModel) or not callable(model):
         return model
     if name not in _INSIDE and not adapters:
         raise ValueError(f"expected a model of transformers, not one of the class {name}")
