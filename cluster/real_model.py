@@ -36,6 +36,7 @@ from mmheads.heads import HeadSet
 from mmheads.scores import HeadScores
 from mmheads.scoring import score_needles
 from mmheads.tasks import natural_needles
+from mmheads.tasks.grids import Grid
 
 if TYPE_CHECKING:
     from mmheads.models import VLM
@@ -70,7 +71,7 @@ BATCH_TOKENS = 10_240
 
 def grid(vlm: VLM) -> HeadScores:
     """Returns the scores of the detection needles."""
-    return _scored(vlm, 0, LENGTHS)
+    return _scored(vlm, natural_needles.for_model(vlm), LENGTHS)
 
 
 def found(vlm: VLM) -> Detection:
@@ -83,21 +84,15 @@ def again(vlm: VLM) -> Detection:
     return _search(vlm, SEED_AGAIN, (LENGTH_AGAIN,))
 
 
-def _scored(vlm: VLM, seed: int, lengths: Sequence[int]) -> HeadScores:
-    source = natural_needles.for_model(vlm, seed=seed)
+def _scored(vlm: VLM, source: Grid, lengths: Sequence[int]) -> HeadScores:
     return score_needles(
-        vlm,
-        tasks=[TASK],
-        lengths=lengths,
-        haystacks=HAYSTACKS,
-        progress=False,
-        source=source,
+        vlm, tasks=[TASK], lengths=lengths, haystacks=HAYSTACKS, progress=False, source=source
     )
 
 
 def _search(vlm: VLM, seed: int, lengths: Sequence[int]) -> Detection:
-    _scored(vlm, seed, lengths)  # notes what the scores are of, so that they are read again
     needles = natural_needles.for_model(vlm, seed=seed)
+    _scored(vlm, needles, lengths)  # notes what the scores are of, so that they are read again
     search = Search(needles=needles, tasks=(TASK,), lengths=lengths, haystacks=HAYSTACKS)
     return detect(vlm, search, progress=False)
 
@@ -188,6 +183,10 @@ def _say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {time.process_time():6.0f} s CPU  {text}", flush=True)
 
 
+def _say_right(table: pd.DataFrame) -> None:
+    _say(f"\n{table.groupby('ablation')['score'].agg(['mean', 'size'])}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     from mmheads.models import load
@@ -214,18 +213,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _say(f"heads {detection.heads}\n{detection.table.T}")
             detection.heads.save(paths.HEADS / f"{vlm.model_id}.json")
         if "ablation" in options.only:
-            table = ablation(vlm, scores, range(WITH_RANDOM))
-            _say(f"\n{table.groupby('ablation')['score'].agg(['mean', 'size'])}")
+            _say_right(ablation(vlm, scores, range(WITH_RANDOM)))
         if "again" in options.only:
             repeated, listed = again(vlm), HeadSet.load(vlm.model_id)
             shared = len(repeated.heads & listed)
             _say(f"{shared} of {len(listed)} heads are found again\n{repeated.table.T}")
         if "random" in options.only:
             for table in ablation_of_random_sets(vlm, scores):
-                _say(f"\n{table.groupby('ablation')['score'].agg(['mean', 'size'])}")
+                _say_right(table)
         if "more" in options.only:
-            table = ablation(vlm, scores, range(WITH_RANDOM, PROMPTS))
-            _say(f"\n{table.groupby('ablation')['score'].agg(['mean', 'size'])}")
+            _say_right(ablation(vlm, scores, range(WITH_RANDOM, PROMPTS)))
     except (ValueError, OSError) as error:
         print(f"cluster.real_model: {error}", file=sys.stderr)
         return 1

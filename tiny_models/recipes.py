@@ -179,6 +179,8 @@ _MIX = {
 _ICONS = {**_MIX, "text": 0.5, "rendered_text": 0.7}
 _TEXT_TOO = {**_MIX, "text": 2.0}
 """Short contexts make a model forget long ones, above all in text."""
+_READ = {**_TEXT_TOO, "rendered_text": 2.0}
+"""Records in text and on pages: what is lost first as contexts get longer."""
 _ANSWERED = {"image": 0.9, "identical_image": 0.9, "icon": 0.9, "rendered_text": 0.9}
 
 
@@ -202,6 +204,19 @@ def _mixed(
             show,
         )
         for count in units
+    )
+
+
+def _long(name: str, sources: tuple[Source, ...], steps: int) -> Stage:
+    """A stage with long contexts, in which heads must become sharper."""
+    return Stage(
+        name=name,
+        sources=sources,
+        steps=steps,
+        rate=1.2e-3,
+        decay=True,
+        restart=True,
+        norm_rate=3.0,
     )
 
 
@@ -231,26 +246,18 @@ _WORD_STAGES = (
         restart=True,
         norm_rate=3.0,
     ),
-    Stage(
+    _long(
         name="contexts of any length",
         sources=_mixed((4, 6, 9, 14, 22), 2400, mix=_TEXT_TOO, share=0.4, asks=20)
         + _mixed((36, 57, 90, 114), 2400, mix=_TEXT_TOO, share=0.6, asks=24),
         steps=250,
-        rate=1.2e-3,
-        decay=True,
-        restart=True,
-        norm_rate=3.0,
     ),
-    Stage(
+    _long(
         name="more questions on long contexts",
         sources=_mixed((9, 14, 22), 2400, mix=_TEXT_TOO, share=0.3, asks=32)
         + _mixed((28, 36, 45, 57), 2400, mix=_TEXT_TOO, share=0.4, asks=40)
         + _mixed((72, 90, 114), 2400, mix=_TEXT_TOO, share=0.3, asks=40),
         steps=500,
-        rate=1.2e-3,
-        decay=True,
-        restart=True,
-        norm_rate=3.0,
     ),
 )
 
@@ -265,8 +272,6 @@ _BESIDE = {
 """At a page's positions, what is beside a key must be learned again."""
 _WORDS_TOO = _mixed((4, 8, 16, 40), 1800, share=0.25, icon_sentences=0.4)
 """Text and pages as words, at positions in one dimension: what the text model learned."""
-
-_READ = {**_MIX, "text": 2.0, "rendered_text": 2.0}
 
 _VISION_STAGES = (
     Stage(
@@ -297,29 +302,21 @@ _VISION_STAGES = (
         rate=1e-3,
         restart=True,
     ),
-    Stage(
+    _long(
         name="everything in contexts of any length",
         sources=_mixed((4, 6, 9, 14, 22), 2400, share=0.25, show="pixels", asks=24)
         + _mixed((28, 36, 45, 57), 2400, mix=_TEXT_TOO, share=0.25, show="pixels", asks=40)
         + _mixed((72, 90, 114), 2400, mix=_TEXT_TOO, share=0.25, show="pixels", asks=40)
         + _mixed((9, 22, 36, 57, 90, 114), 2400, mix=_TEXT_TOO, share=0.25, asks=40),
         steps=900,
-        rate=1.2e-3,
-        decay=True,
-        restart=True,
-        norm_rate=3.0,
     ),
-    Stage(
+    _long(
         name="more questions on long contexts",
         sources=_mixed((4, 6, 9, 14, 22), 2400, share=0.15, show="pixels", asks=24)
         + _mixed((28, 36, 45, 57), 2700, mix=_READ, share=0.3, show="pixels", asks=44)
         + _mixed((72, 90, 114), 2700, mix=_READ, share=0.35, show="pixels", asks=48)
         + _mixed((9, 22, 36, 57, 90, 114), 2700, mix=_TEXT_TOO, share=0.2, asks=44),
         steps=1000,
-        rate=1.2e-3,
-        decay=True,
-        restart=True,
-        norm_rate=3.0,
     ),
 )
 

@@ -42,7 +42,7 @@ CELLS = (3, 4)
 """Columns and rows into which a page without paragraphs and pictures is divided."""
 
 SMALLEST = 64
-"""Square points; a paragraph of less, such as a page number, is not ranked by its place."""
+"""In square points; on an image of a page, a smaller paragraph (a page number) is not ranked."""
 
 
 def add(subparsers: Any) -> None:

@@ -283,7 +283,7 @@ def _allowed(call: Call, vlm: VLM) -> torch.Tensor | None:
         why = "has a bound on its scores, sink scores of its own, or no causal mask"
     elif mask is not None and mask.shape[1] != 1:
         why = "has a mask per head"
-    elif mask is not None and mask is not allowed and mask.masked_fill(~seen(mask), 0).any():
+    elif mask is not None and allowed is not mask and mask[allowed].any():
         why = "adds a bias to its scores"
     if why:
         raise ValueError(f"layer {call.layer} of {vlm} {why}; window heads are not known there")

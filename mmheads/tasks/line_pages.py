@@ -168,9 +168,9 @@ def fill(
         icon_sentences: Share of sentences whose key is an icon's name, before prose is put in.
     """
     units = []
-    names = [np.array(words) for words in (codes, icons, VALUES, NOUNS, VERBS)]
+    of_code, of_icon, letters, nouns, verbs = map(np.array, (codes, icons, VALUES, NOUNS, VERBS))
 
-    def draw(words: npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
+    def some(words: npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
         """What `rng.choice` draws, without its checks, which take longer."""
         return words[rng.integers(0, len(words), count)]
 
@@ -179,12 +179,12 @@ def fill(
         on_code = np.ones(count, bool)
         if is_page or icon_sentences:
             on_code = rng.random(count) >= (0.5 if is_page else icon_sentences)
-        keys = np.where(on_code, draw(names[0], count), draw(names[1], count))
-        values = draw(names[2], count)
+        keys = np.where(on_code, some(of_code, count), some(of_icon, count))
+        values = some(letters, count)
         if prose and not is_page:
             is_prose = rng.random(count) < prose
-            keys = np.where(is_prose, draw(names[3], count), keys)
-            values = np.where(is_prose, draw(names[4], count), values)
+            keys = np.where(is_prose, some(nouns, count), keys)
+            values = np.where(is_prose, some(verbs, count), values)
         records = map(Record, keys.tolist(), values.tolist())
         units.append(Unit(bool(is_page), tuple(records)))
     return units

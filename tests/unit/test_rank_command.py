@@ -79,18 +79,22 @@ def test_questions_come_from_a_pipe_too(here, capsys, monkeypatch):
     assert lines[1].split()[:2] == ["1", "page"]
 
 
-def test_an_index_is_kept_goes_on_after_an_interrupt_and_is_read_again(
-    here, tiny, capsys, monkeypatch
-):
-    run, calls = windows._run_window, []
+@pytest.fixture
+def calls(monkeypatch):
+    """The windows that are run; the third is interrupted, and the first one measures."""
+    run, made = windows._run_window, []
 
     def interrupted(*given):
-        calls.append(given)
-        if len(calls) == 3:  # the first call measures
+        made.append(given)
+        if len(made) == 3:
             raise KeyboardInterrupt
         return run(*given)
 
     monkeypatch.setattr(windows, "_run_window", interrupted)
+    return made
+
+
+def test_an_index_is_kept_goes_on_after_an_interrupt_and_is_read_again(here, tiny, capsys, calls):
     words = ["a.pdf", "--question", "? B7", "--window", "1", "--index", "a.index"]
     assert rank(*words) == 130
     with pytest.raises(ValueError, match=r"a\.index holds only the first 1 of 3 candidates"):
@@ -144,17 +148,8 @@ def test_regions_are_paragraphs_pictures_and_cells_ranked_from_the_same_index(he
     assert picture == "r.rank.png"
 
 
-def test_an_index_that_began_with_regions_goes_on_without_them(here, tiny, capsys, monkeypatch):
+def test_an_index_that_began_with_regions_goes_on_without_them(here, capsys, calls):
     regions_pdf(here / "r.pdf")
-    run, calls = windows._run_window, []
-
-    def interrupted(*given):
-        calls.append(given)
-        if len(calls) == 3:  # the first call measures
-            raise KeyboardInterrupt
-        return run(*given)
-
-    monkeypatch.setattr(windows, "_run_window", interrupted)
     asked = ["r.pdf", "--question", "? B7", "--window", "1", "--index", "r.index"]
     assert rank(*asked, "--regions") == 130
     assert rank(*asked) == 0
