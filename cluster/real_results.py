@@ -96,7 +96,7 @@ def numbers() -> Iterator[Row]:
         if others is not scores:
             yield from _found_again(name, strong_heads(others), listed, others)
     table = shipped_answers(scores)
-    yield from _about_answers(table)
+    yield from answer_rows(table)
     seconds = sum(_seconds(kind) for kind in ("scores", "answers"))
     yield {"quantity": "CPU minutes", "value": seconds / 60}
 
@@ -166,7 +166,12 @@ def _sparsity(scores: HeadScores) -> Interval:
     return bootstrap_interval(np.arange(len(rows)), share, seed=0)
 
 
-def _about_answers(table: pd.DataFrame) -> Iterator[Row]:
+def answer_rows(table: pd.DataFrame) -> Iterator[Row]:
+    """Yields the rows about answers: of the whole model, without top heads, without random sets.
+
+    Args:
+        table: What `shipped_answers` returned.
+    """
     right = table.pivot_table(index="prompt", columns="ablation", values="score")
     whole = right[answers.FULL_MODEL]
     for name in (answers.FULL_MODEL, *map(plan.top_name, plan.FRACTIONS)):

@@ -1,0 +1,148 @@
+"""Rank the pages of real documents with a pretrained text model: what every head attends to.
+
+python -m cluster.real_documents [MODEL.gguf] [--pages N]
+
+The documents are those of MMDocIR that are at hand (`MMHEADS_REAL_DOCS`), the shortest first. A
+page is the beginning of its text layer. The attention of every head from each question to each page
+is kept in `runs`, so that sets of heads are compared without the model; what is interrupted goes on
+from there. Ship it by `python -m cluster.ship`, and write the rankings by
+`python -m cluster.real_ranking`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from mmheads import paths, store
+from mmheads.pdfs import Document, Page
+from mmheads.provenance import code_version, hash_json
+from mmheads.retrieval import DocumentIndex
+from mmheads.tasks.mmdocir import AnnotatedDocument, read_mmdocir
+
+if TYPE_CHECKING:
+    from mmheads.models import VLM
+
+KIND = "masses"
+VERSION = 1
+"""Raised when what is computed changes: shipped results of another version are left out."""
+MODULES = ("prefix", "prompts", "attention", "retrieval", "pdfs", "gguf")
+"""Modules whose code the kept results depend on."""
+SHORT = ("mass",)
+"""Arrays that are shipped in 16 bits."""
+
+CHARACTERS = 1500
+"""Of each page: the first ones of its text layer."""
+WINDOW = 8
+"""Largest number of pages that share a forward pass."""
+NULL = "N/A"
+"""The question that asks nothing, whose attention is subtracted."""
+EMPTY = "(no text)"
+
+
+def documents() -> list[AnnotatedDocument]:
+    """Returns the documents that hold text, the shortest first; those of one length by name.
+
+    Raises:
+        ValueError: They are not at hand.
+    """
+    folder = paths.real_docs("")
+    if folder is None:
+        raise ValueError("the documents are not at hand; name their folder by MMHEADS_REAL_DOCS")
+    found = read_mmdocir(folder).documents
+    written = [each for each in found if any(page.text.strip() for page in each.pages)]
+    return sorted(written, key=lambda each: (len(each.pages), each.name))
+
+
+def beginnings(document: Document) -> Document:
+    """Returns a document whose pages have only the beginnings of their texts."""
+    pages = [
+        dataclasses.replace(page, read_text=partial(_beginning, page)) for page in document.pages
+    ]
+    return dataclasses.replace(document, pages=pages)
+
+
+def _beginning(page: Page) -> str:
+    return page.text.strip()[:CHARACTERS]
+
+
+def texts_of(document: Document) -> list[str]:
+    """Returns the pages as the model reads them."""
+    return [f"{page.text or EMPTY}\n" for page in beginnings(document).pages]
+
+
+def results(vlm: VLM) -> store.Results:
+    """Returns what is kept and shipped of a model."""
+    settings = {"characters": CHARACTERS, "window": WINDOW}
+    made = vlm.provenance("cluster.real_documents", NULL, code=code_version(MODULES), **settings)
+    return store.open(KIND, made, version=VERSION)
+
+
+def key(texts: Sequence[str], question: str, page: int) -> str:
+    """Returns the key of a row: the attention from a question to a page, given all of them."""
+    return hash_json([hash_json(list(texts)), question, page])
+
+
+def measure(vlm: VLM, kept: store.Results, document: AnnotatedDocument) -> None:
+    """Keep the attention from each question of a document, and from the null question (-1)."""
+    texts = texts_of(document)
+    asked = dict.fromkeys([NULL, *(question.text for question in document.questions)])
+    numbers = {text: number for number, text in enumerate(asked, -1)}
+    missing = [text for text in asked if key(texts, text, len(texts) - 1) not in kept]
+    if not missing:
+        return
+    start = time.process_time()
+    index = DocumentIndex(vlm, None, texts, window=WINDOW)
+    seconds = time.process_time() - start
+    shape = (vlm.geometry.layers, vlm.geometry.heads)
+    for text in missing:
+        masses = index.masses(text, calibrated=False)  # [head, page]
+        for page, mass in enumerate(masses.T.clip(0, 1)):
+            about = {"document": document.name, "question": numbers[text], "page": page}
+            kept.add(key(texts, text, page), about | {"mass": mass.reshape(shape)})
+    kept.save()
+    asking, windows = time.process_time() - start - seconds, len(index.document.windows)
+    print(
+        f"{time.strftime('%H:%M:%S')} {document.name}: {len(texts)} pages in {windows} windows, "
+        f"{seconds:.0f} s; {len(missing)} questions, {asking:.0f} s",
+        flush=True,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    from mmheads.models import load
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    named = os.environ.get("MMHEADS_REAL_LM", "")
+    parser.add_argument(
+        "model", nargs="?", default=named, metavar="MODEL", help="the file: MMHEADS_REAL_LM"
+    )
+    parser.add_argument(
+        "--pages", type=int, default=10_000, help="only documents of at most so many"
+    )
+    options = parser.parse_args(arguments)
+    if not options.model:
+        parser.error("give the GGUF file, or name it by MMHEADS_REAL_LM")
+    try:
+        found = [each for each in documents() if len(each.pages) <= options.pages]
+        vlm = load(options.model)
+        with results(vlm) as kept:
+            for document in found:
+                measure(vlm, kept, document)
+    except (ValueError, OSError) as error:
+        print(f"cluster.real_documents: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""Real documents ranked by the heads of a text model: what is kept, and what is made of it."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cluster import real_documents, real_ranking
+from mmheads import store
+from mmheads.models import load
+from mmheads.pdfs import Page
+from mmheads.retrieval import DocumentIndex
+from mmheads.tasks.mmdocir import AnnotatedDocument, Question
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*unknown to the tokenizer")
+
+TEXTS = ("c17 v03 . c05 v11 . ", "", "c40 v29 . c08 v02 . ", "c22 v19 . c33 v07 . ") * 3
+ASKED = ("which c05 ?", "which c40 ?")
+
+
+def document(texts=TEXTS, asked=ASKED, gold=(0, 2)) -> AnnotatedDocument:
+    pages = [Page(n, lambda text=text: text, lambda: None) for n, text in enumerate(texts, 1)]
+    questions = [Question(text, "", (page,)) for text, page in zip(asked, gold, strict=True)]
+    return AnnotatedDocument("one.pdf", pages, domain="Brochure", questions=tuple(questions))
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    return load("tiny-qwen3-m")
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(store.paths, "RUNS", tmp_path)
+    return tmp_path
+
+
+def test_the_kept_attention_is_that_of_an_index_and_is_not_computed_twice(vlm, runs, monkeypatch):
+    one = document()
+    with real_documents.results(vlm) as kept:
+        real_documents.measure(vlm, kept, one)
+    texts = real_documents.texts_of(one)
+    assert texts[1] == f"{real_documents.EMPTY}\n"
+    index = DocumentIndex(vlm, None, texts, window=real_documents.WINDOW)
+    assert len(index.document.windows) == 2
+    monkeypatch.setattr(real_documents, "DocumentIndex", None)  # nothing runs again
+    with real_documents.results(vlm) as kept:
+        real_documents.measure(vlm, kept, one)
+        pairs = real_ranking.measured(one, kept)
+        assert kept[real_documents.key(texts, ASKED[1], 5)]["question"] == 1
+    for text, (calibrated, raw) in zip(ASKED, pairs, strict=True):
+        for found, expected in (
+            (raw, index.masses(text, calibrated=False)),
+            (calibrated, index.masses(text)),
+        ):
+            np.testing.assert_allclose(found.reshape(len(texts), -1).T, expected, atol=1e-6)
+
+
+def test_what_an_interrupt_left_out_is_measured_later(vlm, runs):
+    with real_documents.results(vlm) as kept:
+        real_documents.measure(vlm, kept, document(asked=ASKED[:1], gold=(0,)))
+    with real_documents.results(vlm) as kept:
+        assert not real_ranking.measured(document(), kept)
+        real_documents.measure(vlm, kept, document())
+        assert len(real_ranking.measured(document(), kept)) == 2
+
+
+def masses(*of_pages):
+    """[page, layer, head] attention of one layer of two heads."""
+    return np.array(of_pages, dtype=np.float32)[:, None, :]
+
+
+def test_pages_are_ranked_by_the_mean_of_the_chosen_heads():
+    one = document(TEXTS[:3], ASKED[:1], (0,))
+    calibrated, raw = masses((0.1, 0.6), (0.3, 0.0), (0.2, 0.1)), masses(*[(0.5, 0.5)] * 3)
+    each = real_ranking.Rankings(one, [(calibrated, raw)])
+    first, both = np.array([[True, False]]), np.array([[True, True]])
+    assert each.by_heads(first) == [[1, 2, 0]]
+    assert each.by_heads(both) == [[0, 1, 2]]
+    assert each.by_heads(both, calibrated=False) == [[0, 1, 2]]
+    # pages of 19, 10 and 19 characters with their line breaks
+    assert each.by_heads(both, normalized=True) == [[0, 1, 2]]
+    assert each.by_heads(first, normalized=True) == [[1, 2, 0]]
+
+
+def test_joined_orders_prefer_what_both_methods_rank_high():
+    assert real_ranking.fused([[0, 1, 2]], [[1, 2, 0]]) == [[1, 0, 2]]
+
+
+def test_a_document_is_ranked_with_what_is_best_on_the_others():
+    rows = []
+    for name, better in (("a", 0.01), ("b", 0.05), ("c", 0.05)):
+        for share in (0.01, 0.05):
+            labels = {"method": "heads", "share": share, "calibrated": True, "normalized": False}
+            rows.append(labels | {"document": name, "question": 0, "k1": float(share == better)})
+    table = real_ranking.with_choice(pd.DataFrame(rows))
+    chosen = table[table["method"] != "heads"].set_index("document")
+    assert chosen["share"].to_dict() == {"a": 0.05, "b": 0.01, "c": 0.01}
+    assert chosen["k1"].to_dict() == {"a": 0.0, "b": 0.0, "c": 0.0}
