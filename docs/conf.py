@@ -12,12 +12,14 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+import make_claims  # noqa: E402
 import make_figures_page  # noqa: E402
 import make_findings  # noqa: E402
 import make_real_page  # noqa: E402
 
 import mmheads  # noqa: E402
 
+make_claims.write()
 make_figures_page.write()
 make_findings.write()
 make_real_page.write()

@@ -6,17 +6,13 @@ python docs/make_findings.py
 import re
 
 import pandas as pd
+from figure_data import TASKS, chance_levels, count, data, fixed_share, rows, settings, span
 
-from mmheads import figures, paths
+from mmheads import paths
+from mmheads.heads import head_count
 
 README = paths.ROOT / "README.md"
 START, END = "<!-- findings: written by docs/make_findings.py -->", "<!-- end of the findings -->"
-TASKS = figures.TASK_NAMES
-
-
-def data(name: str) -> pd.DataFrame:
-    """Returns the data of a figure."""
-    return pd.read_csv(paths.FIGURES / f"{name}.csv", encoding="utf-8")
 
 
 def real() -> list[str]:
@@ -45,45 +41,48 @@ def real() -> list[str]:
 
 
 def released() -> list[str]:
-    """Returns what the released scores of six large models say."""
-    shares = data("A_fig3_sparsity_released")
+    """Returns what the released scores of large models say."""
+    shares, fig5 = data("A_fig3_sparsity_released"), "A_fig5_overlap_released"
     difference = (shares["value"] - shares["paper"]).abs().max()
-    kept = data("A_fig5_overlap_released").query("pair == '8K&128K'").set_index("task")["value"]
-    files = len(data("X_impossible_scores_released"))
+    kept = rows(fig5, pair="8K&128K").set_index("task")["value"] / 100
+    files = data("X_sparsity_lengths_released")[["model", "task", "length"]].drop_duplicates()
     return [
-        f"{shares['value'].min():.1f} to {shares['value'].max():.1f}% of the heads hold half of "
-        f"the retrieval score, as paper A prints it: its {len(shares)} numbers and ours differ by "
-        f"at most {difference:.2f} points.",
-        "From 8K to 128K tokens, the strongest 5% of the heads keep "
-        f"{kept.min():.0f}% ({TASKS[str(kept.idxmin())]}) to {kept.max():.0f}% "
+        f"{span(shares['value'] / 100, '.1%')} of the heads hold half of the retrieval score, as "
+        f"paper A prints it: its {len(shares)} numbers and ours differ by at most "
+        f"{difference:.2f} points.",
+        f"From 8K to 128K tokens, the strongest {settings(fig5)['fraction']:.0%} of the heads keep "
+        f"{kept.min():.0%} ({TASKS[str(kept.idxmin())]}) to {kept.max():.0%} "
         f"({TASKS[str(kept.idxmax())]}) of their members on average.",
-        f"{files} of the 120 released files contain values that no attention can give.",
+        f"{len(data('X_impossible_scores_released'))} of the {len(files)} released files contain "
+        "values that no attention can give.",
     ]
 
 
 def live() -> list[str]:
     """Returns what the tiny model says that we train and run here."""
-    ablated = data("B_fig6_ablation_live").query("fraction == 0.1").set_index(["ablation", "task"])
-    score, draws = ablated["score"], ablated["draws"]
-    cards = pd.concat(map(pd.read_csv, sorted(paths.MODELS.glob("*/accuracy.csv"))))
-    chance = cards.groupby("task")["chance"].max()
+    share, fig5 = fixed_share(), "B_fig5_tasks_live"
+    ablated = rows("B_fig6_ablation_live", fraction=share).set_index(["ablation", "task"])
+    score, draws, chance = ablated["score"], ablated["draws"], chance_levels()
     selected = ", ".join(
         f"{score['selected', task]:.0%} ({name}; chance {chance[task]:.0%})"
         for task, name in TASKS.items()
     )
     control = "random, same layers"
-    shared = data("B_fig5_tasks_live").query("a == 'text'").groupby("b")["overlap"].mean()
-    pages = data("A_table2_generated_live").query("level == 'page'")
+    shared = rows(fig5, a="text").groupby("b")["overlap"].mean()
+    heads = len(rows("B_fig9_heatmaps_live", task="text", score_kind="calibrated"))
+    top, lengths = settings(fig5)["fraction"], rows(fig5, a="text")["length"].nunique()
+    pages = rows("A_table2_generated_live", level="page")
     right = (pages["R@1"] * pages["n"]).groupby(pages["method"]).sum()
     questions = pages.groupby("method")["n"].sum()["selected heads"]
     return [
-        f"Ablating the {ablated['heads'].max()} heads (10%) with the highest calibrated score for "
-        f"a task leaves {selected} of the answers right, with {ablated['n'].min()} prompts per "
-        f"task. Random heads of the same layers leave {score[control].min():.0%} or more (means of "
-        f"{draws[control].min()} sets).",
-        f"Of the strongest 5% of the heads for text, {shared['rendered_text']:.0%} are among the "
-        f"strongest for rendered text and {shared['image']:.0%} for images (mean of five lengths; "
-        "chance 5%). The order in which we train the model produces much of this.",
+        f"Ablating the {ablated['heads'].max()} heads ({share:.0%}) with the highest calibrated "
+        f"score for a task leaves {selected} of the answers right, with {ablated['n'].min()} "
+        f"prompts per task. Random heads of the same layers leave {score[control].min():.0%} or "
+        f"more (means of {draws[control].min()} sets).",
+        f"Of the strongest {top:.0%} of the heads for text, {shared['rendered_text']:.0%} are "
+        f"among the strongest for rendered text and {shared['image']:.0%} for images (mean of "
+        f"{count(lengths)} lengths; chance {head_count(top, heads) / heads:.0%}). The order in "
+        "which we train the model produces much of this.",
         "Heads chosen on needles put the right one of the pages of a generated document first for "
         f"{right['selected heads']:.0f} of {questions} questions, and all heads together for "
         f"{right['all heads']:.0f}: these documents are too easy to show what the selection adds.",
@@ -96,9 +95,10 @@ def text() -> str:
         "From one pretrained text model, in a file that identifies itself as "
         "Qwen2.5-Coder-0.5B-Instruct ([details](docs/real_model.md))"
     )
+    large = count(data("A_fig3_sparsity_released")["model"].nunique())
     parts = (
         (model, real()),
-        ("From the released scores of six large models", released()),
+        (f"From the released scores of {large} large models", released()),
         ("From one tiny model that we train, which says nothing about large ones", live()),
     )
     return "\n\n".join(f"{title}:\n\n" + "\n".join(f"- {x}" for x in xs) for title, xs in parts)

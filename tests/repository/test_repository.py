@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 
@@ -194,3 +195,19 @@ def test_both_papers_are_cited():
 
 def test_notebooks_are_valid(notebook):
     nbformat.validate(nbformat.read(notebook, as_version=4))
+
+
+CSV_FILES = sorted([*paths.FIGURES.glob("*.csv"), *paths.DATA.rglob("*.csv")])
+
+
+@pytest.mark.parametrize("path", CSV_FILES, ids=lambda path: path.stem)
+def test_no_label_of_a_table_is_read_as_a_missing_value(path):
+    as_read = pd.read_csv(path, encoding="utf-8")
+    as_written = pd.read_csv(path, encoding="utf-8", dtype=str, keep_default_na=False)
+    lost = {
+        column: sorted(set(as_written[column][as_read[column].isna()]) - {""})
+        for column in as_written
+    }
+    assert {column: labels for column, labels in lost.items() if labels} == {}, (
+        "give these labels another name: pandas reads them as missing values"
+    )
