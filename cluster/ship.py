@@ -11,12 +11,16 @@ import datetime
 import sys
 from collections.abc import Sequence
 
+from cluster import real_documents
 from mmheads import answers, causal, paths, scoring, store
 from mmheads.provenance import Provenance, code_version, library_versions
 from mmheads.tables import read_table
 
 KINDS = {"scores": scoring, "answers": answers, "effects": causal}
+KINDS[real_documents.KIND] = real_documents
 """The module that computes each kind of results."""
+SHORT = {"scores": scoring.MASSES, real_documents.KIND: real_documents.SHORT}
+"""Arrays of a kind that are shipped in 16 bits."""
 
 
 def ship(models: Sequence[str], machine: str, date: str) -> None:
@@ -29,7 +33,7 @@ def ship(models: Sequence[str], machine: str, date: str) -> None:
         written = []
         for kind, module in KINDS.items():
             now = Provenance(code=code_version(module.MODULES), versions=library_versions())
-            short = scoring.MASSES if kind == "scores" else ()
+            short = SHORT.get(kind, ())
             about = {"version": module.VERSION, "machine": machine, "date": date}
             written += store.ship(kind, model, now=now, short=short, **about)
         if not written:

@@ -205,7 +205,14 @@ def overview() -> Iterator[Entry]:
         )
     yield Entry("B, Figs. 1, 2, 8", "attention over images and frames", ("B_fig1_overlay",))
     yield Entry("B, Fig. 3", "how the evidence is located", note="notebook 01, three procedures")
-    yield Entry("B, Fig. 4", "heads against model size", note="not run: one size is trained")
+    for model in ("Qwen3-VL-8B", "Qwen3-VL-32B"):
+        placed = Cell("B_fig4_scale_released", "value", {"model": model, "task": "image"})
+        yield Entry(
+            "B, Fig. 4",
+            f"mean relative layer of the image heads, {model}",
+            ("B_fig4_scale",),
+            {"released": placed},
+        )
     yield Entry("B, Fig. 5", "stability between tasks", ("B_fig5_tasks",))
     yield Entry("B, Fig. 6", "ablation by rank of the heads", ("B_fig6_ablation",))
     chosen = {"scope": "attention", "variant": "streaming"}

@@ -167,3 +167,14 @@ def test_the_committed_tables_are_what_the_scores_give(released):
     for row in fig10.itertuples():
         a, b = (released[row.model, task, row.length].top(0.05) for task in row.pair.split("&"))
         assert row.value == heads.overlap(a, b)
+
+
+def test_relative_layers_in_small_and_large_models(plain):
+    table = pd.read_csv(paths.FIGURES / "B_fig4_scale_released.csv")
+    assert len(table) == len(MODELS) * len(TASKS)
+    for row in table.itertuples():
+        last = max(layer for layer, *_ in plain[row.model, row.task, LENGTHS[0]])
+        tops = [plain_top(plain[row.model, row.task, n], row.model) for n in LENGTHS]
+        places = [mean(layer for layer, _ in top) / last for top in tops]
+        expected = (mean(places), min(places), max(places))
+        assert (row.value, row.least, row.most) == pytest.approx(expected)
