@@ -16,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from mmheads import compat, paths
+from mmheads import paths
 from mmheads.checks import ONLY_KNOWN_FIELDS, parse
 
 _LIBRARIES = ("mmheads", "torch", "transformers")
@@ -180,6 +180,8 @@ def parameter_hash(model: Any, sample: int = 1 << 14) -> str:
     name and shape only.
     """
     import torch
+
+    from mmheads import compat
 
     digest = hashlib.sha256()
     for name, weight in _plain_tensors(model.state_dict()):

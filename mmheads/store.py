@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -24,6 +25,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import pyarrow as pa
 from filelock import FileLock
+from numpy.typing import NDArray
 
 from mmheads import paths
 from mmheads.checks import parse
@@ -92,13 +94,13 @@ class Results:
         return self._rows[key]
 
     def _load(self, path: Path) -> None:
-        about, scalars, arrays = read_table(path)
+        about, rows, arrays = _read_rows(path)
         ignore = ("code", "versions") if path in self._shipped else ()
         made = _provenance(about, path)
         if different := made.differences(self.provenance, ignore=ignore):
             raise ValueError(f"{path} holds other results than its folder: {different}; delete it")
-        for index, row in enumerate(scalars.to_pylist()):
-            row |= {name: array[index] for name, array in arrays.items()}
+        for index, scalars in enumerate(rows):
+            row = scalars | {name: array[index] for name, array in arrays.items()}
             self._rows.setdefault(row.pop("key"), row)
 
     def add(self, key: str, row: Row) -> None:
@@ -153,8 +155,7 @@ class Results:
         kept = sorted(self._folder.glob("[!.]*.json")) if self._folder else []
         notes = [_read(path, _Note) for path in kept if path.name != _ABOUT]
         for path in self._shipped:
-            about, scalars, _ = read_table(path)
-            rows = scalars.to_pylist()
+            about, rows, _ = _read_rows(path)
             for number, condition in enumerate(about.get("conditions", [])):
                 notes.append(_Note(condition, [row for row in rows if row["condition"] == number]))
         return [
@@ -201,6 +202,25 @@ class Results:
         if self._folder:
             with suppress(OSError):  # nothing was computed: leave no empty folder
                 self._folder.rmdir()
+
+
+def _read_rows(path: Path) -> tuple[dict[str, Any], list[Row], dict[str, NDArray[np.float32]]]:
+    """What a file says about itself, its rows without their arrays, and these arrays.
+
+    The last few files are kept in memory until they change.
+    """
+    about = path.stat()
+    return _read_once(path, about.st_size, about.st_mtime_ns)
+
+
+@lru_cache(maxsize=8)
+def _read_once(
+    path: Path, size: int, changed: int
+) -> tuple[dict[str, Any], list[Row], dict[str, NDArray[np.float32]]]:
+    about, scalars, arrays = read_table(path)
+    for array in arrays.values():
+        array.flags.writeable = False
+    return about, scalars.to_pylist(), arrays
 
 
 def _write_rows(
