@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ from filelock import FileLock
 
 from mmheads import paths
 from mmheads.checks import ONLY_KNOWN_FIELDS, parse
+
+version = cache(metadata.version)
+"""Version of an installed library, read once."""
 
 _LIBRARIES = ("mmheads", "torch", "transformers")
 _PACKAGE = Path(__file__).parent
