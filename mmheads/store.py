@@ -14,7 +14,7 @@ import tempfile
 import time
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,7 +25,6 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import pyarrow as pa
 from filelock import FileLock
-from numpy.typing import NDArray
 
 from mmheads import paths
 from mmheads.checks import parse
@@ -77,7 +76,7 @@ class Results:
         place: dict[str, Path] = {}
         for path in (*kept, *self._shipped):
             try:
-                place |= dict.fromkeys(read_keys(path), path)
+                place |= dict.fromkeys(_unchanged(_keys, path), path)
             except FileNotFoundError:  # another process has joined it with others meanwhile
                 return self._scan()
         return place
@@ -94,14 +93,12 @@ class Results:
         return self._rows[key]
 
     def _load(self, path: Path) -> None:
-        about, rows, arrays = _read_rows(path)
+        about, _, rows = _unchanged(_content, path)
         ignore = ("code", "versions") if path in self._shipped else ()
         made = _provenance(about, path)
         if different := made.differences(self.provenance, ignore=ignore):
             raise ValueError(f"{path} holds other results than its folder: {different}; delete it")
-        for index, scalars in enumerate(rows):
-            row = scalars | {name: array[index] for name, array in arrays.items()}
-            self._rows.setdefault(row.pop("key"), row)
+        self._rows = rows | self._rows
 
     def add(self, key: str, row: Row) -> None:
         """Keep one more row; rows are saved every few seconds and at the end.
@@ -155,7 +152,7 @@ class Results:
         kept = sorted(self._folder.glob("[!.]*.json")) if self._folder else []
         notes = [_read(path, _Note) for path in kept if path.name != _ABOUT]
         for path in self._shipped:
-            about, rows, _ = _read_rows(path)
+            about, rows, _ = _unchanged(_content, path)
             for number, condition in enumerate(about.get("conditions", [])):
                 notes.append(_Note(condition, [row for row in rows if row["condition"] == number]))
         return [
@@ -204,23 +201,29 @@ class Results:
                 self._folder.rmdir()
 
 
-def _read_rows(path: Path) -> tuple[dict[str, Any], list[Row], dict[str, NDArray[np.float32]]]:
-    """What a file says about itself, its rows without their arrays, and these arrays.
-
-    The last few files are kept in memory until they change.
-    """
+def _unchanged(read: Callable[[Path, int, int], _T], path: Path) -> _T:
+    """What a function has read from a file, from memory while the file does not change."""
     about = path.stat()
-    return _read_once(path, about.st_size, about.st_mtime_ns)
+    return read(path, about.st_size, about.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _keys(path: Path, size: int, changed: int) -> list[str]:
+    return read_keys(path)
 
 
 @lru_cache(maxsize=8)
-def _read_once(
+def _content(
     path: Path, size: int, changed: int
-) -> tuple[dict[str, Any], list[Row], dict[str, NDArray[np.float32]]]:
+) -> tuple[dict[str, Any], list[Row], dict[str, Row]]:
+    """What a file says about itself, its rows, and the first row of each key."""
     about, scalars, arrays = read_table(path)
-    for array in arrays.values():
+    rows = scalars.to_pylist()
+    for name, array in arrays.items():
         array.flags.writeable = False
-    return about, scalars.to_pylist(), arrays
+        for row, values in zip(rows, array, strict=True):
+            row[name] = values
+    return about, rows, {row["key"]: row for row in reversed(rows)}
 
 
 def _write_rows(
