@@ -37,11 +37,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# One thread per process: several threads per process on busy cores are many times slower. The
-# notebooks run one after the other, since they share the scores that the first of them computes.
+# One thread per process: several threads per process on busy cores are many times slower. The cells
+# of a notebook run in one process, in their order; the scores that notebooks share are shipped.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' $(EACH_CORE)
-	$(BIN)/python -m pytest --nbval-lax --nbval-current-env notebooks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbval-lax --nbval-current-env $(EACH_CORE) notebooks
 
 test-all: test
 	$(BIN)/python -m pytest -m slow

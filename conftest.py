@@ -63,8 +63,11 @@ def browser():
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let nbval's kernels import a copy of the repository, so that no test writes to figures/."""
-    if config.option.nbval or config.option.nbval_lax:
+    """Let nbval's kernels import a copy of the repository, so that no test writes to figures/.
+
+    Each worker of pytest-xdist has its own.
+    """
+    if (config.option.nbval or config.option.nbval_lax) and config.option.dist == "no":
         copy = Path(tempfile.mkdtemp(prefix="mmheads-nbval-"))
         config.add_cleanup(lambda: shutil.rmtree(copy))
         for name in ("benchmarks", "mmheads", "data", "figures", "notebooks"):

@@ -1,7 +1,7 @@
 """Run the notebooks with papermill and regenerate every figure and table.
 
 python reproduce.py                               all notebooks, default parameters
-python reproduce.py --only 03 04 --jobs 2         some of them, two at a time
+python reproduce.py --only 03 04 --jobs 1         some of them, one after the other
 python reproduce.py -p fraction 0.1               another value of a parameter
 python reproduce.py --params params/FILE.yaml     models, data, a section per notebook
 python reproduce.py --fresh                       without the shipped results of data/results
@@ -112,15 +112,22 @@ def commit_outputs(job: Job) -> None:
 
 
 def here(workers: int) -> Runner:
-    """Returns a runner on this machine that runs this many units at a time, each in a process."""
+    """Returns a runner on this machine that runs this many units at a time, each in a process.
+
+    What runs alone runs in this process.
+    """
 
     def runner(units: Sequence[Unit], progress: str = "") -> list[str]:
         spawn = multiprocessing.get_context("spawn")
+        processes = min(workers, usable_cores(), len(units))
+        if processes <= 1:
+            limit_threads(1)
+            return [unit.run() for unit in tqdm(units, progress, disable=not progress)]
         with ProcessPoolExecutor(
-            min(workers, usable_cores()),
+            processes,
             mp_context=spawn,
             initializer=_start,
-            initargs=(spawn.RLock(), workers),
+            initargs=(spawn.RLock(), processes),
         ) as pool:
             futures = [pool.submit(unit.run) for unit in units]
             bar = tqdm(as_completed(futures), progress, len(units), disable=not progress)
@@ -135,14 +142,18 @@ def here(workers: int) -> Runner:
     return runner
 
 
-def _start(lock: Any, workers: int) -> None:
+def _start(lock: Any, processes: int) -> None:
     """Initialises a worker: shares the lock of the progress bars, and limits its threads."""
-    import torch
-
     tqdm.set_lock(lock)
-    threads = threads_of(workers)
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    torch.set_num_threads(threads)
+    limit_threads(processes)
+
+
+def limit_threads(processes: int) -> None:
+    """Gives this process, and the kernels that it starts, its share of the cores."""
+    threads = threads_of(processes)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # for kernels, and for torch when it is imported
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(threads)
 
 
 def threads_of(workers: int) -> int:
@@ -176,7 +187,8 @@ def usable_cores(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
 def execute(jobs: list[Job], runner: Runner, *, workers: int = 0) -> dict[str, str]:
     """Runs the scores that the notebooks read, then the notebooks; returns each error by name.
 
-    A notebook whose scores failed is not run.
+    Scores that are shipped or kept are not run. A notebook whose scores failed is not run either,
+    and those that record times run last, one after the other.
 
     Args:
         jobs: The notebooks.
@@ -184,7 +196,7 @@ def execute(jobs: list[Job], runner: Runner, *, workers: int = 0) -> dict[str, s
         workers: Number of progress bars on this screen, one per notebook that runs at the same
             time; 0 shows one bar for all.
     """
-    scores = merged(run for job in jobs for run in job.scores)
+    scores = [run for run in merged(run for job in jobs for run in job.scores) if not run.finished]
     errors = dict(zip(scores, runner(scores, "scores"), strict=True)) if scores else {}
     failed = {replace(run, haystacks=0): error for run, error in errors.items() if error}
     for run, error in errors.items():
@@ -198,8 +210,12 @@ def execute(jobs: list[Job], runner: Runner, *, workers: int = 0) -> dict[str, s
     ready = [job for job in jobs if job.name not in results]
     if workers:
         ready = [replace(job, line=line if workers > 1 else 0) for line, job in enumerate(ready)]
-    said = runner(ready, "" if workers else "notebooks")
-    return results | dict(zip((job.name for job in ready), said, strict=True))
+    timed = [job for job in ready if job.values.get("record_timings")]
+    for together in ([job for job in ready if job not in timed], *([job] for job in timed)):
+        if together:
+            said = runner(together, "" if workers else "notebooks")
+            results |= dict(zip((job.name for job in together), said, strict=True))
+    return results
 
 
 def main(
@@ -249,7 +265,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     parser.add_argument(
-        "--jobs", type=int, metavar="N", help="runs at a time on this machine, default 1"
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="runs at a time on this machine; default: one per core, and 1 with other parameters, "
+        "--fresh or --in-place",
     )
     parser.add_argument(
         "--fresh", action="store_true", help="compute again what is shipped in data/results"
@@ -296,7 +316,10 @@ def run(jobs: list[Job], options: argparse.Namespace) -> int:
         with ray_cluster(options.ray, options.jobs or 0) as runner:
             errors = execute(todo, runner)
     else:
-        workers = options.jobs or 1
+        alone = options.fresh or options.in_place or options.p or options.params
+        workers = options.jobs or (1 if alone else usable_cores())
+        if workers > 1:
+            todo = todo[::-1]  # the last ones take longest
         errors = execute(todo, here(workers), workers=workers)
     for job in jobs:
         if failure := errors.get(job.name):

@@ -84,6 +84,11 @@ class ScoreRun:
         )
         return min(scored, self.prompts)
 
+    @property
+    def finished(self) -> bool:
+        """Whether all its prompts are scored; the notebooks look again when they read them."""
+        return self.scored() == self.prompts
+
     def run(self) -> str:
         """Score; prompts that are scored already are not scored again."""
         from mmheads.scoring import score_needles

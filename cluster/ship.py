@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from cluster import real_documents
 from mmheads import answers, causal, paths, scoring, store
 from mmheads.provenance import Provenance, code_version, library_versions
+from mmheads.retrieval import kept
 from mmheads.tables import read_table
 
-KINDS = {"scores": scoring, "answers": answers, "effects": causal}
+KINDS = {"scores": scoring, "answers": answers, "effects": causal, "rankings": kept}
 KINDS[real_documents.KIND] = real_documents
 """The module that computes each kind of results."""
 SHORT = {"scores": scoring.MASSES, real_documents.KIND: real_documents.SHORT}

@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from filelock import FileLock
 from matplotlib.figure import Figure
 
 from mmheads import paths
+from mmheads.provenance import version
 
 if TYPE_CHECKING:
     from mmheads.models import VLM

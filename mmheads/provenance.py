@@ -10,14 +10,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from mmheads import compat, paths
+from mmheads import paths
 from mmheads.checks import ONLY_KNOWN_FIELDS, parse
+
+version = cache(metadata.version)
+"""Version of an installed library, read once."""
 
 _LIBRARIES = ("mmheads", "torch", "transformers")
 _PACKAGE = Path(__file__).parent
@@ -180,6 +183,8 @@ def parameter_hash(model: Any, sample: int = 1 << 14) -> str:
     name and shape only.
     """
     import torch
+
+    from mmheads import compat
 
     digest = hashlib.sha256()
     for name, weight in _plain_tensors(model.state_dict()):

@@ -4,7 +4,8 @@ scipy does the work; this module fixes the choices (percentile intervals, two-si
 that are always given) so that every figure makes the same ones.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,13 +52,14 @@ def bootstrap_interval(
     Raises:
         ValueError: fewer than two units, or values that are not finite.
     """
-    return stratified_interval(
-        [_finite(values)],
-        lambda strata: statistic(strata[0]),
-        seed=seed,
-        confidence=confidence,
-        resamples=resamples,
-    )
+    units = _finite(values)
+    if statistic is np.mean:
+        found = _interval([units], _means, seed, confidence, resamples)
+    else:
+        found = _interval(
+            [units], lambda drawn: map(statistic, *drawn), seed, confidence, resamples
+        )
+    return Interval(float(statistic(units)), *found, len(units))
 
 
 def stratified_interval(
@@ -81,17 +83,42 @@ def stratified_interval(
         ValueError: a stratum of fewer than two units, or with values that are not finite.
     """
     units = [_finite(values) for values in strata]
-    result = scipy.stats.bootstrap(
-        [np.arange(len(values)) for values in units],
-        lambda *rows: statistic([v[row] for v, row in zip(units, rows, strict=True)]),
-        vectorized=False,
+    found = _interval(
+        units, lambda drawn: map(statistic, zip(*drawn, strict=True)), seed, confidence, resamples
+    )
+    return Interval(float(statistic(units)), *found, sum(map(len, units)))
+
+
+def _interval(
+    strata: Sequence[NDArray[Any]],
+    statistic: Callable[[Sequence[NDArray[Any]]], Iterable[float]],
+    seed: int,
+    confidence: float,
+    resamples: int,
+) -> tuple[float, float]:
+    """Ends of the interval; `statistic` takes strata [resample, unit, ...] of a few resamples."""
+
+    def values(*rows: NDArray[np.int_], axis: int) -> NDArray[np.float64]:
+        blocks = ([row[i : i + 8] for row in rows] for i in range(0, resamples, 8))
+        drawn = ([v[row] for v, row in zip(strata, block, strict=True)] for block in blocks)
+        return np.array(list(chain.from_iterable(map(statistic, drawn))))
+
+    ends = scipy.stats.bootstrap(
+        [np.arange(len(each)) for each in strata],
+        values,
+        vectorized=True,
         method="percentile",
         confidence_level=confidence,
         n_resamples=resamples,
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    count = sum(map(len, units))
-    return Interval(float(statistic(units)), float(result.low), float(result.high), count)
+    return float(ends.low), float(ends.high)
+
+
+def _means(drawn: Sequence[NDArray[Any]]) -> NDArray[np.float64]:
+    """[resample] means over units and all that a unit holds."""
+    means: NDArray[np.float64] = drawn[0].reshape(len(drawn[0]), -1).mean(axis=1)
+    return means
 
 
 def paired_difference(
@@ -112,9 +139,9 @@ def paired_difference(
     interval = bootstrap_interval(difference, seed=seed, confidence=confidence)
     p = scipy.stats.permutation_test(
         (difference,),
-        lambda flipped: float(np.mean(flipped)),
+        np.mean,
         permutation_type="samples",
-        vectorized=False,
+        vectorized=True,
         n_resamples=resamples,
         rng=np.random.default_rng(seed),
     ).pvalue

@@ -14,9 +14,10 @@ import tempfile
 import time
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -75,7 +76,7 @@ class Results:
         place: dict[str, Path] = {}
         for path in (*kept, *self._shipped):
             try:
-                place |= dict.fromkeys(read_keys(path), path)
+                place |= dict.fromkeys(_unchanged(_keys, path), path)
             except FileNotFoundError:  # another process has joined it with others meanwhile
                 return self._scan()
         return place
@@ -92,14 +93,12 @@ class Results:
         return self._rows[key]
 
     def _load(self, path: Path) -> None:
-        about, scalars, arrays = read_table(path)
+        about, _, rows = _unchanged(_content, path)
         ignore = ("code", "versions") if path in self._shipped else ()
         made = _provenance(about, path)
         if different := made.differences(self.provenance, ignore=ignore):
             raise ValueError(f"{path} holds other results than its folder: {different}; delete it")
-        for index, row in enumerate(scalars.to_pylist()):
-            row |= {name: array[index] for name, array in arrays.items()}
-            self._rows.setdefault(row.pop("key"), row)
+        self._rows = rows | self._rows
 
     def add(self, key: str, row: Row) -> None:
         """Keep one more row; rows are saved every few seconds and at the end.
@@ -153,8 +152,7 @@ class Results:
         kept = sorted(self._folder.glob("[!.]*.json")) if self._folder else []
         notes = [_read(path, _Note) for path in kept if path.name != _ABOUT]
         for path in self._shipped:
-            about, scalars, _ = read_table(path)
-            rows = scalars.to_pylist()
+            about, rows, _ = _unchanged(_content, path)
             for number, condition in enumerate(about.get("conditions", [])):
                 notes.append(_Note(condition, [row for row in rows if row["condition"] == number]))
         return [
@@ -201,6 +199,31 @@ class Results:
         if self._folder:
             with suppress(OSError):  # nothing was computed: leave no empty folder
                 self._folder.rmdir()
+
+
+def _unchanged(read: Callable[[Path, int, int], _T], path: Path) -> _T:
+    """What a function has read from a file, from memory while the file does not change."""
+    about = path.stat()
+    return read(path, about.st_size, about.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _keys(path: Path, size: int, changed: int) -> list[str]:
+    return read_keys(path)
+
+
+@lru_cache(maxsize=8)
+def _content(
+    path: Path, size: int, changed: int
+) -> tuple[dict[str, Any], list[Row], dict[str, Row]]:
+    """What a file says about itself, its rows, and the first row of each key."""
+    about, scalars, arrays = read_table(path)
+    rows = scalars.to_pylist()
+    for name, array in arrays.items():
+        array.flags.writeable = False
+        for row, values in zip(rows, array, strict=True):
+            row[name] = values
+    return about, rows, {row["key"]: row for row in reversed(rows)}
 
 
 def _write_rows(

@@ -3,6 +3,7 @@
 from mmheads.retrieval.baselines import bm25_pages, dense_pages
 from mmheads.retrieval.candidates import PagePart
 from mmheads.retrieval.index import KEEP, NULL_IMAGES, WINDOW, DocumentIndex
+from mmheads.retrieval.kept import rank_documents
 from mmheads.retrieval.metrics import (
     LAYOUT_CUTS,
     PAGE_CUTS,
@@ -31,6 +32,7 @@ __all__ = [
     "layout_recall",
     "page_recall",
     "rank",
+    "rank_documents",
     "summarise",
     "union_of_top",
 ]

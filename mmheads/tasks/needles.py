@@ -9,13 +9,16 @@ per condition.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import product
 from math import ceil
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from mmheads.checks import expect, expect_one_of
@@ -26,6 +29,7 @@ from mmheads.tasks.line_pages import (
     CODES,
     ICONS,
     LINES,
+    SENTENCES,
     UNIT_TOKENS,
     VALUES,
     Pixels,
@@ -119,31 +123,22 @@ class Needles(Grid):
         """
         _check(task, length, depth, haystack, split)
         check_answer(answer, ANSWERS[task], task, needle=needle and task != CONTROL)
-        share = round(1000 * self.image_ratio)
-        seed = (SEED, KINDS.index(task), SPLITS.index(split), length, haystack, share)
-        rng = np.random.default_rng(seed)
-        asked = _ask(task, key_of(task, split, length, haystack), answer, rng)
-        count = ceil((length - 1 - _QUESTION_TOKENS[task]) / UNIT_TOKENS)
-        is_page = rng.permutation(np.arange(count) < round(self.image_ratio * count))
-        position = round(depth * (count - 1))
+        seed = _seed(task, split, length, haystack, self.image_ratio)
+        shared = _haystack(task, split, length, haystack, self.image_ratio, answer)
+        asked, is_page = shared.asked, shared.is_page.copy()
+        position = round(depth * (len(is_page) - 1))
         if task == CONTROL:
             is_page[:] = False
         else:
             _make_room(is_page, position, task != "text")
-        codes = [code for code in CODES if code != asked.record.key]
-        icons = [icon for icon in ICONS if icon not in asked.icons]
-        texts = fill(np.zeros(count, bool), codes, icons, rng)
-        sheets = fill(np.ones(count, bool), codes, icons, rng)
-        units = [
-            sheet if on_page else text
-            for on_page, sheet, text in zip(is_page, sheets, texts, strict=True)
-        ]
-        slot = int(rng.integers(len(units[position].records)))
+        unit = shared.unit(position, is_page[position])
+        slot = shared.slots[len(unit.records)]
+        context = [shared.part(place, on_page) for place, on_page in enumerate(is_page.tolist())]
         needle = needle and task != CONTROL and (task, asked.answer) != ("identical_image", "no")
         if needle:
-            units[position] = units[position].replace(slot, asked.record)
-        context = [unit.part(np.random.default_rng((*seed, i))) for i, unit in enumerate(units)]
-        region = units[position].region(position, slot)
+            unit = unit.replace(slot, asked.record)
+            context[position] = unit.part(np.random.default_rng((*seed, position)))
+        region = unit.region(position, slot)
         if needle and region.box and task == "identical_image":
             context[position] = _pasted(context[position], asked.icons[asked.record.key], region)
         right = "no" if task == "identical_image" and not needle else asked.answer
@@ -307,6 +302,63 @@ class _Asked:
     answer: str
     record: Record
     icons: dict[str, Pixels]
+
+
+@dataclass(frozen=True)
+class _Haystack:
+    """What examples share that differ only in the depth of their needle, and its absence.
+
+    Attributes:
+        seed: What identifies it.
+        asked: The question.
+        is_page: [unit] bool, which are pages before there is room for the needle.
+        texts: Each unit as text.
+        sheets: Each unit as a page.
+        slots: The needle's place among the records of its unit, by their number.
+        drawn: The parts that were asked for, by unit and whether it is a page.
+    """
+
+    seed: tuple[int, ...]
+    asked: _Asked
+    is_page: NDArray[np.bool_]
+    texts: list[Unit]
+    sheets: list[Unit]
+    slots: dict[int, int]
+    drawn: dict[tuple[int, bool], Part] = field(default_factory=dict)
+
+    def unit(self, place: int, on_page: bool) -> Unit:
+        """A unit without the needle."""
+        return self.sheets[place] if on_page else self.texts[place]
+
+    def part(self, place: int, on_page: bool) -> Part:
+        """A unit without the needle as a part of an example, which is drawn once."""
+        if (place, on_page) not in self.drawn:
+            rng = np.random.default_rng((*self.seed, place))
+            self.drawn[place, on_page] = self.unit(place, on_page).part(rng)
+        return self.drawn[place, on_page]
+
+
+def _seed(task: str, split: str, length: int, haystack: int, image_ratio: float) -> tuple[int, ...]:
+    share = round(1000 * image_ratio)
+    return (SEED, KINDS.index(task), SPLITS.index(split), length, haystack, share)
+
+
+@lru_cache(maxsize=32)
+def _haystack(
+    task: str, split: str, length: int, haystack: int, image_ratio: float, answer: str | None
+) -> _Haystack:
+    """The haystack of a question; those of a condition are kept for its next depth."""
+    seed = _seed(task, split, length, haystack, image_ratio)
+    rng = np.random.default_rng(seed)
+    asked = _ask(task, key_of(task, split, length, haystack), answer, rng)
+    count = ceil((length - 1 - _QUESTION_TOKENS[task]) / UNIT_TOKENS)
+    is_page = rng.permutation(np.arange(count) < round(image_ratio * count))
+    codes = [code for code in CODES if code != asked.record.key]
+    icons = [icon for icon in ICONS if icon not in asked.icons]
+    texts = fill(np.zeros(count, bool), codes, icons, rng)
+    sheets = fill(np.ones(count, bool), codes, icons, rng)
+    slots = {many: int(copy.deepcopy(rng).integers(many)) for many in (LINES, SENTENCES)}
+    return _Haystack(seed, asked, is_page, texts, sheets, slots)
 
 
 def _ask(task: str, key: str, answer: str | None, rng: np.random.Generator) -> _Asked:

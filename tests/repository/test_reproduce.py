@@ -11,6 +11,8 @@ import reproduce
 from benchmarks.random_models import SIZES
 from cluster import parameters
 from cluster.models import UsageError
+from cluster.notebooks import Job
+from cluster.scores import ScoreRun
 from mmheads import scoring
 from mmheads.tasks.grids import TASKS
 
@@ -298,6 +300,56 @@ def test_a_notebook_whose_scores_failed_is_not_run(run, notebooks, tmp_path, cap
     assert "1 notebooks run, 1 failed" in out
     assert log(notebooks, "01_first") == DEFAULTS
     assert not (tmp_path / "ran").exists()
+
+
+def test_what_records_times_runs_last_and_alone(notebooks, tmp_path):
+    cells = [new_code_cell("record_timings = True  # a switch", metadata={"tags": ["parameters"]})]
+    for stem in ("00_before", "01_first", "03_third"):
+        write(notebooks / f"{stem}.ipynb", cells)
+    together = []
+
+    def runner(units, progress=""):
+        together.append([unit.name for unit in units])
+        return [f"said of {unit.name}" for unit in units]
+
+    selected = reproduce.select(notebooks, [])
+    jobs = reproduce.jobs_of(selected, {path: {} for path in selected}, [], tmp_path)
+    errors = reproduce.execute(jobs, runner)
+    assert together == [["02_second"], ["00_before"], ["01_first"], ["03_third"]]
+    assert errors == {path.stem: f"said of {path.stem}" for path in selected}
+
+
+@pytest.mark.parametrize("scored", [5, 6])
+def test_scores_that_are_there_are_not_run_first(tmp_path, monkeypatch, scored):
+    scores = ScoreRun(model="tiny-qwen3-vl-m", task="text", length=64, haystacks=1)
+    monkeypatch.setattr(ScoreRun, "scored", lambda self: scored)
+    job = Job(tmp_path / "01_first.ipynb", {}, {}, tmp_path, scores=(scores,))
+    units = []
+    reproduce.execute([job], lambda more, progress="": [units.append(unit) or "" for unit in more])
+    assert units == ([job] if scored == scores.prompts else [scores, job])
+
+
+@pytest.mark.parametrize(
+    ("words", "workers"),
+    [
+        ([], 3),
+        (["--fresh"], 1),
+        (["-p", "quick", "no"], 1),
+        (["--in-place"], 1),
+        (["--fresh", "--jobs", "2"], 2),
+    ],
+)
+def test_notebooks_run_side_by_side_where_they_only_read(run, monkeypatch, words, workers):
+    asked = []
+
+    def here(count):
+        asked.append(count)
+        return lambda units, progress="": ["not run"] * len(units)
+
+    monkeypatch.setattr(reproduce, "usable_cores", lambda: 3)
+    monkeypatch.setattr(reproduce, "here", here)
+    assert run(*words) == 1
+    assert asked == [workers]
 
 
 def test_ray_is_asked_for_by_name_where_it_is_missing(run, notebooks, capsys, monkeypatch):

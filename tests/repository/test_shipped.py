@@ -17,8 +17,10 @@ from mmheads.attention.interventions import ablate
 from mmheads.examples import Example
 from mmheads.heads import HeadSet
 from mmheads.models import VLM
+from mmheads.pdfs import PageBox
 from mmheads.prefix import on_device
 from mmheads.prompts import encode
+from mmheads.retrieval import DocumentIndex
 from mmheads.streaming import stream
 from mmheads.tables import read_table
 from mmheads.tasks import needles
@@ -57,9 +59,14 @@ def remade(row: dict[str, Any]) -> Example:
     return needles.Needles(share / 1000).make(row["task"], length, row["depth"] or 0.0, **where)
 
 
+def head_pairs(row: dict[str, Any]) -> tuple[Any, ...]:
+    """The heads of a row."""
+    return tuple(map(tuple, json.loads(row["heads"])))
+
+
 def changed(vlm: VLM, row: dict[str, Any]) -> AbstractContextManager[Any]:
     """The model as it was when it gave the answer of a row."""
-    heads = HeadSet(tuple(map(tuple, json.loads(row["heads"]))), vlm.geometry, vlm.model_id)
+    heads = HeadSet(head_pairs(row), vlm.geometry, vlm.model_id)
     mode, *how = json.loads(row["settings"])
     return stream(vlm, heads, *how[:2]) if mode == "stream" else ablate(vlm, heads, mode, how[0])
 
@@ -123,6 +130,22 @@ def test_answers_are_given_again_unless_two_are_equally_good(path, loaded):
         best, second = logits.topk(2).values.tolist()
         given = vlm.tokenizer.decode(logits.argmax(), skip_special_tokens=True)
         assert given == row["prediction"] or best - second < 1e-3
+
+
+@files("rankings")
+def test_rankings_are_made_again_but_for_candidates_of_equal_score(path, loaded):
+    about, scalars, _ = read_table(path)
+    vlm = loaded(about["provenance"]["model"])
+    for row in sample(path, scalars.to_pylist()):
+        window, calibrated, null_images = json.loads(row["settings"])
+        example, heads = remade(row), HeadSet(head_pairs(row), vlm.geometry, vlm.model_id)
+        index = DocumentIndex(vlm, heads, list(example.context), window=window)
+        boxes = [PageBox(r.part, r.box, (64, 64)) for r in example.candidates["layout"]]
+        how = {"calibrated": calibrated, "null_images": null_images}
+        lines = index.rank(example.question, boxes, **how)
+        for level, ranking in {"layout": lines, "page": lines.candidates}.items():
+            again, before = (ranking.scores[order] for order in (ranking.order, row[level]))
+            np.testing.assert_allclose(before, again, atol=1e-5)
 
 
 def test_the_list_of_shipped_files_is_true_and_they_are_small():
