@@ -298,6 +298,18 @@ def retrieval() -> Facts:
         expect(by_chance["low"] > 0 and by_chance["p_holm"] < 0.05, "selected beat random heads")
         of_all = row(paired, level=level, against="all heads", **whole)
         expect(of_all["p_holm"] >= 0.05, f"selected heads do not beat all heads: {level}")
+    real, beside = "A_table2_heads_real", "X_ranking_paired_real"
+    ranked = row(real, method="strongest 5% of heads")
+    others = {
+        "real_all": "strongest 100% of heads",
+        "real_random": "random heads, same layers",
+        "real_dense": "all-MiniLM-L6-v2",
+        "real_words": "BM25",
+    }
+    for name, other in others.items():
+        shown = row(beside, against=other)
+        better = shown["low"] > 0 and shown["p_holm"] < 0.05
+        expect(better != (name == "real_words"), f"the heads beside {other}")
     costs = data("X_retrieval_cost_live")
     costs = costs[costs["variant"].str.fullmatch(r"\d+\w\w question", na=False)]
     (tokens,), (timed,) = costs["tokens"].unique(), costs["heads"].unique()
@@ -317,6 +329,11 @@ def retrieval() -> Facts:
         "tokens": f"{tokens:,}",
         "cost": span(costs["time_ratio"], ".1%"),
         "timed": count(timed),
+        "real_documents": count(ranked["documents"]),
+        "real_share": str(ranked["method"]).split()[1],
+        "real_heads": f"{ranked['R@1']:.0%} [{ranked['low']:.0%}, {ranked['high']:.0%}]",
+        "real_n": count(ranked["n"]),
+        **{name: f"{row(real, method=other)['R@1']:.0%}" for name, other in others.items()},
     }
 
 
