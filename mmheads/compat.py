@@ -12,11 +12,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import model_info, try_to_load_from_cache
 from PIL import Image
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, ProcessorMixin
 from transformers.cache_utils import Cache, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
@@ -270,6 +272,23 @@ def device_of(module: torch.nn.Module) -> torch.device | None:
 def commit(config: Any) -> str:
     """The commit of the hub that a configuration was read from; empty for a folder."""
     return str(getattr(config, "_commit_hash", None) or "")
+
+
+def expect_hub(name: str, revision: str | None) -> None:
+    """Ask once for a model that is neither a folder nor in the cache of the hub.
+
+    transformers would ask six times, in half a minute. What the hub answers is left to it.
+
+    Raises:
+        OSError: The hub cannot be reached.
+    """
+    try:
+        if not Path(name).is_dir() and not try_to_load_from_cache(name, "config.json"):
+            model_info(name, revision=revision, timeout=10)
+    except (OSError, ValueError):  # an answer, no name of the hub, or a hub that is not to be asked
+        pass
+    except Exception as error:  # of the library that the hub's library takes, httpx or httpx2
+        raise OSError(f"the Hugging Face hub cannot be reached ({error})") from error
 
 
 def has_torchvision() -> bool:

@@ -310,6 +310,7 @@ def load(
     shipped = paths.MODELS / model_id
     source = str(shipped if shipped.is_dir() else model_id)
     try:
+        compat.expect_hub(source, revision)
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         model: PreTrainedModel = _model_class(source, config).from_pretrained(
             source,
