@@ -21,7 +21,7 @@ import transformers
 from huggingface_hub import model_info, try_to_load_from_cache
 from PIL import Image
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, ProcessorMixin
-from transformers.cache_utils import Cache, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import (
@@ -29,6 +29,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.import_utils import is_torchvision_available
 
 # --- wrappers and adapters
@@ -162,6 +163,9 @@ def deepstack_of_rows(decoder: Any) -> Iterator[None]:
 _STATES = ("conv_states", "recurrent_states")
 """Numbered tensors of a cache's layer that depend on all tokens so far and cannot be cut."""
 
+_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
+"""Classes of a cache's layers that hold only keys and values; transformers 5.17 lacks the last."""
+
 CACHE_TENSORS = ("keys", "values", *_STATES)
 """Names of what a layer of a cache may hold."""
 
@@ -182,9 +186,8 @@ def empty_cache(config: Any) -> DynamicCache:
     """
     cache = DynamicCache(config=config)
     layers: list[Any] = cache.layers
-    known = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
     for layer in layers:
-        if type(layer) not in known and not hasattr(layer, _STATES[0]):
+        if type(layer).__name__ not in _LAYERS and not hasattr(layer, _STATES[0]):
             raise ValueError(
                 f"layers of {config.model_type} keep their keys as {type(layer).__name__}, which "
                 "is not known here; a context of this family cannot be run once for its questions"
@@ -296,14 +299,38 @@ def has_torchvision() -> bool:
     return bool(is_torchvision_available())
 
 
-def is_image_text_model(config: Any) -> bool:
-    """Whether transformers has a class that reads images and text for a configuration."""
-    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+def load_model(source: str, config: Any, **settings: Any) -> Any:
+    """A stock model of a folder, a file or the hub, in evaluation mode, with all its weights.
 
+    transformers leaves weights random that it does not find, with no more than a warning.
 
-def is_causal_model(config: Any) -> bool:
-    """Whether transformers has a class that writes text for a configuration."""
-    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    Args:
+        source: Folder, or name on the hub.
+        config: Its configuration.
+        settings: Further arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: The model neither reads images with text nor writes text, its weights are
+            quantised by an unknown method, or its files lack some.
+    """
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        kind: Any = transformers.AutoModelForImageTextToText
+    elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        kind = transformers.AutoModelForCausalLM
+    else:
+        raise ValueError(
+            f"models of the type {config.model_type!r} are not supported, as they neither read "
+            "images with text nor continue text from left to right"
+        )
+    for part in (config, config.get_text_config()):
+        how = (setting(part, "quantization_config") or {}).get("quant_method", "bitsandbytes")
+        if how not in ("bitsandbytes", *AUTO_QUANTIZATION_CONFIG_MAPPING):
+            raise ValueError(f"its weights are quantised by an unknown method, {how!r}")
+    safe = {"trust_remote_code": False, "weights_only": True, "output_loading_info": True}
+    model, report = kind.from_pretrained(source, config=config, **safe, **settings)
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"its files lack {len(missing)} of its weights, first {missing[0]}")
+    return model.eval()
 
 
 def processor_class(config: Any, name: str = "") -> type[ProcessorMixin] | None:
