@@ -199,7 +199,8 @@ def empty_cache(config: Any) -> DynamicCache:
 
 def shares_keys(config: Any) -> bool:
     """Whether some layers attend to the keys of earlier layers (Gemma 3n, small Gemma 4)."""
-    return "reuse" in (setting(config, "kv_sharing_modes") or ())
+    modes = setting(config, "kv_sharing_modes") or ()
+    return "reuse" in modes or bool(setting(config, "num_kv_shared_layers"))
 
 
 def has_states(cache: Cache) -> bool:
@@ -294,9 +295,8 @@ def expect_hub(name: str, revision: str | None) -> None:
         raise OSError(f"the Hugging Face hub cannot be reached ({error})") from error
 
 
-def has_torchvision() -> bool:
-    """Whether torchvision is installed beside this torch, as video processors need it."""
-    return bool(is_torchvision_available())
+has_torchvision = is_torchvision_available
+"""Says whether torchvision is installed beside this torch, as video processors need it."""
 
 
 def load_model(source: str, config: Any, **settings: Any) -> Any:
@@ -353,6 +353,13 @@ def processor_class(config: Any, name: str = "") -> type[ProcessorMixin] | None:
 # --- processors and tokenizers
 
 
+class _ImagesAndText(ProcessorMixin):
+    """Stands between a processor class and `ProcessorMixin`, and hands on the parts that exist."""
+
+    def __init__(self, *parts: Any, video_processor: None = None, **settings: Any) -> None:
+        super().__init__(*(part for part in parts if part is not None), **settings)
+
+
 def without_video(base: type[ProcessorMixin]) -> type[Any]:
     """A processor class that takes only images and text: video processors need torchvision.
 
@@ -375,14 +382,13 @@ def without_video(base: type[ProcessorMixin]) -> type[Any]:
     if "num2words" in module:  # SmolVLM asks for these even where there is no video
         module["num2words"] = module["num2words"] or str
         members["video_processor"] = SimpleNamespace(num_frames=None, fps=None)
-    return type(base.__name__, (base,), members)
+    return type(base.__name__, (base, _ImagesAndText), members)
 
 
 @contextmanager
 def text_as_written(processor: Any) -> Iterator[None]:
     """Keep a processor from adding to the text that a template writes (PaliGemma)."""
-    layout = partial(ProcessorMixin.prepare_inputs_layout, processor)
-    processor.prepare_inputs_layout = layout
+    processor.prepare_inputs_layout = partial(ProcessorMixin.prepare_inputs_layout, processor)
     try:
         yield
     finally:

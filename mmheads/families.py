@@ -208,7 +208,8 @@ def embed(vlm: VLM, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         visual = torch.from_numpy(vlm.is_visual(ids.cpu())).to(vlm.device)
         blank = not vlm.family.startswith("gemma3n")  # which looks placeholders up too
         given = torch.where(visual & blank, vlm.text_config.pad_token_id or 0, ids)
-        embedded["per_layer_inputs"] = vlm.decoder.get_per_layer_inputs(given)
+        # Gemma 4 also takes embeddings, to find ids by; transformers 5.17 without a default.
+        embedded["per_layer_inputs"] = vlm.decoder.get_per_layer_inputs(given, *[None] * blank)
     if compat.setting(vlm.text_config, "ple_layer_ids"):
         embedded["ple_input_ids"] = ids
     return embedded

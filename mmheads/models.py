@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoProcessor, ProcessorMixin
 
 from mmheads import compat, paths
-from mmheads.compat import without_video as without_video
 from mmheads.gguf import load_gguf
 from mmheads.heads import Head, HeadGeometry, HeadSet
 from mmheads.provenance import (
@@ -400,15 +399,14 @@ def load_processor(model_id: str | Path, *, revision: str | None = None) -> Any:
         ValueError: The processor's class is not a part of transformers.
     """
     settings, _ = ProcessorMixin.get_processor_dict(model_id, revision=revision)
+    # Without a name it is an older checkpoint, or a text-only one.
+    safe = {"revision": revision, "trust_remote_code": False}
     name = settings.get("processor_class", "")
-    config = None
-    if not name:  # an older checkpoint, or a text-only one
-        config = AutoConfig.from_pretrained(model_id, revision=revision, trust_remote_code=False)
+    config = None if name else AutoConfig.from_pretrained(model_id, **safe)
     base = compat.processor_class(config, name)
-    kind: Any = AutoProcessor
     if base is not None and not compat.has_torchvision():
-        return without_video(base).from_pretrained(model_id, revision=revision)
-    return kind.from_pretrained(model_id, revision=revision, trust_remote_code=False)
+        return compat.without_video(base).from_pretrained(model_id, revision=revision)
+    return AutoProcessor.from_pretrained(model_id, **safe)
 
 
 def _name(folder: Path) -> str:
