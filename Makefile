@@ -16,7 +16,7 @@ LOWEST := .venv-lowest
 PEFT := peft==0.21.2
 NEWEST := transformers==5.24.0 $(PEFT)
 OLDEST := transformers==5.17.0 huggingface_hub==1.33.0 $(PEFT)
-EQUALITY := tests/unit/test_every_family.py tests/unit/test_families.py tests/unit/test_wrapped.py
+EQUALITY := $(patsubst %,tests/unit/test_%.py,every_family families pictured_families wrapped)
 EACH_CORE := --numprocesses logical --maxprocesses 8 --dist loadfile
 
 .PHONY: figures test test-all notebooks docs lint test-families test-lowest
