@@ -43,15 +43,15 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' $(EACH_CORE)
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env notebooks
 
-test-all: test
+test-all: test test-families
 	$(BIN)/python -m pytest -m slow
 
 # The parity of the commit's hash says which of the two; only transformers is another one, and PEFT
-# comes with it. Where neither can be downloaded, the tests are left out.
+# comes with it. Where it cannot be downloaded, the tests are left out, which is said.
 test-families: $(INSTALLED)
 	hash=$$(git rev-parse HEAD); case $$hash in *[02468ace]) of="$(NEWEST)";; *) of="$(OLDEST)";; esac; \
 	other=$$(mktemp -d); trap 'rm -r "$$other"' EXIT; echo "equality tests with $$of, commit $$hash"; \
-	if $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target "$$other" $$of; then \
+	if $(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 1 --no-deps --target "$$other" $$of; then \
 		PYTHONPATH="$$other" OMP_NUM_THREADS=1 timeout 240 $(BIN)/python -m pytest $(EACH_CORE) $(EQUALITY); \
 	else echo "skipped: $$of could not be downloaded"; fi
 
