@@ -357,7 +357,7 @@ class _ImagesAndText(ProcessorMixin):
     """Stands between a processor class and `ProcessorMixin`, and hands on the parts that exist."""
 
     def __init__(self, *parts: Any, video_processor: None = None, **settings: Any) -> None:
-        super().__init__(*(part for part in parts if part is not None), **settings)
+        super().__init__(*filter(None, parts), **settings)  # type: ignore[no-untyped-call]
 
 
 def without_video(base: type[ProcessorMixin]) -> type[Any]:
