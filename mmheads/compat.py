@@ -12,14 +12,16 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import model_info, try_to_load_from_cache
 from PIL import Image
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, ProcessorMixin
-from transformers.cache_utils import Cache, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import (
@@ -27,6 +29,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.import_utils import is_torchvision_available
 
 # --- wrappers and adapters
@@ -160,6 +163,9 @@ def deepstack_of_rows(decoder: Any) -> Iterator[None]:
 _STATES = ("conv_states", "recurrent_states")
 """Numbered tensors of a cache's layer that depend on all tokens so far and cannot be cut."""
 
+_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer")
+"""Classes of a cache's layers that hold only keys and values; transformers 5.17 lacks the last."""
+
 CACHE_TENSORS = ("keys", "values", *_STATES)
 """Names of what a layer of a cache may hold."""
 
@@ -180,9 +186,8 @@ def empty_cache(config: Any) -> DynamicCache:
     """
     cache = DynamicCache(config=config)
     layers: list[Any] = cache.layers
-    known = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
     for layer in layers:
-        if type(layer) not in known and not hasattr(layer, _STATES[0]):
+        if type(layer).__name__ not in _LAYERS and not hasattr(layer, _STATES[0]):
             raise ValueError(
                 f"layers of {config.model_type} keep their keys as {type(layer).__name__}, which "
                 "is not known here; a context of this family cannot be run once for its questions"
@@ -194,7 +199,8 @@ def empty_cache(config: Any) -> DynamicCache:
 
 def shares_keys(config: Any) -> bool:
     """Whether some layers attend to the keys of earlier layers (Gemma 3n, small Gemma 4)."""
-    return "reuse" in (setting(config, "kv_sharing_modes") or ())
+    modes = setting(config, "kv_sharing_modes") or ()
+    return "reuse" in modes or bool(setting(config, "num_kv_shared_layers"))
 
 
 def has_states(cache: Cache) -> bool:
@@ -272,19 +278,59 @@ def commit(config: Any) -> str:
     return str(getattr(config, "_commit_hash", None) or "")
 
 
-def has_torchvision() -> bool:
-    """Whether torchvision is installed beside this torch, as video processors need it."""
-    return bool(is_torchvision_available())
+def expect_hub(name: str, revision: str | None) -> None:
+    """Ask once for a model that is neither a folder nor in the cache of the hub.
+
+    transformers would ask six times, in half a minute. What the hub answers is left to it.
+
+    Raises:
+        OSError: The hub cannot be reached.
+    """
+    try:
+        if not Path(name).is_dir() and not try_to_load_from_cache(name, "config.json"):
+            model_info(name, revision=revision, timeout=10)
+    except (OSError, ValueError):  # an answer, no name of the hub, or a hub that is not to be asked
+        pass
+    except Exception as error:  # of the library that the hub's library takes, httpx or httpx2
+        raise OSError(f"the Hugging Face hub cannot be reached ({error})") from error
 
 
-def is_image_text_model(config: Any) -> bool:
-    """Whether transformers has a class that reads images and text for a configuration."""
-    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+has_torchvision = is_torchvision_available
+"""Says whether torchvision is installed beside this torch, as video processors need it."""
 
 
-def is_causal_model(config: Any) -> bool:
-    """Whether transformers has a class that writes text for a configuration."""
-    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+def load_model(source: str, config: Any, **settings: Any) -> Any:
+    """A stock model of a folder, a file or the hub, in evaluation mode, with all its weights.
+
+    transformers leaves weights random that it does not find, with no more than a warning.
+
+    Args:
+        source: Folder, or name on the hub.
+        config: Its configuration.
+        settings: Further arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: The model neither reads images with text nor writes text, its weights are
+            quantised by an unknown method, or its files lack some.
+    """
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        kind: Any = transformers.AutoModelForImageTextToText
+    elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        kind = transformers.AutoModelForCausalLM
+    else:
+        raise ValueError(
+            f"models of the type {config.model_type!r} are not supported, as they neither read "
+            "images with text nor continue text from left to right"
+        )
+    for part in (config, config.get_text_config()):
+        how = (setting(part, "quantization_config") or {}).get("quant_method", "bitsandbytes")
+        if how not in ("bitsandbytes", *AUTO_QUANTIZATION_CONFIG_MAPPING):
+            raise ValueError(f"its weights are quantised by an unknown method, {how!r}")
+    safe = {"trust_remote_code": False, "weights_only": True, "output_loading_info": True}
+    model, report = kind.from_pretrained(source, config=config, **safe, **settings)
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"its files lack {len(missing)} of its weights, first {missing[0]}")
+    return model.eval()
 
 
 def processor_class(config: Any, name: str = "") -> type[ProcessorMixin] | None:
@@ -305,6 +351,13 @@ def processor_class(config: Any, name: str = "") -> type[ProcessorMixin] | None:
 
 
 # --- processors and tokenizers
+
+
+class _ImagesAndText(ProcessorMixin):
+    """Stands between a processor class and `ProcessorMixin`, and hands on the parts that exist."""
+
+    def __init__(self, *parts: Any, video_processor: None = None, **settings: Any) -> None:
+        super().__init__(*filter(None, parts), **settings)  # type: ignore[no-untyped-call]
 
 
 def without_video(base: type[ProcessorMixin]) -> type[Any]:
@@ -329,14 +382,13 @@ def without_video(base: type[ProcessorMixin]) -> type[Any]:
     if "num2words" in module:  # SmolVLM asks for these even where there is no video
         module["num2words"] = module["num2words"] or str
         members["video_processor"] = SimpleNamespace(num_frames=None, fps=None)
-    return type(base.__name__, (base,), members)
+    return type(base.__name__, (base, _ImagesAndText), members)
 
 
 @contextmanager
 def text_as_written(processor: Any) -> Iterator[None]:
     """Keep a processor from adding to the text that a template writes (PaliGemma)."""
-    layout = partial(ProcessorMixin.prepare_inputs_layout, processor)
-    processor.prepare_inputs_layout = layout
+    processor.prepare_inputs_layout = partial(ProcessorMixin.prepare_inputs_layout, processor)
     try:
         yield
     finally:

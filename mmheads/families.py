@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from transformers import __version__
 
 from mmheads import compat
 from mmheads.examples import Example, Video
@@ -141,8 +142,7 @@ def count_tokens(vlm: VLM, image: Image.Image) -> int:
     """Number of visual tokens of an image in a prompt of its own, from its size."""
     processor = vlm.processor
     if vlm.family in ("idefics3", "smolvlm"):
-        size = (image.height, image.width)
-        tiles, *_ = processor.image_processor.get_number_of_image_patches(*size, {})
+        tiles, *_ = processor.image_processor.get_number_of_image_patches(*image.size[::-1], {})
         return max(1, int(tiles)) * int(processor.image_seq_len)
     counts = compat.tokens_per_image(processor, image)
     if vlm.family == "internvl":  # its tokens count the wrappers too
@@ -157,12 +157,14 @@ def tokens_depend_on_neighbours(vlm: VLM) -> bool:
 
 # --- inputs of the language model
 
+_BROKEN = ("llama4",) if __version__ == "5.24.0" else ()
 _NOT_COMPARED = "it was never compared with full passes of the model"
 REFUSED = {
     **dict.fromkeys(
         ("kosmos-2", "kosmos-2.5"), "it counts positions in a way that is not known here"
     ),
     **dict.fromkeys(("inkling2", "inkling_mm_model"), "it adds a bias to its scores"),
+    **dict.fromkeys(_BROKEN, "transformers 5.24.0 fails in its call; take another version"),
     **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo", "idefics"), _NOT_COMPARED),
 }
 """Families that would run, but give other numbers or none, with the reason."""
@@ -176,8 +178,7 @@ PER_TOKEN = ("per_layer_inputs", "ple_input_ids")
 
 def reading(vlm: VLM) -> AbstractContextManager[None]:
     """A context in which the processor reads a rendered prompt and adds nothing to its text."""
-    adds = vlm.family == "paligemma"
-    return compat.text_as_written(vlm.processor) if adds else nullcontext()
+    return compat.text_as_written(vlm.processor) if vlm.family == "paligemma" else nullcontext()
 
 
 def token_types(vlm: VLM, ids: torch.Tensor) -> torch.Tensor:
@@ -188,10 +189,9 @@ def token_types(vlm: VLM, ids: torch.Tensor) -> torch.Tensor:
         kinds = compat.token_types(vlm.processor, ids)
         if kinds is not None:
             return kinds
-    config = vlm.model.config
     kinds = torch.zeros_like(ids)
-    kinds[ids == config.image_token_id] = 1
-    kinds[ids == getattr(config, "video_token_id", -1)] = 2
+    kinds[ids == vlm.model.config.image_token_id] = 1
+    kinds[ids == getattr(vlm.model.config, "video_token_id", -1)] = 2
     return kinds
 
 
@@ -208,7 +208,8 @@ def embed(vlm: VLM, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         visual = torch.from_numpy(vlm.is_visual(ids.cpu())).to(vlm.device)
         blank = not vlm.family.startswith("gemma3n")  # which looks placeholders up too
         given = torch.where(visual & blank, vlm.text_config.pad_token_id or 0, ids)
-        embedded["per_layer_inputs"] = vlm.decoder.get_per_layer_inputs(given)
+        # Gemma 4 also takes embeddings, to find ids by; transformers 5.17 without a default.
+        embedded["per_layer_inputs"] = vlm.decoder.get_per_layer_inputs(given, *[None] * blank)
     if compat.setting(vlm.text_config, "ple_layer_ids"):
         embedded["ple_input_ids"] = ids
     return embedded

@@ -9,14 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    TOKENIZER_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-)
+from transformers import TOKENIZER_MAPPING, AutoConfig, AutoTokenizer, PreTrainedModel
+
+from mmheads import compat
 
 _DAMAGE = (ValueError, TypeError, LookupError, OverflowError, OSError, struct.error)
 """What transformers raises for files that are cut off or damaged."""
@@ -45,17 +40,12 @@ def load_gguf(
     folder = str(path.parent)
     try:
         config = AutoConfig.from_pretrained(folder, **where)
-        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise ValueError(
-                f"{path} holds a model of the type {config.model_type}, which is not supported; "
-                "expected a causal language model"
-            )
         # With its type given, the metadata (half a minute in Python) are not read once more.
         kind = config.model_type if type(config) in TOKENIZER_MAPPING else None
         tokenizer = AutoTokenizer.from_pretrained(folder, tokenizer_type=kind, **where)
-        model = AutoModelForCausalLM.from_pretrained(
+        model = compat.load_model(
             folder,
-            config=config,
+            config,
             dtype=torch.bfloat16 if dtype == "auto" else dtype,
             attn_implementation=attention,
             device_map=device_map,

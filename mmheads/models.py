@@ -14,17 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    PreTrainedModel,
-    ProcessorMixin,
-)
+from transformers import AutoConfig, AutoProcessor, ProcessorMixin
 
 from mmheads import compat, paths
-from mmheads.compat import without_video as without_video
 from mmheads.gguf import load_gguf
 from mmheads.heads import Head, HeadGeometry, HeadSet
 from mmheads.provenance import (
@@ -310,15 +302,15 @@ def load(
     shipped = paths.MODELS / model_id
     source = str(shipped if shipped.is_dir() else model_id)
     try:
+        compat.expect_hub(source, revision)
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-        model: PreTrainedModel = _model_class(source, config).from_pretrained(
+        model = compat.load_model(
             source,
+            config,
             revision=revision,
             dtype=dtype,
             attn_implementation=attention,
             device_map=spread,
-            trust_remote_code=False,
-            weights_only=True,
         )
         processor = load_processor(source, revision=revision)
     except (OSError, ValueError, ImportError, SafetensorError, RuntimeError) as error:
@@ -327,12 +319,12 @@ def load(
         processor.chat_template = _template(chat_template)
     if spread is None:
         try:
-            model.to(name)  # type: ignore[arg-type]
+            model.to(name)
         except RuntimeError as error:
             raise ValueError(f"{source} does not fit on {name}: {_first_line(error)}") from error
     folder = Path(source)
     commit = folder_revision(folder) if folder.is_dir() else compat.commit(config)
-    vlm = VLM(model=model.eval(), processor=processor, model_id=_name(folder), revision=commit)
+    vlm = VLM(model=model, processor=processor, model_id=_name(folder), revision=commit)
     _ = vlm.geometry  # a model whose heads cannot be told apart is refused here
     return vlm
 
@@ -354,22 +346,6 @@ def _device(name: str) -> str:
             f"the device {name!r} cannot be used: {_first_line(error)}; {here}"
         ) from error
     return name
-
-
-def _model_class(source: str, config: Any) -> Any:
-    """The class that loads a model.
-
-    Raises:
-        ValueError: The model neither reads images and text nor writes text.
-    """
-    if compat.is_image_text_model(config):
-        return AutoModelForImageTextToText
-    if compat.is_causal_model(config):
-        return AutoModelForCausalLM
-    raise ValueError(
-        f"a model of the type {config.model_type!r} neither reads images with text nor continues "
-        "text from left to right"
-    )
 
 
 def _template(given: str | Path) -> str:
@@ -423,15 +399,14 @@ def load_processor(model_id: str | Path, *, revision: str | None = None) -> Any:
         ValueError: The processor's class is not a part of transformers.
     """
     settings, _ = ProcessorMixin.get_processor_dict(model_id, revision=revision)
+    # Without a name it is an older checkpoint, or a text-only one.
+    safe = {"revision": revision, "trust_remote_code": False}
     name = settings.get("processor_class", "")
-    config = None
-    if not name:  # an older checkpoint, or a text-only one
-        config = AutoConfig.from_pretrained(model_id, revision=revision, trust_remote_code=False)
+    config = None if name else AutoConfig.from_pretrained(model_id, **safe)
     base = compat.processor_class(config, name)
-    kind: Any = AutoProcessor
     if base is not None and not compat.has_torchvision():
-        return without_video(base).from_pretrained(model_id, revision=revision)
-    return kind.from_pretrained(model_id, revision=revision, trust_remote_code=False)
+        return compat.without_video(base).from_pretrained(model_id, revision=revision)
+    return AutoProcessor.from_pretrained(model_id, **safe)
 
 
 def _name(folder: Path) -> str:

@@ -50,8 +50,8 @@ def process(
     replaced = [entry["replacement"] for entry in (entries[0] if len(entries) else ())]
     if len(replaced) != len(images) + len(videos):
         raise ValueError(
-            f"the processor replaced {len(replaced)} placeholders for {len(images)} images and "
-            f"{len(videos)} videos"
+            f"the processor of {vlm} says what it put for {len(replaced)} of {len(images)} images "
+            f"and {len(videos)} videos; a newer transformers may say it for all"
         )
     return encoding, tuple(replaced)
 

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from mmheads import paths
-from mmheads.models import without_video
+from mmheads.compat import without_video
 from mmheads.tasks.line_pages import (
     BLANK,
     CELL,

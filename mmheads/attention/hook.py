@@ -203,10 +203,11 @@ def attached(vlm: VLM, states: Mapping[int, _State]) -> Iterator[None]:
         raise ValueError(f"{vlm} {why}")
     compat.set_attention_name(vlm.model, config, _NAMES[stock])
     try:
-        with _reached(vlm, states, _REGISTERED) as reached, compat.every_row(vlm.decoder):
+        # Without anything to do, no bit changes.
+        with _reached(vlm, states, _REGISTERED) as called, compat.every_row(states and vlm.decoder):
 
             def noted(state: _State, call: Call) -> torch.Tensor:
-                reached.add(call.layer)
+                called.add(call.layer)
                 return state(call)
 
             for layer, state in states.items():

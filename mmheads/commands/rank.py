@@ -365,4 +365,4 @@ def _say(
     start = time.perf_counter()
     DocumentIndex(vlm, heads, ranked[:1])
     seconds = (time.perf_counter() - start) / fit.share
-    commands.note(f"the index takes at most about {commands.duration(seconds)}")
+    commands.note(f"the index takes about {commands.duration(seconds)}")

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import textwrap
 from pathlib import Path
 
 import example_prompts
@@ -9,14 +11,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from pdf_writer import PageSpec, text, write_pdf
 
 from cluster import real_model, real_results
-from mmheads import answers, scoring
+from mmheads import answers, cli, scoring
 from mmheads.heads import HeadSet
 from mmheads.models import VLM, load
 from mmheads.prompts import encode
+from mmheads.retrieval import windows
 from mmheads.tables import read_table
-from mmheads.tasks import natural_needles
+from mmheads.tasks import corpus, natural_needles
 
 FILE = os.environ.get("MMHEADS_REAL_LM", "")
 NOT_HERE = "MMHEADS_REAL_LM names no GGUF file of the pretrained text model"
@@ -77,6 +81,38 @@ def test_the_file_holds_the_model_whose_results_are_shipped(vlm):
     assert vlm.revision == HeadSet.load(real_results.MODEL).origin.revision
     assert (vlm.geometry.layers, vlm.geometry.heads, vlm.geometry.kv_groups) == (24, 14, 2)
     assert vlm.is_text_only
+
+
+REVENUES = {"Northwind": 1204, "Halvorsen": 388, "Belmonte": 97, "Okafor": 615, "Tanaka": 842}
+
+
+@slow
+def test_a_pdf_is_ranked_by_the_shipped_heads_and_its_index_answers_later_questions(
+    vlm, tmp_path, capsys, monkeypatch
+):
+    """The pages of a report as texts, of one company each, and the list that is shipped."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mmheads.models.load", lambda name, **_: {FILE: vlm}[name])
+    sentences = [" ".join(each) for each in corpus.shipped().paragraphs]
+    filler = [re.sub(r"[()\\]", "", each) for each in sentences if each.isascii()]
+    pages = []
+    for number, (name, revenue) in enumerate(REVENUES.items()):
+        lines = textwrap.wrap(" ".join(filler[3 * number : 3 * number + 3]), 80)
+        lines[5:5] = [f"The revenue of {name} in 2019 was {revenue} million dollars."]
+        shown = (text(line, 60, 740 - 14 * row, 10) for row, line in enumerate(lines[:45]))
+        pages.append(PageSpec("\n".join(shown)))
+    write_pdf(tmp_path / "report.pdf", pages)
+    command = ["rank", "report.pdf", "--model", FILE, "--index", "report.index", "--json"]
+    for place, name in ((2, "Halvorsen"), (5, "Tanaka")):
+        question = f"What was the revenue of {name} in 2019?"
+        assert cli.main([*command, "--question", question]) == 0
+        printed = capsys.readouterr()
+        assert "17 heads of qwen2.5-coder-0.5b" in printed.err
+        assert "5 pages as texts in windows of 5" in printed.err
+        (answer,) = json.loads(printed.out)["questions"]
+        assert answer["pages"][0]["page"] == place
+        monkeypatch.setattr(windows, "_indexed", None)  # all that follows is in the file
+    assert "going on with report.index" in printed.err
 
 
 @slow

@@ -9,6 +9,7 @@ import random_models
 import torch
 from test_attention import padded_batch
 
+from mmheads import compat
 from mmheads.answers import answer
 from mmheads.attention import ablate, gate, mean_outputs
 from mmheads.causal import gate_gradients, single_head_effects
@@ -52,10 +53,10 @@ def assert_same(first: list, second: list) -> None:
 
 
 def without_columns(vlm: VLM, chosen: HeadSet) -> VLM:
-    """A copy whose `o_proj` ignores the heads."""
+    """A copy whose output projections ignore the heads."""
     other = copy.deepcopy(vlm)
     for layer, head in chosen:
-        weight = other.attentions[layer].o_proj.weight
+        weight = compat.output_projection(other.attentions[layer]).weight
         width = weight.shape[1] // vlm.geometry.heads
         weight.data[:, head * width : (head + 1) * width] = 0
     return other

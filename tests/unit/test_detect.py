@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from itertools import product
 
 import example_prompts
@@ -9,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mmheads import cli, commands, detection, scoring
+from mmheads import cli, commands, detection, paths, scoring
 from mmheads.detection import Search, detect, search_for, strong_heads
 from mmheads.heads import Head, HeadSet
 from mmheads.models import load
@@ -187,3 +189,16 @@ def test_detect_refuses_bad_input_in_one_sentence(
     error = capsys.readouterr().err
     assert message in error
     assert len([line for line in error.splitlines() if line.startswith("mmheads:")]) == 1
+
+
+def test_a_mistyped_name_is_refused_at_once_where_there_is_no_network(tmp_path):
+    """The hub is asked once, not six times in half a minute."""
+    words = ["-m", "mmheads", "detect", "Qwen/Qwen3-VL-2B-Instuct", "--out", str(tmp_path / "out")]
+    environment = {"PYTHONPATH": str(paths.ROOT), "HF_ENDPOINT": "http://127.0.0.1:1"}
+    environment |= {"HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *words], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert "Qwen3-VL-2B-Instuct could not be loaded: the Hugging Face hub cannot be reached" in line

@@ -1,12 +1,14 @@
 """Models load, or are refused in one sentence that says what was expected."""
 
 import json
+import re
 import warnings
 
 import example_prompts
 import pytest
 import random_models
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
 
 from mmheads import compat
@@ -74,6 +76,25 @@ def test_a_cut_weight_file_is_named(changed):
     refused(changed, "a weight file of .* is damaged or cut")
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_weights_that_an_unknown_method_quantised_are_refused_by_its_name(inside, changed):
+    """transformers reads whole numbers as weights, and leaves random what it does not find."""
+    config = json.loads((changed / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "own-4bit"}
+    if inside:
+        config = {"model_type": "llava", "text_config": config, "vision_config": {}}
+    (changed / "config.json").write_text(json.dumps(config))
+    refused(changed, "its weights are quantised by an unknown method, 'own-4bit'")
+
+
+@pytest.mark.parametrize("lost", ["model.layers.1.self_attn.q_proj.weight", "lm_head.weight"])
+def test_a_file_that_lacks_weights_is_refused_with_the_name_of_one(lost, changed):
+    weights = load_file(changed / "model.safetensors")
+    del weights[lost]
+    save_file(weights, changed / "model.safetensors", {"format": "pt"})
+    refused(changed, f"its files lack 1 of its weights, first {re.escape(lost)}")
+
+
 def test_a_processor_class_that_is_unknown_is_named(changed):
     (changed / "processor_config.json").write_text('{"processor_class": "OvisProcessor"}')
     refused(changed, "the processor class 'OvisProcessor' is unknown to transformers")
@@ -108,7 +129,7 @@ def test_models_of_another_kind_are_refused(kind, changed):
         refused(changed, 'MambaForCausalLM does not run on .*load it with attention="eager"')
         refused(changed, "no attention layer with an `o_proj`", attention="eager")
     else:
-        refused(changed, f"the type '{kind}' neither reads")
+        refused(changed, f"models of the type '{kind}' are not supported, as they neither read")
     assert AutoConfig.from_pretrained(changed).model_type == kind
 
 
