@@ -141,7 +141,13 @@ def table(documents: Sequence[AnnotatedDocument], retriever: Any) -> pd.DataFram
     if len(selected) != head_count(MAIN, selected.geometry.size):
         raise ValueError(f"the head list of {MODEL} has {len(selected)} heads, not {MAIN:.0%}")
     now = Provenance(code=code_version(plan.MODULES), versions=library_versions())
-    (results,) = store.known(plan.KIND, MODEL, version=plan.VERSION, now=now)
+    known = store.known(plan.KIND, MODEL, version=plan.VERSION, now=now)
+    if len(known) != 1:
+        raise ValueError(
+            f"{len(known)} sets of attention of {MODEL} are shipped or kept, expected one; run "
+            "`python -m cluster.real_documents`, or delete those that are not wanted"
+        )
+    (results,) = known
     rows = []
     for document in documents:
         masses = measured(document, results)

@@ -14,7 +14,9 @@ import pytest
 from mmheads import figures, paths
 
 CLAIMED = [*make_claims.FACTS]
-NAMES = r"Qwen3-VL|BM25|all-MiniLM-L6-v2|Gemma 3|L\d+H\d+|arXiv \d{4}\.\d{5}|Figs?\. \d+|Tables? \d+"
+NAMES = (
+    r"Qwen3-VL|BM25|all-MiniLM-L6-v2|Gemma 3|L\d+H\d+|arXiv \d{4}\.\d{5}|Figs?\. \d+|Tables? \d+"
+)
 NUMBER_WORDS = "two three four five six seven eight nine ten eleven twelve twice thirds quarter"
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from pdf_writer import PageSpec, text, write_pdf
 
-from cluster import real_model, real_results
-from mmheads import answers, cli, scoring
+from cluster import real_documents, real_model, real_ranking, real_results
+from mmheads import answers, cli, paths, scoring, store
 from mmheads.heads import HeadSet
 from mmheads.models import VLM, load
 from mmheads.prompts import encode
@@ -158,3 +158,27 @@ def test_an_answer_changes_without_the_strongest_tenth_of_the_heads(vlm, scores)
         "top 10%": 0,
     }
     assert again["prediction"].nunique() == 2
+
+
+@slow
+@pytest.mark.skipif(paths.real_docs("") is None, reason="the real documents are not here")
+def test_the_committed_rankings_are_those_of_the_shipped_attention():
+    committed = pd.read_csv(real_ranking.TABLE, encoding="utf-8")
+    again = real_ranking.table(real_documents.documents(), None)
+    without = committed["method"] != "all-MiniLM-L6-v2"
+    pd.testing.assert_frame_equal(again, committed[without].reset_index(drop=True), rtol=1e-9)
+
+
+@slow
+@pytest.mark.skipif(paths.real_docs("") is None, reason="the real documents are not here")
+def test_the_attention_to_the_pages_of_a_shipped_document_is_recorded_again(vlm, tmp_path):
+    name = "0e94b4197b10096b1f4c699701570fbf.pdf"  # 15 pages with little text
+    (document,) = (each for each in real_documents.documents() if each.name == name)
+    with real_documents.results(vlm) as shipped_rows:
+        before = real_ranking.measured(document, shipped_rows)
+    with store.Results("masses", shipped_rows.provenance, {}, tmp_path, []) as kept:
+        real_documents.measure(vlm, kept, document)
+        again = real_ranking.measured(document, kept)
+    assert len(before) == len(document.questions)
+    for (_, old), (_, new) in zip(before, again, strict=True):
+        np.testing.assert_allclose(new, old, atol=1e-4)
