@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         note(_sentence(error))
         return 1
     except KeyboardInterrupt:
-        note("interrupted; what was computed is kept (by rank with --index); repeat it to go on")
+        note("interrupted; what was computed is kept (rank: with --index; explore: not); repeat it")
         return 130
     return 0
 

@@ -16,7 +16,7 @@ import random_models
 from PIL import Image
 
 from conftest import NOT_HERE, RELEASED
-from mmheads import cli, paths, scoring
+from mmheads import answers, cli, paths, scoring
 from mmheads.models import VLM, load
 from mmheads.scores import HeadScores
 from mmheads.tasks.needles import GENERATED
@@ -226,6 +226,44 @@ def test_a_closed_pipe_is_not_an_error(tmp_path):
         assert running.wait() == 0
     assert "Traceback" not in error
     assert "BrokenPipe" not in error
+
+
+@pytest.mark.parametrize("command", ["score", "ablate"])
+def test_an_interrupted_command_goes_on_from_what_is_kept(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
+    lines = [LINE | {"question": f"? {each}", "answer": "K"} for each in ("B7", "K", "rain")]
+    path = tmp_path / "examples.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    monkeypatch.setitem(scoring.BATCH_TOKENS, "cpu", 1)
+    words = {
+        "score": ["tiny-qwen3-vl-m", str(path)],
+        "ablate": ["tiny-qwen3-vl-m", "tiny-qwen3-vl-m", str(path), "--draws", "2"],
+    }[command]
+    words += ["--max-new-tokens", "2"] if command == "ablate" else []
+    module, name = {"score": (scoring, "_score_batch"), "ablate": (answers, "_generate")}[command]
+    stock, sizes = getattr(module, name), []
+    measured = 2 if command == "ablate" else 0
+
+    def interrupted(vlm, batch, *rest):
+        if len(sizes) == measured + 1:
+            raise KeyboardInterrupt
+        sizes.append(len(batch))
+        return stock(vlm, batch, *rest)
+
+    monkeypatch.setattr(module, name, interrupted)
+    assert cli.main([command, *words]) == 130
+    assert "interrupted; what was computed is kept" in capsys.readouterr().err
+    kept, sizes = sum(sizes[measured:]), []
+
+    def counted(vlm, batch, *rest):
+        sizes.append(len(batch))
+        return stock(vlm, batch, *rest)
+
+    monkeypatch.setattr(module, name, counted)
+    assert cli.main([command, *words, "--json"]) == 0
+    every = {"score": 3, "ablate": 3 * 4}[command]
+    assert (kept > 0, sum(sizes[measured:])) == (True, every - kept)
+    assert json.loads(capsys.readouterr().out)["heads"]
 
 
 def blocks(page: str, language: str) -> list[str]:
