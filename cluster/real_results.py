@@ -97,8 +97,8 @@ def numbers() -> Iterator[Row]:
             yield from _found_again(name, strong_heads(others), listed, others)
     table = shipped_answers(scores)
     yield from answer_rows(table)
-    seconds = sum(_seconds(kind) for kind in ("scores", "answers"))
-    yield {"quantity": "CPU minutes", "value": seconds / 60}
+    for kind in ("scores", "answers", "masses"):
+        yield {"quantity": "CPU minutes", "about": kind, "value": _seconds(kind) / 60}
 
 
 def _about_scores(scores: HeadScores, listed: HeadSet) -> Iterator[Row]:

@@ -56,11 +56,13 @@ def ranking() -> str:
         f"{name} {table.loc[method, 'R@1']:.0%} ({_p(paired.loc[method, 'p_holm'])})"
         for method, name in others.items()
     ]
+    *first, last = beside
     return (
-        f"On {heads['n']} questions about {heads['documents']} real documents, the strongest 5% of "
-        "its heads, found on needles and read off as attention to each page, put the right page "
-        f"first for {heads['R@1']:.0%} [{heads['low']:.0%}, {heads['high']:.0%}] of the questions; "
-        f"{', '.join(beside)}. P-values are of the difference in pairs, corrected."
+        f"On {heads['n']:.0f} questions about {heads['documents']:.0f} real documents, the "
+        "attention of the strongest 5% of its heads, which were found on needles, puts a right page "
+        f"first for {heads['R@1']:.0%} of the questions [{heads['low']:.0%}, {heads['high']:.0%}]. "
+        f"On the same text, {', '.join(first).replace(' ', ' reaches ', 1)}, and {last} (corrected "
+        "p of the paired difference in brackets)."
     )
 
 
