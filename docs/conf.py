@@ -15,12 +15,14 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import make_figures_page  # noqa: E402
 import make_findings  # noqa: E402
 import make_real_page  # noqa: E402
+import make_tiny_models  # noqa: E402
 
 import mmheads  # noqa: E402
 
 make_figures_page.write()
 make_findings.write()
 make_real_page.write()
+make_tiny_models.write()
 
 project = "mmheads"
 author = copyright = "The mmheads authors"
