@@ -6,12 +6,20 @@ import copy
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
+    GotOcr2ImageProcessorPil,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessorPil,
+    LlavaOnevisionProcessor,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2VLImageProcessorPil,
@@ -37,12 +45,22 @@ from mmheads.tasks.line_pages import (
 )
 from mmheads.tasks.needles import OPTIONS
 
-TinyModel = Qwen3ForCausalLM | Qwen3VLForConditionalGeneration
+TinyModel = (
+    Qwen3ForCausalLM
+    | Qwen3VLForConditionalGeneration
+    | InternVLForConditionalGeneration
+    | LlavaOnevisionForConditionalGeneration
+)
 MODEL_CLASSES: dict[str, Any] = {
     "qwen3": Qwen3ForCausalLM,
     "qwen3_vl": Qwen3VLForConditionalGeneration,
+    "internvl": InternVLForConditionalGeneration,
+    "llava_onevision": LlavaOnevisionForConditionalGeneration,
 }
+Family = Literal["qwen3_vl", "internvl", "llava_onevision"]
+"""Model type of a vision-language model."""
 PATCH, MERGE = 8, 2
+PAGE_CELLS = (PAGE // CELL) ** 2
 SPECIAL = (
     "<pad>",
     "<unk>",
@@ -60,21 +78,42 @@ VOCABULARY = {word: index for index, word in enumerate((*_RECORDS, *NOUNS, *VERB
 RECORD_WORDS = len(_RECORDS)
 """The words of records and questions, without those of prose, come first."""
 
-_PARTS = (
-    "{% for c in m['content'] %}{% if c['type'] == 'image' %}"
-    "<|vision_start|><|image_pad|><|vision_end|>"
-    "{% else %}{{ c['text'] }}{% endif %}{% if not loop.last %} {% endif %}{% endfor %}"
-)
-CHAT_TEMPLATE = (
-    "<bos>{% for m in messages %}{% if not loop.first %} {% endif %}"
-    "{% if m['content'] is string %}{{ m['content'] }}{% else %}" + _PARTS + "{% endif %}"
-    "{% endfor %}"
-)
-"""The parts, one after the other: an answer follows the question's last word."""
+_IMAGES: dict[Family, str] = {
+    "qwen3_vl": "<|vision_start|><|image_pad|><|vision_end|>",
+    "internvl": "<|image_pad|>",  # its processor adds the wrappers
+    "llava_onevision": "<|vision_start|><|image_pad|>",  # the model ends an image by itself
+}
+"""What the chat template writes for an image."""
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """The word tokenizer of all tiny models."""
+def chat_template(family: Family = "qwen3_vl") -> str:
+    """The parts, one after the other: an answer follows the question's last word."""
+    parts = (
+        "{% for c in m['content'] %}{% if c['type'] == 'image' %}"
+        + _IMAGES[family]
+        + "{% else %}{{ c['text'] }}{% endif %}{% if not loop.last %} {% endif %}{% endfor %}"
+    )
+    return (
+        "<bos>{% for m in messages %}{% if not loop.first %} {% endif %}"
+        "{% if m['content'] is string %}{{ m['content'] }}{% else %}" + parts + "{% endif %}"
+        "{% endfor %}"
+    )
+
+
+def tokenizer(family: Family = "qwen3_vl") -> PreTrainedTokenizerFast:
+    """The word tokenizer of all tiny models; families know its special tokens by other names."""
+    qwen = {
+        "image_token": "<|image_pad|>",
+        "video_token": "<|video_pad|>",
+        "vision_bos_token": "<|vision_start|>",
+        "vision_eos_token": "<|vision_end|>",
+    }
+    internvl = {
+        "context_image_token": "<|image_pad|>",
+        "video_token": "<|video_pad|>",
+        "start_image_token": "<|vision_start|>",
+        "end_image_token": "<|vision_end|>",
+    }
     words = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -83,33 +122,61 @@ def tokenizer() -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         bos_token="<bos>",
         eos_token="<eos>",
-        extra_special_tokens={
-            "image_token": "<|image_pad|>",
-            "video_token": "<|video_pad|>",
-            "vision_bos_token": "<|vision_start|>",
-            "vision_eos_token": "<|vision_end|>",
-        },
-        chat_template=CHAT_TEMPLATE,
+        extra_special_tokens=internvl if family == "internvl" else qwen,
+        chat_template=chat_template(family),
     )
 
 
-def image_processor() -> Qwen2VLImageProcessorPil:
-    """Stock image processor: a visual token is 16 x 16 px, an image at most 1,024 tokens."""
-    return Qwen2VLImageProcessorPil(
-        patch_size=PATCH,
-        merge_size=MERGE,
-        temporal_patch_size=2,
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-        size={"shortest_edge": CELL**2, "longest_edge": 1024 * CELL**2},
+def image_processor(family: Family = "qwen3_vl") -> Any:
+    """Stock image processor, which leaves a page as it is: a visual token is 16 x 16 px of it.
+
+    That of Qwen3-VL keeps the size of other images too, up to 1,024 tokens. That of InternVL cuts
+    an image into at most 16 tiles of one token each and adds a thumbnail. That of LLaVA-OneVision
+    gives every image the size and the 16 tokens of a page: a single icon is enlarged to it.
+    """
+    colors: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    if family == "qwen3_vl":
+        return Qwen2VLImageProcessorPil(
+            patch_size=PATCH,
+            merge_size=MERGE,
+            temporal_patch_size=2,
+            size={"shortest_edge": CELL**2, "longest_edge": 1024 * CELL**2},
+            **colors,
+        )
+    if family == "internvl":
+        size = {"height": CELL, "width": CELL}
+        return GotOcr2ImageProcessorPil(
+            size=size, crop_to_patches=True, max_patches=PAGE_CELLS, **colors
+        )
+    size = {"height": PAGE, "width": PAGE}
+    return LlavaOnevisionImageProcessorPil(size=size, image_grid_pinpoints=[[PAGE] * 2], **colors)
+
+
+def processor(family: Family = "qwen3_vl") -> Any:
+    """The stock processor of a family's tiny models."""
+    kind: Any = Qwen3VLProcessor
+    settings: dict[str, Any] = {}
+    if family == "internvl":
+        kind, settings = InternVLProcessor, {"image_seq_length": 1}
+    elif family == "llava_onevision":
+        kind = LlavaOnevisionProcessor
+        settings = {"num_image_tokens": PAGE_CELLS, "vision_feature_select_strategy": "full"}
+    template = chat_template(family)
+    return without_video(kind)(
+        image_processor(family), tokenizer(family), chat_template=template, **settings
     )
 
 
-def processor() -> Any:
-    """The processor of the tiny Qwen3-VL models."""
-    return without_video(Qwen3VLProcessor)(
-        image_processor(), tokenizer(), chat_template=CHAT_TEMPLATE
-    )
+_VIDEO = {
+    "qwen3_vl": "Qwen3VLVideoProcessor",
+    "internvl": "InternVLVideoProcessor",
+    "llava_onevision": "LlavaOnevisionVideoProcessor",
+}
+_ONLY_IMAGES = (
+    *("image_processor_type", "crop_to_patches", "min_patches", "max_patches"),
+    *("image_grid_pinpoints", "do_pad"),
+)
+"""Settings of image processors that video processors do not have."""
 
 
 def save_processor(model: PreTrainedModel, folder: Path) -> None:
@@ -121,11 +188,13 @@ def save_processor(model: PreTrainedModel, folder: Path) -> None:
     if not hasattr(model.config, "vision_config"):
         tokenizer().save_pretrained(folder)
         return
-    processor().save_pretrained(folder)
+    family: Any = model.config.model_type
+    processor(family).save_pretrained(folder)
     path = folder / "processor_config.json"
     settings = json.loads(path.read_text())
-    video = {k: v for k, v in settings["image_processor"].items() if k != "image_processor_type"}
-    settings["video_processor"] = {**video, "video_processor_type": "Qwen3VLVideoProcessor"}
+    images = settings["image_processor"]
+    video = {name: value for name, value in images.items() if name not in _ONLY_IMAGES}
+    settings["video_processor"] = {**video, "video_processor_type": _VIDEO[family]}
     with paths.write_whole(path) as whole:
         whole.write_text(json.dumps(settings, indent=2) + "\n")
 
@@ -204,43 +273,48 @@ def stretch(model: Qwen3ForCausalLM, rope_theta: float) -> Qwen3ForCausalLM:
     return stretched
 
 
-def adapt(text: Qwen3ForCausalLM) -> Qwen3VLForConditionalGeneration:
+def adapt(text: Qwen3ForCausalLM, family: Family = "qwen3_vl") -> Any:
     """A vision-language model that starts from a text model, with a vision tower of its own."""
+    builders: dict[Family, Any] = {
+        "qwen3_vl": _qwen3_vl,
+        "internvl": _internvl,
+        "llava_onevision": _llava,
+    }
+    model = builders[family](text)
+    language: Any = model.model.language_model
+    language.load_state_dict(text.model.state_dict())
+    model.lm_head.load_state_dict(text.lm_head.state_dict())
+    if isinstance(model, LlavaOnevisionForConditionalGeneration):
+        end = language.embed_tokens.weight[VOCABULARY["<|vision_end|>"]]
+        model.model.image_newline.data.copy_(end)
+    return model
+
+
+def is_vision(name: str) -> bool:
+    """Whether a weight of this name belongs to the vision tower, with what follows it."""
+    parts = ("visual.", "vision_tower.", "multi_modal_projector.", "image_newline")
+    return any(part in name for part in parts)
+
+
+def _qwen3_vl(text: Qwen3ForCausalLM) -> Qwen3VLForConditionalGeneration:
+    """Two-dimensional positions, and a tower of two layers that joins 2 x 2 patches to a token."""
     config = text.config
     rope: dict[str, Any] = dict(config.rope_parameters or {})
-    model = qwen3_vl(
+    side = _HEAD // 2 // 3
+    sections = {
+        "mrope_section": [_HEAD // 2 - 2 * side, side, side],
+        "mrope_interleaved": True,
+    }
+    settings = _text(
         config.num_hidden_layers,
         config.num_attention_heads,
         config.num_key_value_heads or config.num_attention_heads,
         config.hidden_size,
-        rope["rope_theta"],
     )
-    model.model.language_model.load_state_dict(text.model.state_dict())
-    model.lm_head.load_state_dict(text.lm_head.state_dict())
-    for merger in model.model.visual.deepstack_merger_list:
-        nn.init.zeros_(merger.linear_fc2.weight)
-        nn.init.zeros_(merger.linear_fc2.bias)
-    return model
-
-
-def qwen3_vl(
-    layers: int,
-    heads: int = 16,
-    kv_heads: int = 4,
-    width: int = 128,
-    rope_theta: float = 10_000.0,
-) -> Qwen3VLForConditionalGeneration:
-    """A vision-language model with random weights."""
-    side = _HEAD // 2 // 3
-    rope = {
-        **_ROPE,
-        "rope_theta": rope_theta,
-        "mrope_section": [_HEAD // 2 - 2 * side, side, side],
-        "mrope_interleaved": True,
-    }
-    return Qwen3VLForConditionalGeneration(
+    rope = {**_ROPE, "rope_theta": rope["rope_theta"], **sections}
+    model = Qwen3VLForConditionalGeneration(
         Qwen3VLConfig(
-            text_config={**_text(layers, heads, kv_heads, width), "rope_parameters": rope},
+            text_config={**settings, "rope_parameters": rope},
             vision_config={
                 "depth": 2,
                 "hidden_size": 96,
@@ -249,7 +323,7 @@ def qwen3_vl(
                 "patch_size": PATCH,
                 "spatial_merge_size": MERGE,
                 "temporal_patch_size": 2,
-                "out_hidden_size": width,
+                "out_hidden_size": config.hidden_size,
                 "num_position_embeddings": (PAGE // PATCH) ** 2,
                 "deepstack_visual_indexes": [0],
             },
@@ -260,6 +334,67 @@ def qwen3_vl(
             tie_word_embeddings=False,
         )
     )
+    for merger in model.model.visual.deepstack_merger_list:
+        nn.init.zeros_(merger.linear_fc2.weight)
+        nn.init.zeros_(merger.linear_fc2.bias)
+    return model
+
+
+def _internvl(text: Qwen3ForCausalLM) -> InternVLForConditionalGeneration:
+    """A tower of two layers sees tiles; the projector joins the 2 x 2 patches of one to a token."""
+    return InternVLForConditionalGeneration(
+        InternVLConfig(
+            text_config=_text_of(text),
+            vision_config={
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "hidden_size": 96,
+                "intermediate_size": 192,
+                "image_size": [CELL] * 2,
+                "patch_size": [PATCH] * 2,
+                "layer_scale_init_value": 1.0,
+            },
+            image_token_id=VOCABULARY["<|image_pad|>"],
+            image_seq_length=1,
+            downsample_ratio=1 / MERGE,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def _llava(text: Qwen3ForCausalLM) -> LlavaOnevisionForConditionalGeneration:
+    """A tower of three layers, in which a patch is a token.
+
+    The model ends an image with a learned vector, which starts as the wrapper that ends an image
+    elsewhere.
+    """
+    return LlavaOnevisionForConditionalGeneration(
+        LlavaOnevisionConfig(
+            text_config=_text_of(text),
+            vision_config={
+                "model_type": "siglip_vision_model",
+                "num_hidden_layers": 3,
+                "num_attention_heads": 4,
+                "hidden_size": 128,
+                "intermediate_size": 256,
+                "image_size": PAGE,
+                "patch_size": CELL,
+                "vision_use_head": False,
+            },
+            image_token_index=VOCABULARY["<|image_pad|>"],
+            video_token_index=VOCABULARY["<|video_pad|>"],
+            image_grid_pinpoints=[[PAGE] * 2],
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def _text_of(text: Qwen3ForCausalLM) -> dict[str, Any]:
+    """The text model's own configuration, as a part of another."""
+    settings = text.config.to_dict()
+    for name in ("architectures", "dtype", "transformers_version"):
+        settings.pop(name, None)
+    return settings
 
 
 _HEAD = 32

@@ -39,17 +39,12 @@ def loss_and_accuracy(
 
 def _hidden(model: Any, batch: Batch) -> torch.Tensor:
     """Last hidden states, with pages shown as the batch shows them."""
-    if batch.pixels is not None:
-        output = model.model(
-            input_ids=batch.places,
-            mm_token_type_ids=batch.types,
-            pixel_values=batch.pixels,
-            image_grid_thw=batch.grids,
-            use_cache=False,
-        )
+    if batch.places is not None and "pixel_values" in batch.pictures:
+        types = {"mm_token_type_ids": batch.types} if hasattr(model.model, "visual") else {}
+        output = model.model(input_ids=batch.places, **types, **batch.pictures, use_cache=False)
     elif batch.places is not None:
         positions, _ = model.model.get_rope_index(
-            batch.places, mm_token_type_ids=batch.types, image_grid_thw=batch.grids
+            batch.places, mm_token_type_ids=batch.types, **batch.pictures
         )
         output = model.model.language_model(
             inputs_embeds=model.get_input_embeddings()(batch.words),
@@ -64,11 +59,13 @@ def _hidden(model: Any, batch: Batch) -> torch.Tensor:
 
 def _alignment(model: Any, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
     """Distance of the vision tower's output to word embeddings, and its contrast with all words."""
-    if batch.pixels is None or batch.places is None:
+    if "pixel_values" not in batch.pictures or batch.places is None:
         raise ValueError("the batch is not drawn; expected one that shows pages as pixels")
     embeddings = model.get_input_embeddings().weight.detach()
     targets = batch.words[batch.places == _IMAGE]
-    features = model.model.visual(batch.pixels, grid_thw=batch.grids).pooler_output
+    given = model.get_image_features(**batch.pictures).pooler_output
+    parts = given if isinstance(given, list | tuple) else [given]
+    features = torch.cat([part.flatten(0, -2) for part in parts])
     expected = embeddings[targets]
     distance = ((features - expected) ** 2).mean() / (expected**2).mean()
     cosines = functional.normalize(features, dim=-1) @ functional.normalize(embeddings, dim=-1).T

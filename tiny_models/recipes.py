@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mmheads.tasks.line_pages import PROSE, UNIT_TOKENS
+from tiny_models.architectures import Family
 from tiny_models.samples import Sampler, Show, ask, look, recall
 
 
@@ -68,12 +69,14 @@ class Recipe:
 
     Attributes:
         start: Name of the text-only model it is adapted from; "" for random weights.
+        family: Model type of a vision-language model.
         layers: Layers at the start, where the weights are random.
         stages: In order.
         seed: Seed of weights and samples.
     """
 
     start: str = ""
+    family: Family = "qwen3_vl"
     layers: int = 4
     stages: tuple[Stage, ...]
     seed: int = 0
@@ -194,13 +197,18 @@ def _mixed(
     show: Show = "words",
     icon_sentences: float = 0.0,
     cues: bool = True,
+    family: Family = "qwen3_vl",
 ) -> tuple[Source, ...]:
     """Haystacks of text and pages in any ratio; a step has about `tokens` tokens."""
+    per_question = 18 if family == "llava_onevision" else 9
     return tuple(
         Source(
             share / len(units),
-            max(1, tokens // (UNIT_TOKENS * count + 9 * min(2 * count, asks))),
-            ask(count, (0.0, 1.0), min(2 * count, asks), mix, PROSE, icon_sentences, cues),
+            max(1, tokens // (UNIT_TOKENS * count + per_question * min(2 * count, asks))),
+            ask(
+                *(count, (0.0, 1.0), min(2 * count, asks), mix, PROSE, icon_sentences, cues),
+                family=family,
+            ),
             show,
         )
         for count in units
@@ -320,8 +328,47 @@ _VISION_STAGES = (
     ),
 )
 
+
+def _at_any_length(family: Family, mix: Mapping[str, float], steps: int) -> Stage:
+    """Everything together in short and long contexts, with all images of this family's size."""
+
+    def some(units: Sequence[int], share: float, show: Show = "pixels") -> tuple[Source, ...]:
+        return _mixed(units, 2400, mix=mix, asks=40, share=share, show=show, family=family)
+
+    return Stage(
+        name="everything in contexts of any length",
+        sources=some((2, 4, 6, 9, 14), 0.2)
+        + some((22, 28, 36, 45, 57), 0.3)
+        + some((72, 90, 114), 0.3)
+        + some((9, 22, 36, 57, 90, 114), 0.2, "words"),
+        steps=steps,
+        rate=6e-4,
+        decay=True,
+        restart=True,
+        norm_rate=3.0,
+    )
+
+
+def _cells_of(family: Family) -> Stage:
+    """Only the vision tower, on pages and icons of this family's size."""
+    return Stage(
+        name="what each cell shows",
+        sources=(Source(1, 1, look(32, 32, family), "pixels"),),
+        steps=800,
+        rate=3e-3,
+        warm_up=30,
+        decay=True,
+        trains="vision",
+        restart=True,
+    )
+
+
+_INTERNVL_STAGES = (_cells_of("internvl"), _at_any_length("internvl", _READ, 600))
+"""Positions have one dimension, so pages are known as words from the text model."""
+
 RECIPES = {
     "tiny-qwen3-m": Recipe(stages=_TEXT_STAGES + _WORD_STAGES),
     "tiny-qwen3-vl-m": Recipe(start="tiny-qwen3-m", stages=_VISION_STAGES),
+    "tiny-internvl-m": Recipe(start="tiny-qwen3-m", family="internvl", stages=_INTERNVL_STAGES),
 }
 """By name of the model."""

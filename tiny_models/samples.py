@@ -14,13 +14,17 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from PIL import Image
 
 from mmheads.tasks.line_pages import (
+    BLANK,
     CELL,
     CODES,
     COLUMNS,
     ICONS,
+    PAGE,
     PROSE,
     STOP,
     VALUES,
@@ -32,7 +36,7 @@ from mmheads.tasks.line_pages import (
     fill,
 )
 from mmheads.tasks.needles import OPTIONS
-from tiny_models.architectures import MERGE, PATCH, VOCABULARY
+from tiny_models.architectures import MERGE, PAGE_CELLS, PATCH, VOCABULARY, Family
 
 Generator = np.random.Generator
 Show = Literal["words", "places", "pixels"]
@@ -65,21 +69,29 @@ class Picture:
         first: Position of the token of its first cell.
         names: What each cell shows.
         columns: Cells per line.
+        tokens: Number of its tokens, which a family's processor may make more than its cells.
     """
 
     first: int
     names: tuple[str, ...]
     columns: int
+    tokens: int
 
 
 @dataclass
 class Sample:
-    """Token ids, with a label and its kind for each, and the pictures in order."""
+    """Token ids, with a label and its kind for each, and the pictures in order.
+
+    What pictures look like in tokens depends on the family. With InternVL, a page ends in the
+    token of a thumbnail, which is blank. With LLaVA-OneVision, a single icon is enlarged to the
+    size of a page: its last token is the icon's word, and those before it are blank.
+    """
 
     ids: list[int] = field(default_factory=lambda: [VOCABULARY["<bos>"]])
     labels: list[int] = field(default_factory=lambda: [NO_LABEL])
     kinds: list[int] = field(default_factory=lambda: [-1])
     pictures: list[Picture] = field(default_factory=list)
+    family: Family = "qwen3_vl"
 
     def say(self, *words: str) -> Sample:
         """Append words."""
@@ -92,8 +104,13 @@ class Sample:
     def show(self, names: Sequence[str], columns: int = 1) -> Sample:
         """Append a picture, as the words that its cells show, between the vision wrappers."""
         self.say("<|vision_start|>")
-        self.pictures.append(Picture(len(self.ids), tuple(names), columns))
-        return self.say(*names, "<|vision_end|>")
+        words = [*names]
+        if self.family == "internvl" and len(names) > 1:
+            words.append(BLANK)
+        if self.family == "llava_onevision" and len(names) == 1:
+            words = [BLANK] * (PAGE_CELLS - 1) + words
+        self.pictures.append(Picture(len(self.ids), tuple(names), columns, len(words)))
+        return self.say(*words, "<|vision_end|>")
 
     def expect(self, word: str, kind: str, position: int = -1) -> Sample:
         """Label a token, by default the last one, with what it should predict."""
@@ -143,6 +160,7 @@ def ask(
     prose: float = PROSE,
     icon_sentences: float = 0.0,
     cues: bool = False,
+    family: Family = "qwen3_vl",
 ) -> Sampler:
     """A haystack of text units and pages, and questions of several kinds.
 
@@ -159,6 +177,7 @@ def ask(
             icon's name in text. Only samples that are never drawn may have any.
         cues: Label the icons in questions too, and not only the token after each: there a model
             can match the icon with itself, which it must learn before it can pass the result on.
+        family: Whose tokens pages and icons have.
     """
     names = list(mix)
     shares = np.array(list(mix.values())) / sum(mix.values())
@@ -199,7 +218,7 @@ def ask(
             else:
                 questions.append((kind, None))
 
-        result = Sample()
+        result = Sample(family=family)
         for unit in haystack:
             if unit.is_page:
                 result.show(cells(unit.records), COLUMNS)
@@ -266,11 +285,11 @@ def _question(
         result.say("?", record.key).answer(record.value, kind)
 
 
-def look(pages: int, icons: int) -> Sampler:
+def look(pages: int, icons: int, family: Family = "qwen3_vl") -> Sampler:
     """Pages and single icons, to learn what each of their cells shows."""
 
     def sample(rng: Generator) -> Sample:
-        result = Sample()
+        result = Sample(family=family)
         for unit in fill([True] * pages, CODES, ICONS, rng):
             result.show(cells(unit.records), COLUMNS)
         for icon in rng.choice(ICONS, icons):
@@ -290,10 +309,10 @@ class Batch:
         words: Token ids, shape [sample, token]; pictures are the words that they show.
         labels: What each token should predict, or `NO_LABEL`.
         kinds: Index into `KINDS` for each label, else -1.
-        places: Token ids with placeholders for the cells of pictures; None if they are words.
+        places: Token ids with placeholders for what the vision tower gives; None if pictures are
+            words.
         types: 1 for these placeholders, else 0.
-        grids: Frames, rows and columns in patches of each picture, shape [picture, 3].
-        pixels: Patches of all pictures, shape [patch, 384]; None unless they are drawn.
+        pictures: Model inputs about the pictures, and their pixels where they are drawn.
     """
 
     words: torch.Tensor
@@ -301,11 +320,15 @@ class Batch:
     kinds: torch.Tensor
     places: torch.Tensor | None = None
     types: torch.Tensor | None = None
-    grids: torch.Tensor | None = None
-    pixels: torch.Tensor | None = None
+    pictures: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
-def batch(samples: Sequence[Sample], rng: Generator, show: Show = "words") -> Batch:
+def batch(
+    samples: Sequence[Sample],
+    rng: Generator,
+    show: Show = "words",
+    family: Family = "qwen3_vl",
+) -> Batch:
     """Samples as tensors; `rng` shifts the sprites of drawn pictures and adds noise to them."""
     length = max(len(sample.ids) for sample in samples)
 
@@ -319,28 +342,65 @@ def batch(samples: Sequence[Sample], rng: Generator, show: Show = "words") -> Ba
     if show == "words" or not pictures:
         return Batch(words, labels, kinds)
     places, types = words.clone(), torch.zeros_like(words)
+    end = family == "llava_onevision"  # which gives the end of a picture too
     for row, sample in enumerate(samples):
         for picture in sample.pictures:
-            cells_of = slice(picture.first, picture.first + len(picture.names))
+            cells_of = slice(picture.first, picture.first + picture.tokens + end)
             places[row, cells_of] = VOCABULARY["<|image_pad|>"]
             types[row, cells_of] = 1
-    grids = torch.tensor(
-        [[1, MERGE * (len(p.names) // p.columns), MERGE * p.columns] for p in pictures]
-    )
-    if show == "places":
-        return Batch(words, labels, kinds, places, types, grids)
-    drawn = [patches(draw(p.names, p.columns, rng), rng) for p in pictures]
-    return Batch(
-        words, labels, kinds, places, types, grids, torch.from_numpy(np.concatenate(drawn))
-    )
+    inputs = _sizes(pictures, family)
+    if show == "pixels":
+        drawn = [draw(p.names, p.columns, rng) for p in pictures]
+        shown = [pixels(image, family, rng) for image in drawn]
+        inputs["pixel_values"] = torch.from_numpy(np.concatenate(shown))
+    return Batch(words, labels, kinds, places, types, inputs)
 
 
-def patches(image: Pixels, rng: Generator | None = None) -> np.ndarray:
-    """An image as the stock image processor gives it, shape [patch, 384]; `rng` adds noise."""
+def _sizes(pictures: Sequence[Picture], family: Family) -> dict[str, torch.Tensor]:
+    """What a model must know of the pictures beside their pixels."""
+    if family == "internvl":
+        return {}
+    if family == "llava_onevision":
+        sizes = [[CELL * (len(p.names) // p.columns), CELL * p.columns] for p in pictures]
+        several = max(2, len(pictures))  # one picture by itself would get finer tokens too
+        return {
+            "image_sizes": torch.tensor(sizes),
+            "batch_num_images": torch.tensor([several]),
+        }
+    grids = [[1, MERGE * (p.tokens // p.columns), MERGE * p.columns] for p in pictures]
+    return {"image_grid_thw": torch.tensor(grids)}
+
+
+def pixels(
+    image: Pixels, family: Family = "qwen3_vl", rng: Generator | None = None
+) -> npt.NDArray[np.float32]:
+    """An image as a family's stock image processor gives it; `rng` adds noise.
+
+    For Qwen3-VL its patches, shape [patch, 384]; for InternVL its tiles of one cell each and, if
+    there are several, a thumbnail, shape [tile, 3, 16, 16]; for LLaVA-OneVision the image in the
+    size of a page, shape [1, 1, 3, 64, 64].
+    """
+    if family == "llava_onevision":
+        image = _resized(image, PAGE)
     scaled = image.astype(np.float32) / 127.5 - 1
     if rng is not None:
         scaled += rng.normal(0, 0.06, scaled.shape).astype(np.float32)
+    if family == "llava_onevision":
+        return scaled.transpose(2, 0, 1)[None, None]
     rows, columns = image.shape[0] // CELL, image.shape[1] // CELL
+    if family == "internvl":
+        tiles = scaled.reshape(rows, CELL, columns, CELL, 3).transpose(0, 2, 4, 1, 3)
+        tiles = tiles.reshape(-1, 3, CELL, CELL)
+        if len(tiles) == 1:
+            return tiles
+        small = pixels(_resized(image, CELL), family, rng)
+        return np.concatenate([tiles, small])
     grid = scaled.reshape(rows, MERGE, PATCH, columns, MERGE, PATCH, 3)
     ordered = grid.transpose(0, 3, 1, 4, 6, 2, 5)[..., None, :, :].repeat(2, axis=5)
     return ordered.reshape(rows * columns * MERGE**2, -1)
+
+
+def _resized(image: Pixels, side: int) -> Pixels:
+    """The image as a square, resized as the stock image processors do it."""
+    square = Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)
+    return np.asarray(square)

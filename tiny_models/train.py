@@ -148,7 +148,8 @@ def _run_stage(state: State, name: str, folder: Path) -> None:
             rng = np.random.default_rng((recipe.seed, state.stage, state.step))
             source = stage.sources[rng.choice(len(shares), p=shares)]
             samples = [source.sampler(rng) for _ in range(source.batch)]
-            loss, tokens = _step(state, stage, batch(samples, rng, source.show))
+            shown = batch(samples, rng, source.show, recipe.family)
+            loss, tokens = _step(state, stage, shown)
             state.seconds = before + time.monotonic() - begin
             progress.update()
             if state.step % LOG_EVERY == 0 or state.step == stage.steps or _reached(stage, state):
@@ -221,14 +222,15 @@ def _optimizer(model: TinyModel, stage: Stage) -> torch.optim.Optimizer:
 
     The norms of queries and keys come after the others, and the vision tower last.
     """
-    norms, vision = ("q_norm.weight", "k_norm.weight"), "visual."
+    norms = ("q_norm.weight", "k_norm.weight")
     rest: dict[str, Any] = {"params": [], "factor": 1.0}
     sharp: dict[str, Any] = {"params": [], "factor": stage.norm_rate}
     sees: dict[str, Any] = {"params": [], "factor": stage.vision_rate}
     for name, weight in model.named_parameters():
-        if vision in name and stage.trains != "language":
+        vision = architectures.is_vision(name)
+        if vision and stage.trains != "language":
             (rest if stage.trains == "vision" else sees)["params"].append(weight)
-        elif vision not in name and stage.trains != "vision":
+        elif not vision and stage.trains != "vision":
             (sharp if name.endswith(norms) else rest)["params"].append(weight)
     return torch.optim.AdamW([rest, sharp, sees], lr=0.0, betas=(0.9, 0.98), weight_decay=0.01)
 
@@ -243,7 +245,7 @@ def _start(recipe: Recipe) -> State:
                 f"python -m tiny_models train {recipe.start}"
             )
         text = Qwen3ForCausalLM.from_pretrained(source, dtype=torch.float32)
-        model: TinyModel = architectures.adapt(text)
+        model: TinyModel = architectures.adapt(text, recipe.family)
     else:
         model = architectures.qwen3(recipe.layers)
     return State(model, _optimizer(model, recipe.stages[0]))

@@ -106,8 +106,8 @@ class Needles(Grid):
 
         Args:
             task: One of `TASKS`, or `CONTROL`.
-            length: Least number of tokens of the prompt in the tiny models; at most 17 are added,
-                so that it holds whole units.
+            length: Least number of tokens of the prompt in the tiny Qwen models; at most 17 are
+                added, so that it holds whole units.
             depth: Where the needle is, from 0 (first unit) to 1 (last unit).
             haystack: Which question and evidence, from 0.
             split: One of `SPLITS`.
@@ -255,7 +255,7 @@ def _pages(
 
 
 def count_tokens(parts: Sequence[Part]) -> int:
-    """Number of tokens of these parts in the prompt of the tiny models."""
+    """Number of tokens of these parts in the prompt of the tiny Qwen models."""
     return sum(
         len(part.split())
         if isinstance(part, str)
@@ -265,7 +265,7 @@ def count_tokens(parts: Sequence[Part]) -> int:
 
 
 def tokens(context: Sequence[Part], regions: Sequence[Region]) -> tuple[tuple[int, int], ...]:
-    """Token intervals [first, last + 1) of regions in the prompt of the tiny models.
+    """Token intervals [first, last + 1) of regions in the prompt of the tiny Qwen models.
 
     There the prompt starts with one token, a word is one token, and an image has one token for each
     cell of 16 x 16 px, between two wrappers. This is how the task itself counts; encoding an

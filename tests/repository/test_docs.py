@@ -122,6 +122,18 @@ def test_the_findings_of_the_readme_are_those_of_the_committed_data():
         script("make_findings").with_findings("# mmheads")
 
 
+def test_the_comparison_of_the_tiny_models_is_that_of_their_cards():
+    page, made = read(DOCS / "tiny_models.md"), script("make_tiny_models")
+    assert made.with_comparison(page) == page, "run python docs/make_tiny_models.py"
+    with pytest.raises(ValueError, match="0 comparisons"):
+        made.with_comparison("# The tiny models")
+    for model, table in made.tables("structure").items():
+        for name in (model, f"[card](../data/models/{model}/README.md)"):
+            assert name in page
+        rho = table.query("measure == 'rho' and a == 'text'")["value"].item()
+        assert re.search(rf"^\| {model} \| {100 * rho:.1f} \|", page, re.M)
+
+
 def test_the_readme_is_short_and_soon_shows_code():
     lines = read(README).splitlines()
     assert len(lines) <= MOST_LINES_OF_THE_README

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import shutil
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from PIL import Image
 
 from mmheads import paths
 from mmheads.examples import Example
+from mmheads.families import TOKEN_TYPES
 from mmheads.models import VLM, load
 from mmheads.prompts import encode
 from mmheads.tasks import line_pages
@@ -26,6 +28,8 @@ from tiny_models.recipes import RECIPES, Recipe, Source, Stage
 
 NAMES = {index: word for word, index in architectures.VOCABULARY.items()}
 MIX = dict.fromkeys((*TASKS, "icon", CONTROL, "nothing"), 1.0)
+FAMILIES = ("qwen3_vl", "internvl", "llava_onevision")
+IMAGE = architectures.VOCABULARY["<|image_pad|>"]
 STAGES = [(name, index) for name, recipe in RECIPES.items() for index in range(len(recipe.stages))]
 
 
@@ -65,13 +69,36 @@ def answers(sample: samples.Sample) -> list[tuple[str, list[str], str]]:
 # --- samples
 
 
-def test_patches_are_those_of_the_stock_image_processor():
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pixels_are_those_of_the_stock_image_processor(family):
     rng = np.random.default_rng(0)
     page = line_pages.draw(("B7", "K", ".", "blank") * 4, 4, rng)
-    stock = architectures.image_processor()
-    for image in (page, line_pages.option("red-disc", rng)):
-        expected = stock(images=[Image.fromarray(image)], return_tensors="np")
-        np.testing.assert_allclose(samples.patches(image), expected["pixel_values"], atol=1e-6)
+    icon = line_pages.option("red-disc", rng)
+    stock = architectures.image_processor(family)
+    pair = [Image.fromarray(page), Image.fromarray(icon)]
+    expected = stock(images=[pair], return_tensors="np")["pixel_values"]
+    drawn = np.concatenate([samples.pixels(image, family) for image in (page, icon)])
+    np.testing.assert_allclose(drawn, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_is_what_the_stock_processor_makes_of_the_same_prompt(family):
+    page = line_pages.cells([line_pages.Record("B7", "K"), line_pages.Record("red-disc", "L")])
+    sample = samples.Sample(family=family).say("rain", "falls", ".").show(page, 4)
+    sample.say("?").show(("red-disc",)).say("?")
+    rng = np.random.default_rng(0)
+    batch = samples.batch([sample], rng, "pixels", family)
+    images = [line_pages.draw(page, 4, rng), line_pages.draw(("red-disc",), 1, rng)]
+    first, second = map(Image.fromarray, images)
+    context = ("rain falls .", first)
+    example = Example(context=context, question=("?", second, "?"), answer="L")
+    processor = architectures.processor(family)
+    text = processor.apply_chat_template(example.messages(), tokenize=False)
+    made = processor(text=[text], images=[[first, second]], return_tensors="pt")
+    assert made["input_ids"].tolist() == batch.places.tolist()
+    assert batch.pictures["pixel_values"].shape == made["pixel_values"].shape
+    for name in batch.pictures.keys() - {"pixel_values"}:
+        assert batch.pictures[name].tolist() == made[name].tolist(), name
 
 
 def test_questions_are_answered_by_their_context():
@@ -103,20 +130,22 @@ def test_questions_are_answered_by_their_context():
     assert kinds >= {*TASKS, "icon", CONTROL}
 
 
-def test_words_places_and_pixels_show_the_same_sample():
-    drawn = some_samples()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_words_places_and_pixels_show_the_same_sample(family):
+    drawn = some_samples(family=family)
     words, places, pixels = (
-        samples.batch(drawn, np.random.default_rng(0), show)
+        samples.batch(drawn, np.random.default_rng(0), show, family)
         for show in ("words", "places", "pixels")
     )
     assert torch.equal(words.words, places.words)
     assert torch.equal(words.labels, pixels.labels)
     assert torch.equal(places.places, pixels.places)
-    image = architectures.VOCABULARY["<|image_pad|>"]
-    assert torch.equal(places.places == image, places.types == 1)
+    assert torch.equal(places.places == IMAGE, places.types == 1)
     assert torch.equal(places.places[places.types == 0], words.words[places.types == 0])
-    assert len(pixels.pixels) == 4 * int(pixels.types.sum())
-    assert int(pixels.grids.prod(-1).sum()) == len(pixels.pixels)
+    if family == "qwen3_vl":
+        patches = len(pixels.pictures["pixel_values"])
+        assert patches == 4 * int(pixels.types.sum())
+        assert patches == int(pixels.pictures["image_grid_thw"].prod(-1).sum())
 
 
 @pytest.mark.parametrize("task", [*TASKS, CONTROL])
@@ -128,11 +157,10 @@ def test_the_stock_processor_counts_tokens_as_the_task_does(task):
     ids = processor(text=[text], return_tensors="pt", **given)["input_ids"][0].tolist()
     assert 128 <= len(ids) < 128 + line_pages.UNIT_TOKENS
     covered = [ids[token] for first, last in example.tokens for token in range(first, last)]
-    image = architectures.VOCABULARY["<|image_pad|>"]
     if task == "text":
         assert processor.tokenizer.convert_ids_to_tokens(covered)[1] == example.answer
     elif task != CONTROL:
-        assert covered == [image] * 4
+        assert covered == [IMAGE] * 4
 
 
 # --- parts of the architectures
@@ -165,22 +193,26 @@ def test_icons_like_codes_changes_only_the_embeddings_of_icons():
     assert abs(table[icons].std() - table[codes].std()) < 0.5
 
 
-def test_a_vision_language_model_starts_as_its_text_model():
+def from_text(family: str):
     torch.manual_seed(0)
     text = architectures.widen(architectures.qwen3(2)).eval()
-    model = architectures.adapt(text).eval()
+    return text, architectures.adapt(text, family).eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_vision_language_model_starts_as_its_text_model(family):
+    text, model = from_text(family)
     batch = samples.batch(some_samples(1), np.random.default_rng(0))
     torch.testing.assert_close(model(input_ids=batch.words).logits, text(batch.words).logits)
 
 
 def test_words_at_places_use_the_positions_of_the_drawn_page():
     """With a vision tower that gave the words' embeddings, pixels and places would agree."""
-    torch.manual_seed(0)
-    model = architectures.adapt(architectures.widen(architectures.qwen3(2))).eval()
+    _, model = from_text("qwen3_vl")
     drawn = samples.batch(some_samples(2), np.random.default_rng(0), "pixels")
-    places = dataclasses.replace(drawn, pixels=None)
-    image = architectures.VOCABULARY["<|image_pad|>"]
-    embeddings = model.get_input_embeddings()(drawn.words)[drawn.places == image]
+    pictures = {"image_grid_thw": drawn.pictures["image_grid_thw"]}
+    places = dataclasses.replace(drawn, pictures=pictures)
+    embeddings = model.get_input_embeddings()(drawn.words)[drawn.places == IMAGE]
     visual = model.model.visual
     stock = visual.forward
 
@@ -193,6 +225,24 @@ def test_words_at_places_use_the_positions_of_the_drawn_page():
     with torch.no_grad():
         torch.testing.assert_close(
             losses.loss_and_accuracy(model, drawn)[0], losses.loss_and_accuracy(model, places)[0]
+        )
+
+
+@pytest.mark.parametrize(("family", "tokens"), [("internvl", 1), ("llava_onevision", 16)])
+def test_words_are_where_the_tokens_of_drawn_pages_are(family, tokens):
+    """With a vision tower that gave the words' embeddings, pixels and words would agree."""
+    _, model = from_text(family)
+    drawn = some_samples(2, family=family)
+    words, pixels = (
+        samples.batch(drawn, np.random.default_rng(0), show, family) for show in ("words", "pixels")
+    )
+    shown = words.words[pixels.places == IMAGE]
+    shown = shown[shown != architectures.VOCABULARY["<|vision_end|>"]]  # LLaVA-OneVision's own
+    embeddings = model.get_input_embeddings()(shown).reshape(-1, tokens, 128)
+    model.model.multi_modal_projector.forward = lambda _: embeddings
+    with torch.no_grad():
+        torch.testing.assert_close(
+            losses.loss_and_accuracy(model, pixels), losses.loss_and_accuracy(model, words)
         )
 
 
@@ -260,28 +310,40 @@ def test_every_stage_runs_and_a_resumed_run_is_the_same(name, index, monkeypatch
     assert (whole / "model.safetensors").read_bytes() == (parts / "model.safetensors").read_bytes()
 
 
-def test_only_the_part_that_a_stage_trains_changes(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "part", "index"),
+    [
+        ("tiny-qwen3-vl-m", "language", 0),
+        ("tiny-qwen3-vl-m", "vision", 1),
+        ("tiny-internvl-m", "vision", 0),
+    ],
+)
+def test_only_the_part_that_a_stage_trains_changes(name, part, index, monkeypatch, tmp_path):
     small_text(monkeypatch, tmp_path, widened=True)
-    for index, moves in ((0, "language_model"), (1, "visual")):
-        recipe = RECIPES["tiny-qwen3-vl-m"]
-        with monkeypatch.context() as patch:
-            patch.setitem(RECIPES, "tiny-qwen3-vl-m", short(recipe, recipe.stages[index]))
-            state = train._start(RECIPES["tiny-qwen3-vl-m"])
-            train._begin(state, RECIPES["tiny-qwen3-vl-m"].stages[0], 0)
-            before = weights_of(state.model)
-            train._run_stage(state, "tiny-qwen3-vl-m", tmp_path / f"{index}")
-        changed = {n for n, w in state.model.state_dict().items() if not torch.equal(w, before[n])}
-        assert changed
-        assert all(moves in name or (index == 0 and "lm_head" in name) for name in changed)
+    recipe = short(RECIPES[name], RECIPES[name].stages[index])
+    monkeypatch.setitem(RECIPES, name, recipe)
+    state = train._start(recipe)
+    train._begin(state, recipe.stages[0], 0)
+    before = weights_of(state.model)
+    train._run_stage(state, name, tmp_path)
+    changed = {n for n, w in state.model.state_dict().items() if not torch.equal(w, before[n])}
+    assert recipe.stages[0].trains == part
+    assert changed
+    of_vision = part == "vision"
+    assert all(architectures.is_vision(weight) == of_vision for weight in changed)
+    names = ("visual", "vision_tower", "projector") if of_vision else ("language_model", "lm_head")
+    assert all(any(name in weight for name in names) for weight in changed)
 
 
-def test_alignment_moves_the_vision_tower_towards_the_words(tmp_path, monkeypatch):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_alignment_moves_the_vision_tower_towards_the_words(family):
     torch.manual_seed(0)
-    model = architectures.adapt(architectures.widen(architectures.qwen3(1, 4, 2, 32)))
-    sampler = samples.look(4, 8)
+    model = architectures.adapt(architectures.widen(architectures.qwen3(1, 4, 2, 32)), family)
+    sampler = samples.look(4, 8, family)
     rng = np.random.default_rng(0)
-    batch = samples.batch([sampler(rng)], rng, "pixels")
-    optimizer = torch.optim.AdamW(model.model.visual.parameters(), lr=3e-3)
+    batch = samples.batch([sampler(rng)], rng, "pixels", family)
+    tower = [w for name, w in model.named_parameters() if architectures.is_vision(name)]
+    optimizer = torch.optim.AdamW(tower, lr=3e-3)
     measured = []
     for _ in range(30):
         loss, right = losses.loss_and_accuracy(model, batch, align=True)
@@ -498,9 +560,44 @@ def test_a_shipped_model_generates_with_the_stock_class(shipped):
     assert vlm.tokenizer.decode(answer, skip_special_tokens=True) == example.answer
 
 
-def test_a_saved_processor_has_the_video_part_that_stock_loading_wants():
-    path = train.CHECKPOINTS / "tiny-qwen3-vl-m" / "processor_config.json"
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("tiny-qwen3-vl-m", "Qwen3VL"),
+        ("tiny-internvl-m", "InternVL"),
+    ],
+)
+def test_a_saved_processor_has_the_video_part_that_stock_loading_wants(name, kind):
+    path = train.CHECKPOINTS / name / "processor_config.json"
     settings = json.loads(path.read_text())
-    assert settings["processor_class"] == "Qwen3VLProcessor"
-    assert settings["video_processor"]["video_processor_type"] == "Qwen3VLVideoProcessor"
-    assert settings["video_processor"]["patch_size"] == settings["image_processor"]["patch_size"]
+    assert settings["processor_class"] == f"{kind}Processor"
+    assert settings["video_processor"]["video_processor_type"] == f"{kind}VideoProcessor"
+    assert getattr(transformers, f"{kind}VideoProcessor")
+    for setting in ("size", "image_mean"):
+        assert settings["video_processor"][setting] == settings["image_processor"][setting]
+
+
+@pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if recipe.start])
+def test_the_evidence_is_where_the_vision_tower_sees_the_needle(name):
+    """What the tower gives for the tokens of the evidence is nearest to the needle's words."""
+    vlm = load(name, dtype=torch.float32)
+    embeddings = vlm.model.get_input_embeddings().weight
+    for task, depth in product(("rendered_text", "image"), DEPTHS[1::2]):
+        example = measure.needles(vlm).make(task, 256, depth, split="test")
+        prompt = encode(vlm, example)
+        (span,) = prompt.evidence
+        inputs = {k: v for k, v in prompt.inputs.items() if k not in ("input_ids", *TOKEN_TYPES)}
+        inputs.pop("attention_mask")
+        with torch.no_grad():
+            given = vlm.model.get_image_features(**inputs).pooler_output
+        features = torch.cat([part.flatten(0, -2) for part in given])
+        nearest = torch.full_like(prompt.ids, -1)
+        nearest[prompt.ids == IMAGE] = torch.cdist(features, embeddings).argmin(-1)
+        shown = [NAMES[nearest[token].item()] for token in span.tokens[span.weights == 1]]
+        if task == "rendered_text":
+            assert shown[:3] == [example.question[0].split()[1], example.answer, "."]
+        assert shown[0] in (line_pages.CODES if task == "rendered_text" else line_pages.ICONS)
+        assert len(shown) == 4
+        assert shown[3] == "blank"
+        extra = span.weights[span.weights < 1]
+        assert extra.tolist() == ([0.25] if vlm.family == "internvl" else [])  # its thumbnail

@@ -1,0 +1,137 @@
+"""Write the comparison of the tiny models in `docs/tiny_models.md` from the tables of their cards.
+
+python docs/make_tiny_models.py
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from itertools import combinations
+from pathlib import Path
+
+import pandas as pd
+
+from mmheads import figures, paths
+
+PAGE = Path(__file__).with_name("tiny_models.md")
+START = "<!-- comparison: written by docs/make_tiny_models.py -->"
+END = "<!-- end of the comparison -->"
+TASKS = figures.TASK_NAMES
+FRACTION = 0.05
+"""Share of heads in the top sets that are compared."""
+
+Tables = dict[str, pd.DataFrame]
+
+
+def tables(kind: str) -> Tables:
+    """Returns one table of every card ("accuracy" or "structure") by model, text models first."""
+    found = {}
+    for path in paths.MODELS.glob(f"*/{kind}.csv"):
+        config = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
+        key = ("vision_config" in config, path.parent.name)
+        found[key] = pd.read_csv(path, encoding="utf-8")
+    return {name: found[vision, name] for vision, name in sorted(found)}
+
+
+def answers(accuracy: Tables) -> Iterator[str]:
+    """Yields a table of right answers with the needle, by model, task and length."""
+    lengths = sorted({int(n) for table in accuracy.values() for n in table["length"]})
+    yield f"| model | task | {' | '.join(map(str, lengths))} | n |"
+    yield "|" + "---|" * (len(lengths) + 3)
+    for model, table in accuracy.items():
+        present = table[table["needle"] == "present"]
+        for task, name in TASKS.items():
+            cells = present[present["task"] == task].groupby("length")[["right", "n"]].sum()
+            if len(cells):
+                shares = [f"{100 * cells.right[n] / cells.n[n]:.0f}" for n in lengths]
+                yield f"| {model} | {name} | {' | '.join(shares)} | {cells.n.min()} |"
+
+
+def sparsity(structure: Tables) -> Iterator[str]:
+    """Yields a table with the share of heads that hold half of the score."""
+    yield f"| model | {' | '.join(TASKS.values())} |"
+    yield "|" + "---|" * (len(TASKS) + 1)
+    for model, table in structure.items():
+        rho = table[table["measure"] == "rho"].set_index("a")["value"]
+        shares = [f"{100 * rho[task]:.1f}" if task in rho else "-" for task in TASKS]
+        yield f"| {model} | {' | '.join(shares)} |"
+
+
+def compared(table: pd.DataFrame, measure: str, a: str, b: str) -> pd.Series:
+    """Returns the row of a structure table that compares two top sets."""
+    right = (table["measure"] == measure) & (table["a"] == a) & (table["b"] == b)
+    (index,) = table.index[right & (table["fraction"] == FRACTION)]
+    return table.loc[index]
+
+
+def sharing(structure: Tables) -> Iterator[str]:
+    """Yields a table of overlaps between tasks, and with the text model, by model."""
+    pairs = [("overlap", a, b) for a, b in combinations(TASKS, 2)]
+    pairs += [("kept", task, "predecessor") for task in TASKS]
+    yield f"| top {FRACTION:.0%} of the heads | {' | '.join(structure)} |"
+    yield "|" + "---|" * (len(structure) + 1)
+    for measure, a, b in pairs:
+        rows = [compared(table, measure, a, b) for table in structure.values()]
+        cells = [f"{row['value']:.2f} ({row['ceiling']:.2f})" for row in rows]
+        beside = "text of the text model" if measure == "kept" else TASKS[b]
+        yield f"| {TASKS[a]}, {beside} | {' | '.join(cells)} |"
+
+
+def text() -> str:
+    """Returns the comparison as the page shows it."""
+    accuracy, structure = tables("accuracy"), tables("structure")
+    seeing = {n: t for n, t in structure.items() if (t["measure"] == "overlap").any()}
+    shared = {
+        b: [compared(table, "overlap", "text", b)["value"] for table in seeing.values()]
+        for b in ("rendered_text", "image")
+    }
+    more = sum(a > b for a, b in zip(shared["rendered_text"], shared["image"], strict=True))
+    equal = sum(a == b for a, b in zip(shared["rendered_text"], shared["image"], strict=True))
+    (chance,) = {
+        round(compared(table, "overlap", "text", "image")["chance"], 2) for table in seeing.values()
+    }
+    lines = [
+        "Right answers in percent, by length of the prompt in tokens (the cards have intervals):",
+        "",
+        *answers(accuracy),
+        "",
+        "Percent of the heads that hold half of the positive retrieval score at 512 tokens:",
+        "",
+        *sparsity(structure),
+        "",
+        "Share of the strongest 5% of the heads that two tasks have in common, or that a task has "
+        "in common with text in the text model; in brackets the ceiling that random halves of the "
+        f"haystacks reach. Chance is {chance:.2f}.",
+        "",
+        *sharing(seeing),
+        "",
+        f"Text shares more of these heads with rendered text than with images in {more} of the "
+        f"{len(seeing)} models, and as many in {equal}. The models start from one text model, so "
+        "they are not independent of each other.",
+    ]
+    return "\n".join(lines)
+
+
+def with_comparison(page: str) -> str:
+    """Returns the text of the page with the comparison of today.
+
+    Raises:
+        ValueError: The page does not have both marks, each once.
+    """
+    pattern = re.compile(f"{re.escape(START)}\n.*?{re.escape(END)}", re.S)
+    changed, count = pattern.subn(lambda _: f"{START}\n\n{text()}\n\n{END}", page)
+    if count != 1:
+        raise ValueError(f"{PAGE.name} has {count} comparisons, expected one: {START}, {END}")
+    return changed
+
+
+def write() -> None:
+    """Write the comparison into the page, unless it is there already."""
+    before = PAGE.read_text(encoding="utf-8")
+    after = with_comparison(before)
+    if before != after:
+        PAGE.write_text(after, encoding="utf-8", newline="\n")
+
+
+if __name__ == "__main__":
+    write()
