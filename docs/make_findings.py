@@ -59,8 +59,9 @@ def ranking() -> str:
     *first, last = beside
     return (
         f"On {heads['n']:.0f} questions about {heads['documents']:.0f} real documents, the "
-        "attention of the strongest 5% of its heads, which were found on needles, puts a right page "
-        f"first for {heads['R@1']:.0%} of the questions [{heads['low']:.0%}, {heads['high']:.0%}]. "
+        "attention of the strongest 5% of its heads, which were found on needles, puts a right "
+        f"page first for {heads['R@1']:.0%} of the questions "
+        f"[{heads['low']:.0%}, {heads['high']:.0%}]. "
         f"On the same text, {', '.join(first).replace(' ', ' reaches ', 1)}, and {last} (corrected "
         "p of the paired difference in brackets)."
     )
