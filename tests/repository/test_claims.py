@@ -14,8 +14,11 @@ import pytest
 from mmheads import figures, paths
 
 CLAIMED = [*make_claims.FACTS]
-NAMES = (
-    r"Qwen3-VL|BM25|all-MiniLM-L6-v2|Gemma 3|L\d+H\d+|arXiv \d{4}\.\d{5}|Figs?\. \d+|Tables? \d+"
+NAMES = "|".join(
+    (
+        r"Qwen3-VL|Gemma 3|BM25|all-MiniLM-L6-v2|Recall@1",
+        r"L\d+H\d+|arXiv \d{4}\.\d{5}|Figs?\. \d+|Tables? \d+",
+    )
 )
 NUMBER_WORDS = "two three four five six seven eight nine ten eleven twelve twice thirds quarter"
 

@@ -28,7 +28,7 @@ PUBLISHED = {
     "B_fig9_datasets_live",
 }
 """Of published data sets: made with a folder `data` alone."""
-FIGURE = re.compile(r"`([ABX]_\w+_(?:released|live|gpu|paper))`")
+FIGURE = re.compile(r"`([ABX]_\w+_(?:released|live|real|gpu|paper))`")
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
