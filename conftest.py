@@ -70,7 +70,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if (config.option.nbval or config.option.nbval_lax) and config.option.dist == "no":
         copy = Path(tempfile.mkdtemp(prefix="mmheads-nbval-"))
         config.add_cleanup(lambda: shutil.rmtree(copy))
-        for name in ("benchmarks", "mmheads", "data", "figures", "notebooks"):
+        for name in ("benchmarks", "cluster", "mmheads", "data", "figures", "notebooks"):
             shutil.copytree(paths.ROOT / name, copy / name)
         os.environ["PYTHONPATH"] = str(copy)
         os.environ["MMHEADS_PUBLISHED"] = str(RELEASED or copy / "no-released-scores")
