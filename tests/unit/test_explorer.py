@@ -376,9 +376,8 @@ def test_a_click_shows_the_values_that_score_heads_gives(tiny, opened):
         weights = prompt.weights(prompt.evidence)
         for head in (scores.top(0.05).heads[0], scores.top(0.05).heads[-1], (0, 3)):
             index = head[0] * tiny.geometry.heads + head[1]
+            click(opened, f"#map td[data-index='{index}']")
             cell = opened.find_element("css selector", f"#map td[data-index='{index}']")
-            cell.click()
-            ready(opened)
             assert float(cell.get_attribute("data-value")) == pytest.approx(
                 float(scores.values[(number, *head)]), abs=1e-6
             )
