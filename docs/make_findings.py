@@ -59,11 +59,10 @@ def ranking() -> str:
     *first, last = beside
     return (
         f"On {heads['n']:.0f} questions about {heads['documents']:.0f} real documents, the "
-        "attention of the strongest 5% of its heads, which were found on needles, puts a right "
-        f"page first for {heads['R@1']:.0%} of the questions "
-        f"[{heads['low']:.0%}, {heads['high']:.0%}]. "
-        f"On the same text, {', '.join(first).replace(' ', ' reaches ', 1)}, and {last} (corrected "
-        "p of the paired difference in brackets)."
+        "attention of the strongest 5% of its heads, which were found on needles, ranks pages with "
+        f"a Recall@1 of {heads['R@1']:.0%} [{heads['low']:.0%}, {heads['high']:.0%}]. On the same "
+        f"text, {', '.join(first).replace(' ', ' reaches ', 1)}, and {last} (corrected p of the "
+        "paired difference in brackets)."
     )
 
 
