@@ -13,17 +13,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
 import time
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from cluster.real_model import parsed
 from mmheads import paths, store
 from mmheads.pdfs import Document, Page
 from mmheads.provenance import code_version, hash_json
-from mmheads.retrieval import DocumentIndex
+from mmheads.retrieval import NULL_QUESTION, DocumentIndex
 from mmheads.tasks.mmdocir import AnnotatedDocument, read_mmdocir
 
 if TYPE_CHECKING:
@@ -41,8 +41,6 @@ CHARACTERS = 1500
 """Of each page: the first ones of its text layer."""
 WINDOW = 8
 """Largest number of pages that share a forward pass."""
-NULL = "N/A"
-"""The question that asks nothing, whose attention is subtracted."""
 EMPTY = "(no text)"
 
 
@@ -80,21 +78,25 @@ def texts_of(document: Document) -> list[str]:
 def results(vlm: VLM) -> store.Results:
     """Returns what is kept and shipped of a model."""
     settings = {"characters": CHARACTERS, "window": WINDOW}
-    made = vlm.provenance("cluster.real_documents", NULL, code=code_version(MODULES), **settings)
+    made = vlm.provenance(
+        "cluster.real_documents", NULL_QUESTION, code=code_version(MODULES), **settings
+    )
     return store.open(KIND, made, version=VERSION)
 
 
-def key(texts: Sequence[str], question: str, page: int) -> str:
-    """Returns the key of a row: the attention from a question to a page, given all of them."""
-    return hash_json([hash_json(list(texts)), question, page])
+def keys(texts: Sequence[str], question: str) -> list[str]:
+    """Returns the keys of the rows of a question: its attention to each page, given all of them."""
+    pages = hash_json(list(texts))
+    return [hash_json([pages, question, page]) for page in range(len(texts))]
 
 
 def measure(vlm: VLM, kept: store.Results, document: AnnotatedDocument) -> None:
     """Keep the attention from each question of a document, and from the null question (-1)."""
     texts = texts_of(document)
-    asked = dict.fromkeys([NULL, *(question.text for question in document.questions)])
+    asked = dict.fromkeys([NULL_QUESTION, *(question.text for question in document.questions)])
+    named = {text: keys(texts, text) for text in asked}
     numbers = {text: number for number, text in enumerate(asked, -1)}
-    missing = [text for text in asked if key(texts, text, len(texts) - 1) not in kept]
+    missing = [text for text in asked if named[text][-1] not in kept]
     if not missing:
         return
     start = time.process_time()
@@ -103,9 +105,9 @@ def measure(vlm: VLM, kept: store.Results, document: AnnotatedDocument) -> None:
     shape = (vlm.geometry.layers, vlm.geometry.heads)
     for text in missing:
         masses = index.masses(text, calibrated=False)  # [head, page]
-        for page, mass in enumerate(masses.T.clip(0, 1)):
+        for page, (key, mass) in enumerate(zip(named[text], masses.T.clip(0, 1), strict=True)):
             about = {"document": document.name, "question": numbers[text], "page": page}
-            kept.add(key(texts, text, page), about | {"mass": mass.reshape(shape)})
+            kept.add(key, about | {"mass": mass.reshape(shape)})
     kept.save()
     asking, windows = time.process_time() - start - seconds, len(index.document.windows)
     print(
@@ -122,16 +124,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    named = os.environ.get("MMHEADS_REAL_LM", "")
-    parser.add_argument(
-        "model", nargs="?", default=named, metavar="MODEL", help="the file: MMHEADS_REAL_LM"
-    )
     parser.add_argument(
         "--pages", type=int, default=10_000, help="only documents of at most so many"
     )
-    options = parser.parse_args(arguments)
-    if not options.model:
-        parser.error("give the GGUF file, or name it by MMHEADS_REAL_LM")
+    options = parsed(parser, arguments)
     try:
         found = [each for each in documents() if len(each.pages) <= options.pages]
         vlm = load(options.model)

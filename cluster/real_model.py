@@ -187,6 +187,18 @@ def _say_right(table: pd.DataFrame) -> None:
     _say(f"\n{table.groupby('ablation')['score'].agg(['mean', 'size'])}")
 
 
+def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Returns the options of a command line, with the file of the model as `model`."""
+    named = os.environ.get("MMHEADS_REAL_LM", "")
+    parser.add_argument(
+        "model", nargs="?", default=named, metavar="MODEL", help="the file: MMHEADS_REAL_LM"
+    )
+    options = parser.parse_args(arguments)
+    if not options.model:
+        parser.error("give the GGUF file, or name it by MMHEADS_REAL_LM")
+    return options
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     from mmheads.models import load
@@ -195,14 +207,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    named = os.environ.get("MMHEADS_REAL_LM", "")
-    parser.add_argument(
-        "model", nargs="?", default=named, metavar="MODEL", help="the file: MMHEADS_REAL_LM"
-    )
     parser.add_argument("--only", nargs="+", choices=steps, default=steps, metavar="STEP")
-    options = parser.parse_args(arguments)
-    if not options.model:
-        parser.error("give the GGUF file, or name it by MMHEADS_REAL_LM")
+    options = parsed(parser, arguments)
     try:
         vlm = load(options.model)
         _say(f"{vlm} is loaded")

@@ -19,6 +19,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from cluster import real_documents as plan
+from cluster.real_model import MAIN
 from cluster.real_results import MODEL
 from mmheads import paths, retrieval, store
 from mmheads.controls import random_controls
@@ -32,8 +33,6 @@ from mmheads.tasks.mmdocir import AnnotatedDocument
 TABLE = store.SHIPPED / "real_ranking.csv"
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 1.0)
 """Of all heads, the strongest on needles."""
-MAIN = 0.05
-"""The share of the head list, named before any document was ranked."""
 DRAWS = 20
 """Random sets of heads."""
 RRF = 60
@@ -47,8 +46,8 @@ Masses = NDArray[np.float32]
 def measured(document: AnnotatedDocument, results: store.Results) -> list[tuple[Masses, Masses]]:
     """Returns calibrated and raw attention of each question; empty if one is missing."""
     texts = plan.texts_of(document)
-    asked = [plan.NULL, *(question.text for question in document.questions)]
-    keys = [[plan.key(texts, text, page) for page in range(len(texts))] for text in asked]
+    asked = [retrieval.NULL_QUESTION, *(question.text for question in document.questions)]
+    keys = [plan.keys(texts, text) for text in asked]
     if not all(key in results for of_question in keys for key in of_question):
         return []
     null, *own = (np.stack([results[key]["mass"] for key in row]) for row in keys)
@@ -66,13 +65,13 @@ class Rankings:
         self.masses = masses
         self.short = plan.beginnings(document)
         self.questions = [question.text for question in document.questions]
-        self.tokens = np.array([len(text) for text in plan.texts_of(document)])
+        self.characters = np.array([len(text) for text in plan.texts_of(document)])
 
     def by_heads(
         self, mask: NDArray[np.bool_], *, calibrated: bool = True, normalized: bool = False
     ) -> list[Order]:
         """Pages by the mean attention of some heads, [layer, head]."""
-        divisor = self.tokens if normalized else 1
+        divisor = self.characters if normalized else 1
         return [
             rank(pair[0 if calibrated else 1][:, mask].mean(axis=1) / divisor)
             for pair in self.masses

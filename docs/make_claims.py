@@ -12,6 +12,7 @@ import re
 import tomllib
 from pathlib import Path
 
+import pages
 import pandas as pd
 from figure_data import (
     TASKS,
@@ -434,10 +435,7 @@ def write() -> None:
     """Write the claims into the notebooks, where they are not there already."""
     for notebook in FACTS:
         path = notebook_path(notebook)
-        before = path.read_text(encoding="utf-8")
-        after = with_claim(before, text(notebook))
-        if before != after:
-            path.write_text(after, encoding="utf-8", newline="\n")
+        pages.write(path, with_claim(path.read_text(encoding="utf-8"), text(notebook)))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import nbformat
+import pages
 import pandas as pd
 
 from mmheads import figures, paths
@@ -440,9 +441,7 @@ def page() -> str:
 
 def write() -> None:
     """Write the page, unless it is there already."""
-    text = page()
-    if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != text:
-        PAGE.write_text(text, encoding="utf-8", newline="\n")
+    pages.write(PAGE, page())
 
 
 if __name__ == "__main__":

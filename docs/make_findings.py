@@ -3,8 +3,7 @@
 python docs/make_findings.py
 """
 
-import re
-
+import pages
 import pandas as pd
 from figure_data import TASKS, chance_levels, count, data, fixed_share, rows, settings, span
 
@@ -140,19 +139,12 @@ def with_findings(readme: str) -> str:
     Raises:
         ValueError: The README does not have both marks, each once.
     """
-    pattern = re.compile(f"{re.escape(START)}\n.*?{re.escape(END)}", re.S)
-    changed, count = pattern.subn(lambda _: f"{START}\n{text()}\n{END}", readme)
-    if count != 1:
-        raise ValueError(f"README.md has {count} blocks of findings, expected one: {START}, {END}")
-    return changed
+    return pages.with_part(readme, START, END, text(), "blocks of findings in README.md")
 
 
 def write() -> None:
     """Write the findings into the README, unless they are there already."""
-    before = README.read_text(encoding="utf-8")
-    after = with_findings(before)
-    if before != after:
-        README.write_text(after, encoding="utf-8", newline="\n")
+    pages.write(README, with_findings(README.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

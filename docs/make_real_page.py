@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pages
 import pandas as pd
+from figure_data import data
 
 from mmheads import paths
 
 PAGE = Path(__file__).with_name("real_model.md")
 NUMBERS = paths.DATA / "results" / "real_model.csv"
 RANKED = paths.DATA / "results" / "real_ranking.csv"
-WITH_TEXT = 42
-"""Documents at hand that hold text."""
 HEADS_SHOWN = 5
 WHOLE = "full model"
 
@@ -106,10 +106,9 @@ def answers_section() -> Iterator[str]:
 
 def ranking_section() -> Iterator[str]:
     """Yields the lines about rankings of real documents."""
-    methods = figure("A_table2_heads_real")
     yield "| method | Recall@1 (%) | Recall@3 | Recall@5 |"
     yield "|---|---|---|---|"
-    for row in methods:
+    for _, row in data("A_table2_heads_real").iterrows():
         low, high = 100 * row["low"], 100 * row["high"]
         yield (
             f"| {row['method']} | {100 * row['R@1']:.1f} [{low:.1f}, {high:.1f}] | "
@@ -118,7 +117,7 @@ def ranking_section() -> Iterator[str]:
     yield ""
     yield "| heads of the list, beside | points of Recall@1 | p (Holm) | least that is shown |"
     yield "|---|---|---|---|"
-    for row in figure("X_ranking_paired_real"):
+    for _, row in data("X_ranking_paired_real").iterrows():
         value, low, high = (100 * row[name] for name in ("value", "low", "high"))
         yield (
             f"| {row['against']} | {value:+.1f} [{low:+.1f}, {high:+.1f}] | "
@@ -129,22 +128,13 @@ def ranking_section() -> Iterator[str]:
 def about_documents() -> Row:
     """Returns how many documents and questions were ranked, and the sizes of the documents."""
     table = pd.read_csv(RANKED, encoding="utf-8").query("method == 'BM25'")
-    pages = table.drop_duplicates("document")["pages"]
+    sizes = table.drop_duplicates("document")["pages"]
     return {
-        "documents": len(pages),
+        "documents": len(sizes),
         "questions": len(table),
-        "least_pages": pages.min(),
-        "most_pages": pages.max(),
-        "left": WITH_TEXT - len(pages),
+        "least_pages": sizes.min(),
+        "most_pages": sizes.max(),
     }
-
-
-def figure(name: str) -> list[Row]:
-    """Returns the rows of a figure's data."""
-    found: list[Row] = pd.read_csv(paths.FIGURES / f"{name}.csv", encoding="utf-8").to_dict(
-        "records"
-    )
-    return found
 
 
 def fraction_of(row: Row) -> str:
@@ -223,7 +213,7 @@ The plan was cut to fit into that time:
 - no sets that leave out the selected heads, no bottom heads, no single heads, no decode-only
   ablation, no window heads, no loss on prose;
 - no answers to questions on real documents, and no text blocks as candidates;
-- the {left} longer documents with a text layer were not ranked.
+- the longer documents were not ranked.
 
 The results are shipped in `data/results`, and the numbers of this page
 are [one table](../data/results/real_model.csv). To run all of it again, which continues where it
@@ -265,9 +255,7 @@ def page() -> str:
 
 def write() -> None:
     """Write the page, unless it is there already."""
-    text = page()
-    if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != text:
-        PAGE.write_text(text, encoding="utf-8", newline="\n")
+    pages.write(PAGE, page())
 
 
 if __name__ == "__main__":

@@ -4,11 +4,11 @@ python docs/make_tiny_models.py
 """
 
 import json
-import re
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 
+import pages
 import pandas as pd
 
 from mmheads import figures, paths
@@ -118,19 +118,13 @@ def with_comparison(page: str) -> str:
     Raises:
         ValueError: The page does not have both marks, each once.
     """
-    pattern = re.compile(f"{re.escape(START)}\n.*?{re.escape(END)}", re.S)
-    changed, count = pattern.subn(lambda _: f"{START}\n\n{text()}\n\n{END}", page)
-    if count != 1:
-        raise ValueError(f"{PAGE.name} has {count} comparisons, expected one: {START}, {END}")
-    return changed
+    what = f"comparisons in {PAGE.name}"
+    return pages.with_part(page, START, END, f"\n{text()}\n", what)
 
 
 def write() -> None:
     """Write the comparison into the page, unless it is there already."""
-    before = PAGE.read_text(encoding="utf-8")
-    after = with_comparison(before)
-    if before != after:
-        PAGE.write_text(after, encoding="utf-8", newline="\n")
+    pages.write(PAGE, with_comparison(PAGE.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

@@ -392,7 +392,7 @@ def _llava(text: Qwen3ForCausalLM) -> LlavaOnevisionForConditionalGeneration:
 def _text_of(text: Qwen3ForCausalLM) -> dict[str, Any]:
     """The text model's own configuration, as a part of another."""
     settings = text.config.to_dict()
-    for name in ("architectures", "dtype", "transformers_version"):
+    for name in ("_name_or_path", "architectures", "dtype", "transformers_version"):
         settings.pop(name, None)
     return settings
 

@@ -228,6 +228,20 @@ def _long(name: str, sources: tuple[Source, ...], steps: int) -> Stage:
     )
 
 
+def _cells(sampler: Sampler) -> Stage:
+    """Only the vision tower, on pages and icons."""
+    return Stage(
+        name="what each cell shows",
+        sources=(Source(1, 1, sampler, "pixels"),),
+        steps=800,
+        rate=3e-3,
+        warm_up=30,
+        decay=True,
+        trains="vision",
+        restart=True,
+    )
+
+
 _WORD_STAGES = (
     Stage(
         name="pages as words, two layers more",
@@ -292,16 +306,7 @@ _VISION_STAGES = (
         trains="language",
         norm_rate=3.0,
     ),
-    Stage(
-        name="what each cell shows",
-        sources=(Source(1, 1, look(40, 64), "pixels"),),
-        steps=800,
-        rate=3e-3,
-        warm_up=30,
-        decay=True,
-        trains="vision",
-        restart=True,
-    ),
+    _cells(look(40, 64)),
     Stage(
         name="everything together",
         sources=_mixed((2, 3, 4, 6, 8, 12), 1800, share=0.75, show="pixels") + _WORDS_TOO,
@@ -349,21 +354,7 @@ def _at_any_length(family: Family, mix: Mapping[str, float], steps: int) -> Stag
     )
 
 
-def _cells_of(family: Family) -> Stage:
-    """Only the vision tower, on pages and icons of this family's size."""
-    return Stage(
-        name="what each cell shows",
-        sources=(Source(1, 1, look(32, 32, family), "pixels"),),
-        steps=800,
-        rate=3e-3,
-        warm_up=30,
-        decay=True,
-        trains="vision",
-        restart=True,
-    )
-
-
-_INTERNVL_STAGES = (_cells_of("internvl"), _at_any_length("internvl", _READ, 600))
+_INTERNVL_STAGES = (_cells(look(32, 32, "internvl")), _at_any_length("internvl", _READ, 600))
 """Positions have one dimension, so pages are known as words from the text model."""
 
 RECIPES = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -203,8 +203,8 @@ def attached(vlm: VLM, states: Mapping[int, _State]) -> Iterator[None]:
         raise ValueError(f"{vlm} {why}")
     compat.set_attention_name(vlm.model, config, _NAMES[stock])
     try:
-        # Without anything to do, no bit changes.
-        with _reached(vlm, states, _REGISTERED) as called, compat.every_row(states and vlm.decoder):
+        rows = compat.every_row(vlm.decoder) if states else nullcontext()  # else no bit changes
+        with _reached(vlm, states, _REGISTERED) as called, rows:
 
             def noted(state: _State, call: Call) -> torch.Tensor:
                 called.add(call.layer)

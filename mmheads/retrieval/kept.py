@@ -85,8 +85,7 @@ def rank_documents(
             ]
             missing = {key: heads for key, _, _, heads in asked if key not in results}
             if missing:
-                pages: list[Any] = list(example.context)
-                index = DocumentIndex(vlm, None, pages, window=window)
+                index = DocumentIndex(vlm, None, list[Any](example.context), window=window)
                 masses = _masses(index, example, calibrated, null_images)
                 row = {head: place for place, head in enumerate(index.heads)}
             for key, heads in missing.items():

@@ -312,10 +312,10 @@ class _Haystack:
         seed: What identifies it.
         asked: The question.
         is_page: [unit] bool, which are pages before there is room for the needle.
-        texts: Each unit as text.
-        sheets: Each unit as a page.
+        texts: The units as texts.
+        sheets: The same units as pages.
         slots: The needle's place among the records of its unit, by their number.
-        drawn: The parts that were asked for, by unit and whether it is a page.
+        drawn: Parts that were drawn before, by the number of the unit and whether it is a page.
     """
 
     seed: tuple[int, ...]

@@ -46,7 +46,7 @@ def test_the_kept_attention_is_that_of_an_index_and_is_not_computed_twice(vlm, r
     with real_documents.results(vlm) as kept:
         real_documents.measure(vlm, kept, one)
         pairs = real_ranking.measured(one, kept)
-        assert kept[real_documents.key(texts, ASKED[1], 5)]["question"] == 1
+        assert kept[real_documents.keys(texts, ASKED[1])[5]]["question"] == 1
     for text, (calibrated, raw) in zip(ASKED, pairs, strict=True):
         for found, expected in (
             (raw, index.masses(text, calibrated=False)),

@@ -554,6 +554,12 @@ def test_a_card_says_what_the_tables_beside_it_say(shipped):
     assert (folder / "README.md").read_text(encoding="utf-8") == card.text(folder, facts)
 
 
+def test_no_configuration_names_the_place_where_the_model_was_trained(shipped):
+    folder, _ = shipped
+    for path in folder.glob("*.json"):
+        assert "_name_or_path" not in path.read_text(encoding="utf-8"), path
+
+
 def test_a_shipped_model_generates_with_the_stock_class(shipped):
     folder, vlm = shipped
     config = json.loads((folder / "config.json").read_text())
