@@ -42,7 +42,7 @@ SHARES = (0.05, 0.1)
 """Shares of heads that are ablated."""
 SHARE_OF_RANDOM = 0.05
 """Share of the random sets, one for each of the first questions."""
-WITH_RANDOM = 20
+WITH_RANDOM = 12
 """Questions that are asked without a random set too."""
 
 

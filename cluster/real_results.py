@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,25 +44,42 @@ from mmheads.tasks.natural_needles import score
 MODEL = "qwen2.5-coder-0.5b-instruct-q4_k_m"
 """Name of the GGUF file, which identifies itself as Qwen2.5-Coder-0.5B-Instruct."""
 TABLE = store.SHIPPED / "real_model.csv"
+NOWHERE = paths.RUNS / "no-kept-results"
+"""A folder without kept results: only what is shipped is read."""
 DENSE, RANDOM = "retrieval score", "random, same layers"
 """What the dense heads are chosen by."""
 Row = dict[str, Any]
 
 
-def opened(run: figures.Run, model: str, folder: str | Path = "") -> tuple[HeadScores, figures.Run]:
+def opened(
+    run: figures.Run,
+    model: str,
+    folder: str | Path = "",
+    steps: Mapping[Callable[[Sequence[str]], int], Sequence[str]] | None = None,
+) -> tuple[HeadScores, figures.Run]:
     """Returns the scores of a pretrained text model, and a run whose figures name this model.
 
     Args:
         run: The run of a notebook.
-        model: Name of the model.
+        model: Name of the results; with the ending ".gguf", what is missing of them is computed
+            first where `MMHEADS_REAL_LM` names a file of this name.
         folder: Where scores are kept; empty: `runs/scores`.
+        steps: What is computed then beside the scores: commands, and the options of each.
+
+    Raises:
+        ValueError: There are no scores, or a step has failed.
     """
-    scores = load_needle_scores(model, tasks=[plan.TASK], folder=folder)
+    file = Path(os.environ.get("MMHEADS_REAL_LM", ""))
+    for command, options in ({plan.main: ["--only", "grid"]} | dict(steps or {})).items():
+        if file.name == model and command([str(file), *options]):
+            raise ValueError(f"{command.__module__} has failed; its message is above")
+    name = model.removesuffix(".gguf")
+    scores = load_needle_scores(name, tasks=[plan.TASK], folder=folder)
     of, lengths = scores.metadata, scores.metadata["length"].unique().tolist()
-    print(f"{model}: {scores.geometry}")
+    print(f"{name}: {scores.geometry}")
     print(f"{len(of)} prompts: {of['haystack'].nunique()} haystacks", end=" ")
     print(f"x {of['depth'].nunique()} depths at {lengths} tokens")
-    return scores, dataclasses.replace(run, models={model: scores.provenance.revision})
+    return scores, dataclasses.replace(run, models={name: scores.provenance.revision})
 
 
 def shipped_scores() -> dict[str, HeadScores]:
@@ -71,8 +89,7 @@ def shipped_scores() -> dict[str, HeadScores]:
         ValueError: None are shipped.
     """
     now = Provenance(code=code_version(scoring.MODULES), versions=library_versions())
-    nowhere = paths.RUNS / "no-kept-results"
-    known = store.known("scores", MODEL, version=scoring.VERSION, now=now, folder=nowhere)
+    known = store.known("scores", MODEL, version=scoring.VERSION, now=now, folder=NOWHERE)
     parts: dict[str, list[HeadScores]] = {}
     for results in known:
         notes = sorted(results.notes(), key=lambda note: int(note["about"]["length"]))
@@ -84,13 +101,17 @@ def shipped_scores() -> dict[str, HeadScores]:
     return {name: concatenate(each) for name, each in parts.items()}
 
 
-def _shipped(task: str) -> Iterator[Row]:
-    """Yields the shipped answers to the prompts of a task, with what was done as Python values."""
-    for path in sorted((store.SHIPPED / "answers").glob(f"{MODEL}-*.parquet")):
-        for row in read_table(path)[1].to_pylist():
+def _known(task: str, scores: HeadScores, folder: str | Path) -> Iterator[Row]:
+    """Yields the answers to the prompts of a task, with what was done as Python values."""
+    now = Provenance(code=code_version(answers.MODULES), versions=library_versions())
+    model = Path(scores.provenance.model).name
+    for results in store.known("answers", model, version=answers.VERSION, now=now, folder=folder):
+        for row in map(results.__getitem__, sorted(results)):
             if row["task"] == task:
                 heads = frozenset(map(tuple, json.loads(row["heads"])))
-                how = {"heads": heads, "haystack": json.loads(row["haystack"])}
+                whole = len(heads) == scores.geometry.size  # all dense
+                how = {"heads": frozenset() if whole else heads}
+                how |= {"haystack": json.loads(row["haystack"])}
                 yield row | how | {"mode": json.loads(row["settings"])[0]}
 
 
@@ -104,7 +125,9 @@ def _names(scores: HeadScores) -> dict[frozenset[Any], tuple[str, int]]:
     return names
 
 
-def shipped_answers(scores: HeadScores, *, dense: bool = False) -> pd.DataFrame:
+def shipped_answers(
+    scores: HeadScores, *, dense: bool = False, folder: str | Path = NOWHERE
+) -> pd.DataFrame:
     """Returns one row per shipped answer to a needle prompt.
 
     Its columns: `prompt`, the number of the haystack; `depth` of the needle; `ablation` and `draw`
@@ -113,9 +136,10 @@ def shipped_answers(scores: HeadScores, *, dense: bool = False) -> pd.DataFrame:
     Args:
         scores: Scores that the strongest heads are chosen by.
         dense: In place of answers without heads, those with only these heads dense.
+        folder: Where answers are kept, which are returned too; empty: `runs/answers`.
     """
     names, rows = _names(scores), []
-    for row in _shipped(plan.TASK):
+    for row in _known(plan.TASK, scores, folder):
         if row["heads"] and (row["mode"] == "stream") != dense:
             continue
         ablation, draw = names[row["heads"]]
@@ -133,31 +157,32 @@ def shipped_answers(scores: HeadScores, *, dense: bool = False) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def dense_answers(scores: HeadScores) -> pd.DataFrame:
+def dense_answers(scores: HeadScores, folder: str | Path = NOWHERE) -> pd.DataFrame:
     """Returns the answers with few dense heads as `mmheads.effects.effects` takes them.
 
     One row per answer and `share` of dense heads; the whole model's answers stand beside each
-    share. `haystack` is the prompt, `inside` whether its needle is inside the window.
+    share. `haystack` is the prompt, `inside` whether its needle is inside the window, `paired`
+    whether it was asked with random dense heads too.
     """
-    table = shipped_answers(scores, dense=True)
+    table = shipped_answers(scores, dense=True, folder=folder)
     table = table.assign(haystack=table["prompt"], inside=table["depth"] == 1)
     parts = []
     for share in streaming.SHARES:
         own = {plan.top_name(share): DENSE, plan.random_name(share): RANDOM}
         part = table[table["ablation"].isin([answers.FULL_MODEL, *own])].replace({"ablation": own})
-        complete = part.groupby("haystack")["ablation"].transform("nunique") == 1 + len(own)
-        parts.append(part[complete].assign(share=share))
+        kinds = part.groupby("haystack")["ablation"].transform("nunique")
+        parts.append(part[kinds > 1].assign(share=share, paired=kinds > 2))
     return pd.concat(parts, ignore_index=True)
 
 
-def question_answers(scores: HeadScores) -> pd.DataFrame:
+def question_answers(scores: HeadScores, folder: str | Path = NOWHERE) -> pd.DataFrame:
     """Returns one row per shipped answer to a question about a real document.
 
     Its columns: `document` and `question`, their numbers; `ablation`; `draw`; `score` by
     MMLongBench's rule; `answer`, `prediction` and `cpu_seconds`.
     """
     names, rows = _names(scores), []
-    for row in _shipped(questions.TASK):
+    for row in _known(questions.TASK, scores, folder):
         (ablation, draw), (document, question) = names[row["heads"]], row["haystack"]
         rows.append(
             {
@@ -213,26 +238,25 @@ def dense_rows(table: pd.DataFrame) -> Iterator[Row]:
     Args:
         table: What `dense_answers` returned.
     """
-    for inside, part in table.groupby("inside"):
+    for inside, part in table[table["ablation"] != RANDOM].groupby("inside"):
         where = "needle inside the window" if inside else "needle outside the window"
         for _, row in effects(part, ["share"]).iterrows():
-            about = f"{row['share']:.0%}, {row['ablation']}, {where}"
-            yield {"quantity": "right answers, dense heads", "about": about, **_estimate(row)}
-        for _, row in effects(part, ["share"], baseline=RANDOM).iterrows():
-            if row["ablation"] == DENSE:
-                more = {
-                    "value": row["change"],
-                    "low": row["change_low"],
-                    "high": row["change_high"],
-                }
-                about = f"{row['share']:.0%}, {where}"
-                more |= {"quantity": "points gained by dense heads", "about": about}
-                yield more | {"n": row["n"], "p": row["p"]}
+            yield _right(row, where)
+    beside = table[table["paired"] & ~table["inside"]]
+    for _, row in effects(beside, ["share"], baseline=RANDOM).iterrows():
+        if row["ablation"] == RANDOM:
+            yield _right(row, "needle outside the window")
+        elif row["ablation"] == DENSE:
+            change = {"value": row["change"], "low": row["change_low"], "high": row["change_high"]}
+            of = {"quantity": "points gained by dense heads", "about": f"{row['share']:.0%}"}
+            yield of | change | {"n": row["n"], "p": row["p"]}
 
 
-def _estimate(row: pd.Series[Any]) -> Row:
-    p = {} if row["ablation"] == answers.FULL_MODEL else {"p": row["p"]}
-    return {"value": row["score"], "low": row["low"], "high": row["high"], "n": row["n"]} | p
+def _right(row: pd.Series[Any], where: str) -> Row:
+    """A share of right answers, from a row of effects."""
+    about = f"{row['share']:.0%}, {row['ablation']}, {where}"
+    found: Row = {"quantity": "right answers, dense heads", "about": about, "value": row["score"]}
+    return found | {name: row[name] for name in ("low", "high", "n", "p")}
 
 
 def numbers() -> Iterator[Row]:

@@ -43,7 +43,7 @@ SHARES = plan.CONTROLLED
 """Shares of heads that are dense."""
 RANDOM_PROMPTS = 12
 """The first prompts, which are asked with random dense heads too."""
-LENGTHS = (512, 1024, 2048, 4096)
+LENGTHS = (512, 2048)
 """Tokens of the prompts whose prefill is timed."""
 REPEATS = 2
 TIMES = store.SHIPPED / "real_times.csv"

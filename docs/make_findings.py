@@ -36,8 +36,43 @@ def real() -> list[str]:
         f"tokens, {', and '.join(losses)}.",
         f"{share['value']:.1%} of its 336 heads hold half of the retrieval score, and two halves "
         f"of the needles share {halves['value']:.0f} of their {halves['n']:.0f} strongest.",
+        dense(by_name["right answers, dense heads"], by_name["points gained by dense heads"]),
+        documents(by_name),
         ranking(),
     ]
+
+
+def dense(right: pd.DataFrame, gained: pd.DataFrame) -> str:
+    """Returns what few dense heads keep of its answers."""
+    where = "needle outside the window"
+    few = []
+    for share in gained.index:
+        kept = right.loc[f"{share}, retrieval score, {where}"]
+        random = right.loc[f"{share}, random, same layers, {where}", "value"]
+        few.append(
+            f"{share} dense, {kept['value']:.0%} [{kept['low']:.0%}, {kept['high']:.0%}] of "
+            f"{kept['n']:.0f} answers are right (random dense heads of the same layers: "
+            f"{random:.0%}, {_p(gained.loc[share, 'p'])})"
+        )
+    return (
+        "Where all but a few heads see only the first 4 tokens and a window of 60, and the needle "
+        f"is outside the window: with the strongest {', and with the strongest '.join(few)}."
+    )
+
+
+def documents(by_name: dict[str, pd.DataFrame]) -> str:
+    """Returns what its answers to questions on real documents lose without its heads."""
+    score, lost = by_name["score on real questions"], by_name["lost on real questions"]
+    beside = by_name["lost to the selected heads on real questions"].iloc[0]
+    whole, top = score.loc["full model"], lost.loc["top 5%"]
+    return (
+        f"On {whole['n']:.0f} questions on real documents whose answer stands in the text, it "
+        f"scores {whole['value']:.0%} whole and {score.loc['top 5%', 'value']:.0%} without the "
+        f"strongest 5% of its heads (points lost: {100 * top['value']:.0f} "
+        f"[{100 * top['low']:.0f}, {100 * top['high']:.0f}], {_p(top['p'])}; "
+        f"{100 * beside['value']:.0f} more than without random heads of the same layers, "
+        f"{_p(beside['p'])}, n = {beside['n']:.0f})."
+    )
 
 
 def ranking() -> str:

@@ -121,9 +121,8 @@ def dense_section() -> Iterator[str]:
     yield ""
     gained = [
         f"{100 * row['value']:+.0f} points [{100 * row['low']:+.0f}, {100 * row['high']:+.0f}] at "
-        f"{row['about'].split(', ')[0]} (p = {p(row['p'])}, n = {row['n']:.0f})"
+        f"{row['about']} (p = {p(row['p'])}, n = {row['n']:.0f})"
         for row in rows("points gained by dense heads")
-        if row["about"].endswith("outside the window")
     ]
     yield (
         "With the needle outside the window, the strongest heads keep more answers than random "
