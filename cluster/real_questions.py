@@ -4,9 +4,9 @@ python -m cluster.real_questions [MODEL.gguf] [--questions N]
 
 The questions are those of MMDocIR whose answer stands in the text that the model reads: the
 beginnings of the gold page and of the pages before and after it. Heads and random sets are those of
-`cluster.real_model`, which were found on needles; each of the first questions is asked with another
-random set. Answers are kept in `runs` and shipped by `python -m cluster.ship`; what is interrupted
-goes on from there. The order of the questions is random, so that the first ones stand for all.
+`cluster.real_model`, which were found on needles; each question is asked with another random set.
+Answers are kept in `runs` and shipped by `python -m cluster.ship`; what is interrupted goes on from
+there. The order of the questions is random, so that the first ones stand for all.
 """
 
 from __future__ import annotations
@@ -43,9 +43,7 @@ NEW_TOKENS = 32
 SHARES = (0.05, 0.1)
 """Shares of heads that are ablated."""
 SHARE_OF_RANDOM = 0.05
-"""Share of the random sets, one for each of the first questions."""
-WITH_RANDOM = 12
-"""Questions that are asked without a random set too."""
+"""Share of the random sets, another one for each question."""
 
 
 def examples() -> list[Example]:
@@ -108,7 +106,7 @@ def answered(vlm: VLM, scores: HeadScores, asked: Sequence[Example]) -> Iterator
         yield answers.answer(
             vlm,
             [example],
-            top | ({name: drawn[number]} if number < WITH_RANDOM else {}),
+            top | {name: drawn[number]},
             max_new_tokens=NEW_TOKENS,
             metric=question_answer,
             progress=False,

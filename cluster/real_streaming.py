@@ -6,7 +6,7 @@ The prompts, heads and random sets are those of `cluster.real_model`. All other 
 first tokens and a window, in prefill and in decoding. Steps, in this order:
 
 - top: the strongest heads are dense.
-- random: for each prompt another random set of the same layers is dense.
+- random: for each prompt whose needle is outside the window, another random set is dense.
 - times: CPU time of a prefill of random tokens at the same setting.
 
 Answers are kept in `runs` and shipped by `python -m cluster.ship`; what is interrupted goes on from
@@ -41,8 +41,6 @@ SINKS, WINDOW = 4, 60
 """First and last tokens that all other heads see: an eighth of a prompt, as in notebook 07."""
 SHARES = plan.CONTROLLED
 """Shares of heads that are dense."""
-RANDOM_PROMPTS = 12
-"""The first prompts, which are asked with random dense heads too."""
 LENGTHS = (512, 2048)
 """Tokens of the prompts whose prefill is timed."""
 REPEATS = 2
@@ -122,7 +120,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 plan.say_right(answered(vlm, examples[first : first + 6], sets))
         if "random" in options.only:
             drawn = {share: plan.random_sets(scores.top(share)) for share in SHARES}
-            for number, example in enumerate(examples[:RANDOM_PROMPTS]):
+            for number, example in enumerate(examples):
+                if example.depth == 1:  # the needle is inside the window
+                    continue
                 sets = {plan.random_name(share): drawn[share][number] for share in SHARES}
                 plan.say_right(answered(vlm, [example], sets))
         if "times" in options.only:

@@ -120,7 +120,7 @@ def dense_section() -> Iterator[str]:
             yield f"| {name} | {where} | {percent(row)} | {row['n']:.0f} | {tested} |"
     yield ""
     gained = [
-        f"{100 * row['value']:+.0f} points [{100 * row['low']:+.0f}, {100 * row['high']:+.0f}] at "
+        f"{100 * row['value']:.0f} points [{100 * row['low']:.0f}, {100 * row['high']:.0f}] at "
         f"{row['about']} (p = {p(row['p'])}, n = {row['n']:.0f})"
         for row in rows("points gained by dense heads")
     ]
@@ -157,8 +157,8 @@ def questions_section() -> Iterator[str]:
     row = only("lost to the selected heads on real questions")
     yield ""
     yield (
-        f"On the same {row['n']:.0f} questions, the strongest heads cost {points(row)} points more "
-        f"than random ones (p = {p(row['p'])})."
+        f"On the {row['n']:.0f} questions with random sets, the strongest heads cost {points(row)} "
+        f"points more than random ones (p = {p(row['p'])})."
     )
 
 
@@ -266,10 +266,13 @@ since the machine had other work; it is not the time that a user waits on a quie
 {asked_questions} questions of MMDocIR, from {asked_documents} documents, asked with the beginnings
 (1,500 characters of the text layer) of the gold page and of the pages before and after it. Of all
 questions about one page, those were taken whose answer, of at least three characters, stands in the
-text of that page; their order is random. Answers have at most {new_tokens} tokens and are scored by
-MMLongBench's rule; the kind of the right answer (number, list, text), which the rule needs, is read
-off its form. Heads are ablated that were found on needles. Intervals are bootstrap intervals over
-documents, and p is that of sign flips of documents, without a correction for the number of rows.
+text of that page. Their order is random, and the first ones were asked, until the time was used up.
+The instruction is that of MMLongBench without its offer to say 'Not answerable': asked with it, the
+whole model gave this answer to the first two questions. Answers have at most {new_tokens} tokens
+and are scored by MMLongBench's rule; the kind of the right answer (number, list, text), which the
+rule needs, is read off its form. Heads are ablated that were found on needles. Intervals are
+bootstrap intervals over documents, and p is that of sign flips of documents, without a correction
+for the number of rows.
 
 {questions_table}
 
