@@ -377,7 +377,7 @@ def latency() -> Facts:
         "real_n": count(real["retrieval score"]["n"].iloc[0]),
         "real_whole": f"{real['full model']['score'].iloc[0]:.0%}",
         "real_random": listed(f"{value:.0%}" for value in real["random, same layers"]["score"]),
-        "real_speed": listed(f"{span(of, '.2f')} at {n:,} tokens" for n, of in prefills),
+        "real_speed": listed(f"{span(of, '.2f')} at {n:,.0f} tokens" for n, of in prefills),
         "length": count(made["length"]),
         "size": count(dense["heads"]),
         "heads": count(row(answers, task="text", ablation="full model", **share)["heads"]),
