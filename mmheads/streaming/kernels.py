@@ -5,7 +5,7 @@ Only tensors are known here; `streaming.heads` decides which heads these are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import product
 from typing import Any
@@ -86,14 +86,17 @@ def banded(
         )
         return
     begin = min(rows, sinks + window) if plain else 0  # until then, rows see all before them
-    if begin:
-        keys, values = (select_groups(t[:, :, :begin], key_groups) for t in (key, value))
+    for run, of_keys in _runs(pairs) if begin else ():
+        keys, values = (t[:, of_keys, :begin] for t in (key, value))
         for head in range(query.shape[2]):
-            queries = select_groups(query[:, :, head, :begin], query_groups)
-            output[:, query_groups, head, :begin] = causal(queries, keys, values, scale)
+            queries = query[:, run, head, :begin]
+            output[:, run, head, :begin] = causal(queries, keys, values, scale)
     end = begin
     if begin and query.device.type == "cpu" and not query.requires_grad and _FLASH is not None:
         end += (rows - begin) // TILE * TILE
+        near = torch.arange(window + TILE)
+        mask = query.new_zeros(TILE, len(near))
+        mask.masked_fill_(~visible(near[window:], near, 0, window), float("-inf"))
     for example, (group, key_group), head in product(
         range(len(query)), pairs if begin < end else (), range(query.shape[2])
     ):  # one head at a time, so that its tiles stay in the processor's cache
@@ -104,7 +107,7 @@ def banded(
             output[example, group, head, None],
             slice(begin, end),
             sinks,
-            window,
+            mask,
             scale,
         )
     if end < rows:
@@ -120,6 +123,16 @@ def banded(
             evicted,
             allowed,
         )
+
+
+def _runs(pairs: Sequence[tuple[int, int]]) -> Iterator[tuple[slice, slice]]:
+    """Consecutive groups of `banded`, so that no states are copied."""
+    first = 0
+    for last, (group, key_group) in enumerate(pairs, start=1):
+        if last == len(pairs) or pairs[last] != (group + 1, key_group + 1):
+            before = last - first - 1
+            yield slice(group - before, group + 1), slice(key_group - before, key_group + 1)
+            first = last
 
 
 def select_groups(states: torch.Tensor, groups: list[int]) -> torch.Tensor:
@@ -199,20 +212,18 @@ def _attend_in_tiles(
     output: torch.Tensor,
     rows: slice,
     sinks: int,
-    window: int,
+    mask: torch.Tensor,
     scale: float,
 ) -> None:
     """Fill rows of one head's output on a CPU; all tensors are [1, row, channel].
 
-    A tile of rows and the `window` keys before it are views, one call attends in all tiles under
-    one mask, and another one to the sinks. The window of the first row begins behind the sinks.
+    A tile of rows, and the window before it with its own keys, are views: one call attends in all
+    tiles under one mask [row, key], and another one to the sinks, which lie before all windows.
     """
-    begin, end = rows.start, rows.stop
-    count, near = (end - begin) // TILE, torch.arange(window + TILE)
-    mask = query.new_zeros(TILE, len(near))
-    mask.masked_fill_(~visible(near[window:], near, 0, window), float("-inf"))
+    begin, width = rows.start, mask.shape[1]
+    count = (rows.stop - begin) // TILE
     tiles = _windows(query, begin, count, TILE, TILE)
-    states = (_windows(t, begin - window, count, len(near), TILE) for t in (key, value))
+    states = (_windows(t, begin + TILE - width, count, width, TILE) for t in (key, value))
     attended, sums = _flash(tiles, *states, scale=scale, mask=mask)
     filled = _windows(output, begin, count, TILE, TILE)
     if not sinks:
