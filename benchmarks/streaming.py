@@ -232,6 +232,7 @@ def measure_prefill(
         table["limit"] = table["scope"].map(limits).where(table["variant"] != STOCK)
         table["limit_share"] = table["speed_up"] / table["limit"]
         table["kernel"] = [kernel_of(run) for run in variants.values()]
+        table.loc[table["variant"] == FLEX, "kernel"] = "flex_attention, compiled"  # has no name
         if peak is not None:
             peaks = {name: statistics.median(peak(length, name)) for name in FALLBACKS}
             of_model = table["scope"] == WHOLE_MODEL

@@ -54,7 +54,7 @@ def compare(
 def kernel_of(run: Callable[[], Any]) -> str:
     """Returns the operator that computes most of the attention in a call, as the profiler sees it.
 
-    What `torch.compile` makes is named after the operators that it has fused.
+    What `torch.compile` makes of an operator is not seen by its name.
     """
     with torch.profiler.profile() as seen:
         run()
