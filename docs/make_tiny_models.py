@@ -138,8 +138,8 @@ def text() -> str:
         *sharing(seeing),
         "",
         "Right answers in percent without the strongest heads of the task, and without as many "
-        "random heads of the same layers, at 512 tokens (30 prompts per task; for random heads, the "
-        "mean of 20 sets, each with one prompt per depth):",
+        "random heads of the same layers, at 512 tokens (30 prompts per task; for random heads, "
+        "the mean of 20 sets, each with one prompt per depth):",
         "",
         *losses(tables("ablation")),
         "",
