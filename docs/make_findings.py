@@ -131,8 +131,8 @@ def families(share: float) -> str:
         f"In {shown.sum()} of the {len(shown)} combinations of the four tasks with "
         f"{count(len(tables))} vision-language models that we train from one text model, the "
         f"strongest {share:.0%} of the heads, ablated at 512 tokens, leave a smaller share "
-        f"of right answers than each of 20 random sets of the same layers: {span(losses['top'], '.0%')} against "
-        f"{span(losses['random'], '.0%')} (means of the sets)."
+        f"of right answers than each of 20 random sets of the same layers: "
+        f"{span(losses['top'], '.0%')} against {span(losses['random'], '.0%')} (means of the sets)."
     )
 
 
