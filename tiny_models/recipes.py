@@ -368,7 +368,7 @@ _LLAVA_STAGES = (
         rate=1e-3,
         trains="language",
     ),
-    _cells_of("llava_onevision"),
+    _cells(look(32, 32, "llava_onevision")),
     _at_any_length("llava_onevision", _FEWER_ICONS, 400),
 )
 """An icon in a question takes 16 tokens, the last of which is its word; pages are as before."""
