@@ -5,7 +5,18 @@ python docs/make_findings.py
 
 import pages
 import pandas as pd
-from figure_data import TASKS, chance_levels, count, data, fixed_share, rows, settings, span
+from figure_data import (
+    TASKS,
+    chance_levels,
+    count,
+    data,
+    fixed_share,
+    listed,
+    rank_p_values,
+    rows,
+    settings,
+    span,
+)
 
 from mmheads import paths
 from mmheads.heads import head_count
@@ -96,7 +107,10 @@ def live() -> list[str]:
         f"{score['selected', task]:.0%} ({name}; chance {chance[task]:.0%})"
         for task, name in TASKS.items()
     )
-    control = "random, same layers"
+    control, p_rank = "same layers, none selected", rank_p_values()
+    (sets,) = set(rows("X_rank_among_random_live", ablation="random, same layers")["draws"])
+    extreme = listed(TASKS[task] for task in TASKS if p_rank[task] < 0.05)
+    ordinary = listed(TASKS[task] for task in TASKS if p_rank[task] >= 0.05)
     shared = rows(fig5, a="text").groupby("b")["overlap"].mean()
     heads = len(rows("B_fig9_heatmaps_live", task="text", score_kind="calibrated"))
     top, lengths = settings(fig5)["fraction"], rows(fig5, a="text")["length"].nunique()
@@ -106,8 +120,10 @@ def live() -> list[str]:
     return [
         f"Ablating the {ablated['heads'].max()} heads ({share:.0%}) with the highest calibrated "
         f"score for a task leaves {selected} of the answers right, with {ablated['n'].min()} "
-        f"prompts per task. Random heads of the same layers leave {score[control].min():.0%} or "
-        f"more (means of {draws[control].min()} sets).",
+        f"prompts per task. Other random heads of the same layers leave {score[control].min():.0%} "
+        f"or more (means of {draws[control].min()} sets). Among {sets} random sets of the same "
+        f"layers that may contain selected heads, the selected ones are among the most harmful in "
+        f"{extreme} (rank test, corrected p < 0.05), and not in {ordinary}.",
         f"Of the strongest {top:.0%} of the heads for text, {shared['rendered_text']:.0%} are "
         f"among the strongest for rendered text and {shared['image']:.0%} for images (mean of "
         f"{count(lengths)} lengths; chance {head_count(top, heads) / heads:.0%}). The order in "
