@@ -308,8 +308,7 @@ def test_other_needles_than_the_generated_are_another_condition(tiny, tmp_path):
 def test_too_few_published_haystacks_are_an_error_before_anything_runs(tmp_path):
     data = f"{fake_datasets.write_data(tmp_path / 'data', haystacks=42, lengths=[8192])}"
     small = {"data": data, "lengths": [8192], "length": 8192, "haystacks": 2}
-    small |= dict.fromkeys(("prompts", "further_prompts", "random_prompts", "few_prompts"), 12)
-    small |= {"detection_haystacks": 20, "long_length": 8192}
+    small |= {"prompts": 12, "detection_haystacks": 20, "long_length": 8192}
 
     def check(**parameters) -> None:
         rows = declared("05_ablations", **(small | parameters))
