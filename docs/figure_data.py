@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from mmheads import figures, paths
+from mmheads.statistics import holm
 
 TASKS = figures.TASK_NAMES
 _COUNTS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -80,6 +81,16 @@ def lost_to_chance() -> pd.Series:
     whole, chance = table.pop("full model"), chance_levels()
     lost = table.rsub(whole, axis=0).div(whole - chance, axis=0).clip(0, 1).mean()
     return lost.rename(float)
+
+
+def rank_p_values() -> pd.Series:
+    """Returns p of the selected heads' rank among random sets of the same layers, by task.
+
+    The largest p of the turns, after Holm's correction over the tasks.
+    """
+    turns = rows("X_rank_among_random_live", ablation="random, same layers")
+    largest = turns.groupby("task")["p"].max()
+    return pd.Series(holm(largest), largest.index)[[*TASKS]]
 
 
 def chance_levels() -> pd.Series:

@@ -9,13 +9,7 @@ import numpy as np
 import pandas as pd
 
 from mmheads.answers import FULL_MODEL
-from mmheads.statistics import (
-    bootstrap_interval,
-    draws_p_value,
-    exact_sign_test,
-    holm,
-    paired_difference,
-)
+from mmheads.statistics import bootstrap_interval, draws_p_value, exact_sign_test, holm
 
 
 def effects(
@@ -29,9 +23,10 @@ def effects(
     """What each ablation does to the score, paired with the full model: one row per comparison.
 
     The unit is a haystack: examples that differ only in the depth of their needle share it, and
-    draws are averaged, so that what is said of random sets is said of these draws. Intervals are
-    95% bootstrap intervals over haystacks; p is that of a sign-flip test, adjusted by Holm over
-    the comparisons of the table.
+    draws are averaged, so that what is said of random sets is said of these draws. An ablation
+    that was not made on all haystacks is compared on its own. Intervals are 95% bootstrap
+    intervals over haystacks; p is that of an exact sign test (of right and wrong answers,
+    McNemar's), adjusted by Holm over the comparisons of the table.
 
     Args:
         table: What `answer` returned.
@@ -52,8 +47,7 @@ def effects(
         units = group.groupby(["ablation", "haystack"], sort=False)["score"].mean()
         reference = units[baseline]
         for name in group["ablation"].unique():
-            values = units[name].loc[reference.index].to_numpy()
-            value = bootstrap_interval(values, seed=seed)
+            value = bootstrap_interval(units[name], seed=seed)
             part = group[group["ablation"] == name]
             row = dict(zip(by, cell, strict=True)) | {
                 "ablation": name,
@@ -65,12 +59,13 @@ def effects(
                 "n": value.n,
             }
             if name != baseline:
-                change = paired_difference(values, reference.to_numpy(), seed=seed)
+                pairs = pd.concat([units[name], reference], axis=1, join="inner").to_numpy().T
+                change = bootstrap_interval(pairs[0] - pairs[1], seed=seed)
                 row |= {
                     "change": change.value,
                     "change_low": change.low,
                     "change_high": change.high,
-                    "p": change.p,
+                    "p": exact_sign_test(*pairs),
                 }
             rows.append(row)
     result = pd.DataFrame(rows)
@@ -80,20 +75,6 @@ def effects(
         padded = np.concatenate([p, np.ones(max(0, family - len(p)))])
         result.loc[compared, "p_holm"] = holm(padded)[: len(p)]
     return result
-
-
-def exact_p_value(table: pd.DataFrame, ablation: str, *, baseline: str = FULL_MODEL) -> float:
-    """Exact two-sided p-value of an ablation against the baseline, paired over haystacks.
-
-    Of right and wrong answers it is that of McNemar's test; of other scores, of a sign test.
-
-    Args:
-        table: What `answer` returned.
-        ablation: Name of the ablation.
-        baseline: The ablation to compare with.
-    """
-    units = table.groupby(["ablation", "haystack"], sort=False)["score"].mean()
-    return exact_sign_test(units[ablation].loc[units[baseline].index], units[baseline])
 
 
 class AmongRandom(NamedTuple):

@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> Outcome:
     from mmheads.answers import answer
     from mmheads.attention import check_heads
     from mmheads.controls import random_controls
-    from mmheads.effects import against_random, effects, exact_p_value
+    from mmheads.effects import against_random, effects
     from mmheads.example_files import read_examples
     from mmheads.models import load
 
@@ -102,7 +102,8 @@ def run(options: argparse.Namespace) -> Outcome:
         with paths.write_whole(Path(options.out)) as path:
             table.to_csv(path, index=False)
     effect = effects(table.assign(examples="all"), ("examples",), seed=options.seed)
-    among, p = against_random(table, SELECTED, RANDOM), exact_p_value(table, SELECTED)
+    among = against_random(table, SELECTED, RANDOM)
+    p = float(effect.set_index("ablation").loc[SELECTED, "p"])
     data = {
         "model": vlm.model_id,
         "revision": vlm.revision,

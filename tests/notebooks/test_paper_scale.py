@@ -28,6 +28,8 @@ SMALL = {
     "detection_haystacks": 2,
     "prompts": 24,
     "draws": 2,
+    "few_draws": 2,
+    "resamples": 2,
     "fractions": [0.05],
     "cause_prompts": 2,
     "cause_length": 128,

@@ -189,7 +189,7 @@ def set_where(column, value, **where):
             "05_ablations",
             "X_selected_against_random_live",
             set_where("p_holm", 0.2, task="image", fraction=0.1),
-            "selected heads cost more than random ones",
+            "selected heads cost more than all others",
         ),
         (
             "05_ablations",
@@ -200,8 +200,8 @@ def set_where(column, value, **where):
         (
             "05_ablations",
             "X_cause_agreement_live",
-            set_where("spearman", 0.1, task="text", a="gradient"),
-            "gradients follow the effects better",
+            set_where("auroc", 0.1, task="text", a="score"),
+            "the score finds the heads that matter to text better",
         ),
         (
             "06_retrieval",

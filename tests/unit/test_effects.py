@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mmheads.effects import against_random, effects, exact_p_value
+from mmheads.effects import against_random, effects
 
 
 def test_effects_are_paired_over_haystacks():
@@ -46,7 +46,21 @@ def test_a_selection_is_tested_in_pairs_and_ranked_among_random_sets():
         for unit in range(10)
     ]
     table = pd.DataFrame(rows)
-    assert exact_p_value(table, "chosen") == pytest.approx(2 / 2**8)
+    effect = effects(table.assign(task="text", heads=3)).set_index("ablation")
+    assert effect.loc["chosen", "p"] == pytest.approx(2 / 2**8)
     among = against_random(table, "chosen", "random")
     assert (among.draws, among.as_low, among.mean) == (10, 2, pytest.approx(0.55))
     assert among.p == pytest.approx(2 * (2 + 1) / (10 + 1))
+
+
+def test_an_ablation_of_some_haystacks_is_compared_on_these():
+    rows = [
+        {"ablation": name, "draw": 0, "heads": 1, "task": "text", "haystack": f"{unit}"}
+        | {"score": float(name == "full model" and unit < 6)}
+        for name, units in (("full model", range(9)), ("some", range(2, 7)))
+        for unit in units
+    ]
+    full, some = effects(pd.DataFrame(rows)).to_dict("records")
+    assert (full["n"], full["score"]) == (9, pytest.approx(6 / 9))
+    assert (some["n"], some["score"], some["change"]) == (5, 0.0, pytest.approx(-4 / 5))
+    assert some["p"] == pytest.approx(2 / 2**4)  # the pair without a difference does not count
