@@ -6,6 +6,7 @@
     python -m benchmarks prefill                       dense heads and windows against stock
     python -m benchmarks decode --dense 0.125
     python -m benchmarks batches                       examples and ablations of a tiny model
+    python -m benchmarks                               all of them briefly, in about five minutes
 
 Variants take turns, so that a noisy machine disturbs all of them alike. A table gives medians with
 the fastest and the slowest run, and the ratio of each variant to the first.
@@ -17,15 +18,17 @@ import argparse
 import sys
 import tempfile
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 
 from benchmarks import batches, random_models, retrieval, scoring, streaming
 from benchmarks.random_models import QUESTION_TOKENS, SIZES, random_model, random_reader
-from benchmarks.timing import fresh_processes
+from benchmarks.timing import Peak, fresh_processes
 from mmheads import paths
 from mmheads.models import load
 
@@ -36,6 +39,14 @@ LENGTHS = {
     "decode": [1024, 4096, 16384],
     "batches": [128, 256, 512, 2048],
 }
+BRIEF = {
+    "scoring": [1024],
+    "retrieval": [8192],
+    "prefill": [512, 1024, 2048, 8192],
+    "decode": [4096],
+    "batches": [128, 512, 2048],
+}
+"""Lengths of all benchmarks in one run, which measures the memory of scoring alone."""
 STREAMING = ("prefill", "decode")
 SHORTEST = 4 * QUESTION_TOKENS
 
@@ -47,12 +58,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("what", choices=list(LENGTHS))
+    parser.add_argument("what", nargs="?", choices=list(LENGTHS), help="by default all, briefly")
     parser.add_argument("--size", choices=list(SIZES), help="of the model; default small, or wide")
     parser.add_argument("--lengths", type=int, nargs="+", default=[], help="in tokens")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs per variant")
+    parser.add_argument("--repeats", type=int, help="timed runs per variant; default 5, or 2")
+    parser.add_argument("--flex", action="store_true", help="prefill: compile FlexAttention too")
     parser.add_argument("--eager-up-to", type=int, default=4096, metavar="TOKENS")
     parser.add_argument("--dense", type=float, default=0.1, help="share of dense KV groups")
     parser.add_argument("--by", choices=["group", "head"], default="group", help="dense choice")
@@ -60,10 +72,23 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=512, help="last tokens that all heads see")
     parser.add_argument("--out", default="", help="also write the table to this CSV file")
     options = parser.parse_args(arguments)
-    options.lengths = options.lengths or LENGTHS[options.what]
-    options.size = SIZES[options.size or ("wide" if options.what in STREAMING else "small")]
+    options.brief = options.what is None
+    if options.brief and (options.lengths or options.out):
+        parser.error("--lengths and --out belong to one benchmark; name it")
+    if options.repeats is None:
+        options.repeats = 2 if options.brief else 5
     options.dtype = getattr(torch, options.dtype)
     return options
+
+
+def chosen(options: argparse.Namespace) -> Iterator[argparse.Namespace]:
+    """Yields the options of each benchmark that is to run."""
+    for what in LENGTHS if options.brief else [options.what]:
+        one = argparse.Namespace(**vars(options))
+        one.what = what
+        one.lengths = options.lengths or (BRIEF if options.brief else LENGTHS)[what]
+        one.size = SIZES[options.size or ("wide" if what in STREAMING else "small")]
+        yield one
 
 
 def check(options: argparse.Namespace) -> None:
@@ -131,7 +156,7 @@ def measure(options: argparse.Namespace) -> tuple[pd.DataFrame, pd.DataFrame]:
         return table, batches.show_batches(table)
     if options.what == "retrieval":
         vlm = random_reader(size, device, dtype)
-        with fresh_processes(retrieval.retrieval_peak, size, device, dtype) as peak:
+        with _memory(options, retrieval.retrieval_peak, size, device, dtype) as peak:
             table = retrieval.measure_retrieval(
                 vlm, options.lengths, repeats=options.repeats, peak=peak
             )
@@ -143,9 +168,17 @@ def measure(options: argparse.Namespace) -> tuple[pd.DataFrame, pd.DataFrame]:
         table = streaming.measure_decoding(vlm, options.lengths, dense, **settings)
         return table, streaming.show_decoding(table)
     given = (size, device, dtype, options.dense, options.by, options.sinks, options.window)
-    with fresh_processes(streaming.prefill_peak, *given) as peak:
+    settings["compiled"] = options.flex
+    with _memory(options, streaming.prefill_peak, *given) as peak:
         table = streaming.measure_prefill(vlm, options.lengths, dense, **settings, peak=peak)
     return table, streaming.show_prefill(table)
+
+
+def _memory(
+    options: argparse.Namespace, run: Callable[..., int], *settings: Any
+) -> AbstractContextManager[Peak | None]:
+    """What measures peak memory, see `fresh_processes`; nothing where all are measured briefly."""
+    return nullcontext() if options.brief else fresh_processes(run, *settings)
 
 
 def heading(table: pd.DataFrame) -> str:
@@ -169,17 +202,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code; an error is printed in one line."""
     options = parse(arguments)
     try:
-        check(options)
-        table, shown = measure(options)
-        if options.out:
-            with paths.write_whole(Path(options.out)) as path:
-                table.to_csv(path, index=False)
+        for one in chosen(options):
+            check(one)
+        for one in chosen(options):
+            table, shown = measure(one)
+            if one.out:
+                with paths.write_whole(Path(one.out)) as path:
+                    table.to_csv(path, index=False)
+            print(f"{one.what}: {heading(table)}")
+            print(shown.to_markdown(index=False, disable_numparse=True), end="\n\n", flush=True)
     except (ValueError, TypeError, OSError, MemoryError, RuntimeError) as error:
         message = str(error) or type(error).__name__
         print(f"python -m benchmarks: {message.splitlines()[0]}", file=sys.stderr)
         return 1
-    print(heading(table))
-    print(shown.to_markdown(index=False, disable_numparse=True))
     return 0
 
 

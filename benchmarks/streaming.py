@@ -20,6 +20,7 @@ from benchmarks.timing import (
     Peak,
     compare,
     conditions,
+    kernel_of,
     peak_bytes,
     show_megabytes,
     show_seconds,
@@ -27,15 +28,18 @@ from benchmarks.timing import (
 from mmheads import compat
 from mmheads.heads import Head, HeadSet, head_count
 from mmheads.models import VLM
-from mmheads.streaming import CompactLayer, Streaming, cache_bytes, stream
+from mmheads.streaming import CompactLayer, Streaming, cache_bytes, kernels, stream
 
 STOCK, STREAMED, FELL_BACK = "stock", "streaming", "streaming, dense when short"
+FLEX = "streaming, FlexAttention"
 COMPACT = "streaming, compact cache"
 STATIC, STREAMED_STATIC = "stock, static cache", "streaming, static cache"
 FALLBACKS = {STOCK: None, STREAMED: "", FELL_BACK: "dense"}
 """Variants of a prefill, and their fallback for short prompts."""
 WHOLE_MODEL, ATTENTION = "whole model", "attention"
 """What a prefill is timed of: all of the model, or the attention of one layer."""
+CALLED_TOKENS = 8192
+"""Tokens of one timed call of a layer's attention: short prompts attend several times."""
 STEPS = 8
 """Tokens decoded per measurement."""
 
@@ -142,6 +146,7 @@ def measure_prefill(
     window: int,
     repeats: int = 3,
     peak: Peak | None = None,
+    compiled: bool = False,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Returns the time of a prefill of random tokens, per length, scope and variant.
@@ -149,7 +154,8 @@ def measure_prefill(
     The scopes are the whole model and the attention of one layer; the whole model is also timed
     with the dense fallback for short prompts. All are timed in turn. The column `limit` is the
     speed-up that the number of operations allows: for one layer, with the dense heads of that
-    layer.
+    layer. `limit_share` is the part of it that is reached, and `kernel` the operator that most of
+    the attention ran in.
 
     Args:
         vlm: The model, on its fastest stock attention.
@@ -159,12 +165,18 @@ def measure_prefill(
         window: See `stream`.
         repeats: Number of timed turns.
         peak: See `fresh_processes`, called with a length and a variant; None measures no memory.
+        compiled: Whether to time FlexAttention too, compiled, for the attention of the KV groups
+            without a dense head; on a CPU this takes a C++ compiler and a minute.
         progress: Whether to show a progress bar.
     """
     tables = []
     layer = dense.layers[0] if len(dense) else 0
     module, geometry = vlm.attentions[layer], vlm.geometry
     channels = module.head_dim
+    width = geometry.heads // geometry.kv_groups
+    full = [head.head for head in dense if head.layer == layer]
+    of_full = [head // width for head in full]
+    narrow = [group for group in range(geometry.kv_groups) if group not in of_full]
     with stream(vlm, dense, sinks, window) as streaming:
         share = streaming.dense_head_share
     share_of_layer = float(dense.mask[layer].mean())
@@ -175,22 +187,42 @@ def measure_prefill(
             for heads in (geometry.heads, geometry.kv_groups, geometry.kv_groups)
         )
 
+        calls = max(1, CALLED_TOKENS // length)  # entering the context is no part of a layer
+
         @torch.no_grad()
-        def attend(fallback: str | None, states: tuple[torch.Tensor, ...] = states) -> None:
+        def attend(
+            fallback: str | None,
+            states: tuple[torch.Tensor, ...] = states,
+            calls: int = calls,
+        ) -> None:
             with _streamed(vlm, dense, sinks, window, fallback):
                 function = ALL_ATTENTION_FUNCTIONS[vlm.text_config._attn_implementation]
-                function(module, *states, None, scaling=module.scaling, dropout=0.0)
+                for _ in range(calls):
+                    function(module, *states, None, scaling=module.scaling, dropout=0.0)
+
+        @torch.no_grad()
+        def attend_compiled(states: tuple[torch.Tensor, ...] = states, calls: int = calls) -> None:
+            query, key, value = states
+            of_groups = query.unflatten(1, (-1, width))
+            settings = {"sinks": sinks, "window": window, "scale": module.scaling}
+            for _ in range(calls):
+                kernels.causal(query[:, full], key[:, of_full], value[:, of_full], module.scaling)
+                kernels.flex(of_groups[:, narrow], key[:, narrow], value[:, narrow], **settings)
 
         once = partial(_prefill_once, vlm, ids, dense, sinks, window)
         variants = {(WHOLE_MODEL, name): partial(once, FALLBACKS[name]) for name in FALLBACKS}
         variants |= {
             (ATTENTION, name): partial(attend, FALLBACKS[name]) for name in (STOCK, STREAMED)
         }
+        if compiled:
+            variants[ATTENTION, FLEX] = partial(attend_compiled, states)
         cases = list(variants)
         timed = {f"{case}": run for case, run in variants.items()}
         table = compare(timed, repeats=repeats, device=str(vlm.device))
         table.insert(0, "scope", [scope for scope, _ in cases])
         table["variant"] = [name for _, name in cases]
+        one_layer = table["scope"] == ATTENTION
+        table.loc[one_layer, ["seconds", "low", "high"]] /= calls
         first = table.groupby("scope", sort=False)["seconds"].transform("first")
         table["speed_up"] = first / table["seconds"]
         limits = {
@@ -198,6 +230,9 @@ def measure_prefill(
             ATTENTION: 1 / attention_share(length, share_of_layer, sinks, window),
         }
         table["limit"] = table["scope"].map(limits).where(table["variant"] != STOCK)
+        table["limit_share"] = table["speed_up"] / table["limit"]
+        table["kernel"] = [kernel_of(run) for run in variants.values()]
+        table.loc[table["variant"] == FLEX, "kernel"] = "flex_attention, compiled"  # has no name
         if peak is not None:
             peaks = {name: statistics.median(peak(length, name)) for name in FALLBACKS}
             of_model = table["scope"] == WHOLE_MODEL
@@ -314,6 +349,9 @@ def show_prefill(table: pd.DataFrame) -> pd.DataFrame:
             "limit": table["limit"].map("{:.2f}".format).replace("nan", ""),
         }
     )
+    if "limit_share" in table:  # recorded tables may be older
+        shown["of the limit"] = table["limit_share"].map("{:.0%}".format).replace("nan%", "")
+        shown["kernel"] = table["kernel"]
     if "peak_bytes" in table:
         shown["peak, MB"] = show_megabytes(table["peak_bytes"])
     return shown

@@ -51,6 +51,20 @@ def compare(
     return summary(seconds)
 
 
+def kernel_of(run: Callable[[], Any]) -> str:
+    """Returns the operator that computes most of the attention in a call, as the profiler sees it.
+
+    What `torch.compile` makes of an operator is not seen by its name.
+    """
+    with torch.profiler.profile() as seen:
+        run()
+    found = [event for event in seen.key_averages() if "attention" in event.key]
+    if not found:
+        return "other operators"
+    longest = max(found, key=lambda event: event.self_cpu_time_total + event.self_device_time_total)
+    return str(longest.key).removeprefix("aten::").lstrip("_")
+
+
 def summary(seconds: Mapping[str, Sequence[float]]) -> pd.DataFrame:
     """Returns the median, lowest and highest of each variant's seconds, one row per variant."""
     return pd.DataFrame(

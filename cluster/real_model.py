@@ -156,7 +156,7 @@ def answered(
         part["example"] = number
         parts.append(part)
         scores = part.groupby("ablation", sort=False)["score"].agg(["mean", "size"]).round(2)
-        _say(f"prompt {number}, {time.process_time() - start:.0f} s: {scores.T.to_dict()}")
+        say(f"prompt {number}, {time.process_time() - start:.0f} s: {scores.T.to_dict()}")
     return pd.concat(parts, ignore_index=True)
 
 
@@ -179,12 +179,14 @@ def ablation_of_random_sets(vlm: VLM, scores: HeadScores) -> Iterator[pd.DataFra
         yield answered(vlm, examples, chosen.__getitem__)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Print a line of the log, with the time of day and the CPU time."""
     print(f"{time.strftime('%H:%M:%S')} {time.process_time():6.0f} s CPU  {text}", flush=True)
 
 
-def _say_right(table: pd.DataFrame) -> None:
-    _say(f"\n{table.groupby('ablation')['score'].agg(['mean', 'size'])}")
+def say_right(table: pd.DataFrame) -> None:
+    """Print the share of right answers."""
+    say(f"\n{table.groupby('ablation')['score'].agg(['mean', 'size'])}")
 
 
 def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -211,24 +213,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parsed(parser, arguments)
     try:
         vlm = load(options.model)
-        _say(f"{vlm} is loaded")
+        say(f"{vlm} is loaded")
         scores = grid(vlm)
-        _say(f"{len(scores.values)} prompts are scored")
+        say(f"{len(scores.values)} prompts are scored")
         if "heads" in options.only:
             detection = found(vlm)
-            _say(f"heads {detection.heads}\n{detection.table.T}")
+            say(f"heads {detection.heads}\n{detection.table.T}")
             detection.heads.save(paths.HEADS / f"{vlm.model_id}.json")
         if "ablation" in options.only:
-            _say_right(ablation(vlm, scores, range(WITH_RANDOM)))
+            say_right(ablation(vlm, scores, range(WITH_RANDOM)))
         if "again" in options.only:
             repeated, listed = again(vlm), HeadSet.load(vlm.model_id)
             shared = len(repeated.heads & listed)
-            _say(f"{shared} of {len(listed)} heads are found again\n{repeated.table.T}")
+            say(f"{shared} of {len(listed)} heads are found again\n{repeated.table.T}")
         if "random" in options.only:
             for table in ablation_of_random_sets(vlm, scores):
-                _say_right(table)
+                say_right(table)
         if "more" in options.only:
-            _say_right(ablation(vlm, scores, range(WITH_RANDOM, PROMPTS)))
+            say_right(ablation(vlm, scores, range(WITH_RANDOM, PROMPTS)))
     except (ValueError, OSError) as error:
         print(f"cluster.real_model: {error}", file=sys.stderr)
         return 1

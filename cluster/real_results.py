@@ -8,9 +8,12 @@ page of the model in the documentation are written from this file.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,19 +22,64 @@ import scipy.stats
 from numpy.typing import NDArray
 
 from cluster import real_model as plan
-from mmheads import answers, paths, scoring, store
+from cluster import real_questions as questions
+from cluster import real_streaming as streaming
+from mmheads import answers, figures, paths, scoring, store
 from mmheads.detection import strong_heads
+from mmheads.effects import effects
 from mmheads.heads import HeadSet
+from mmheads.kept_scores import load_needle_scores
 from mmheads.provenance import Provenance, code_version, library_versions
 from mmheads.scores import HeadScores, concatenate
-from mmheads.statistics import Interval, bootstrap_interval, exact_sign_test
+from mmheads.statistics import (
+    Interval,
+    bootstrap_interval,
+    exact_sign_test,
+    paired_difference,
+)
 from mmheads.tables import read_table
+from mmheads.tasks.mmlongbench_docs import question_answer
 from mmheads.tasks.natural_needles import score
 
 MODEL = "qwen2.5-coder-0.5b-instruct-q4_k_m"
 """Name of the GGUF file, which identifies itself as Qwen2.5-Coder-0.5B-Instruct."""
 TABLE = store.SHIPPED / "real_model.csv"
+NOWHERE = paths.RUNS / "no-kept-results"
+"""A folder without kept results: only what is shipped is read."""
+DENSE, RANDOM = "retrieval score", "random, same layers"
+"""What the dense heads are chosen by."""
 Row = dict[str, Any]
+
+
+def opened(
+    run: figures.Run,
+    model: str,
+    folder: str | Path = "",
+    steps: Mapping[Callable[[Sequence[str]], int], Sequence[str]] | None = None,
+) -> tuple[HeadScores, figures.Run]:
+    """Returns the scores of a pretrained text model, and a run whose figures name this model.
+
+    Args:
+        run: The run of a notebook.
+        model: Name of the results; with the ending ".gguf", what is missing of them is computed
+            first where `MMHEADS_REAL_LM` names a file of this name.
+        folder: Where scores are kept; empty: `runs/scores`.
+        steps: What is computed then beside the scores: commands, and the options of each.
+
+    Raises:
+        ValueError: There are no scores, or a step has failed.
+    """
+    file = Path(os.environ.get("MMHEADS_REAL_LM", ""))
+    for command, options in ({plan.main: ["--only", "grid"]} | dict(steps or {})).items():
+        if file.name == model and command([str(file), *options]):
+            raise ValueError(f"{command.__module__} has failed; its message is above")
+    name = model.removesuffix(".gguf")
+    scores = load_needle_scores(name, tasks=[plan.TASK], folder=folder)
+    of, lengths = scores.metadata, scores.metadata["length"].unique().tolist()
+    print(f"{name}: {scores.geometry}")
+    print(f"{len(of)} prompts: {of['haystack'].nunique()} haystacks", end=" ")
+    print(f"x {of['depth'].nunique()} depths at {lengths} tokens")
+    return scores, dataclasses.replace(run, models={name: scores.provenance.revision})
 
 
 def shipped_scores() -> dict[str, HeadScores]:
@@ -41,8 +89,7 @@ def shipped_scores() -> dict[str, HeadScores]:
         ValueError: None are shipped.
     """
     now = Provenance(code=code_version(scoring.MODULES), versions=library_versions())
-    nowhere = paths.RUNS / "no-kept-results"
-    known = store.known("scores", MODEL, version=scoring.VERSION, now=now, folder=nowhere)
+    known = store.known("scores", MODEL, version=scoring.VERSION, now=now, folder=NOWHERE)
     parts: dict[str, list[HeadScores]] = {}
     for results in known:
         notes = sorted(results.notes(), key=lambda note: int(note["about"]["length"]))
@@ -54,36 +101,162 @@ def shipped_scores() -> dict[str, HeadScores]:
     return {name: concatenate(each) for name, each in parts.items()}
 
 
-def shipped_answers(scores: HeadScores) -> pd.DataFrame:
-    """Returns one row per shipped answer.
+def _known(task: str, scores: HeadScores, folder: str | Path) -> Iterator[Row]:
+    """Yields the answers to the prompts of a task, with what was done as Python values."""
+    now = Provenance(code=code_version(answers.MODULES), versions=library_versions())
+    model = Path(scores.provenance.model).name
+    for results in store.known("answers", model, version=answers.VERSION, now=now, folder=folder):
+        for row in map(results.__getitem__, sorted(results)):
+            if row["task"] == task:
+                heads = frozenset(map(tuple, json.loads(row["heads"])))
+                whole = len(heads) == scores.geometry.size  # all dense
+                how = {"heads": frozenset() if whole else heads}
+                how |= {"haystack": json.loads(row["haystack"])}
+                yield row | how | {"mode": json.loads(row["settings"])[0]}
 
-    Its columns: `prompt`, the number of the haystack; `ablation` and `draw` of a random set;
-    `heads`, how many are ablated; `score`, 1 for a right answer; `cpu_seconds`.
 
-    Args:
-        scores: Scores that the strongest heads are chosen by.
-    """
+def _names(scores: HeadScores) -> dict[frozenset[Any], tuple[str, int]]:
+    """Name and draw of each set of heads that answers were asked without."""
     names: dict[frozenset[Any], tuple[str, int]] = {frozenset(): (answers.FULL_MODEL, 0)}
     names |= {frozenset(s): (name, 0) for name, s in plan.selections(scores).items()}
     for fraction in plan.CONTROLLED:
         for draw, each in enumerate(plan.random_sets(scores.top(fraction))):
             names.setdefault(frozenset(each), (plan.random_name(fraction), draw))
-    rows = []
-    for path in sorted((store.SHIPPED / "answers").glob(f"{MODEL}-*.parquet")):
-        for row in read_table(path)[1].to_pylist():
-            ablated = frozenset(map(tuple, json.loads(row["heads"])))
-            ablation, draw = names[ablated]
-            rows.append(
-                {
-                    "prompt": json.loads(row["haystack"])[2],
-                    "ablation": ablation,
-                    "draw": draw,
-                    "heads": len(ablated),
-                    "score": score(row["prediction"], row["answer"]),
-                    "cpu_seconds": row["cpu_seconds"],
-                }
-            )
+    return names
+
+
+def shipped_answers(
+    scores: HeadScores, *, dense: bool = False, folder: str | Path = NOWHERE
+) -> pd.DataFrame:
+    """Returns one row per shipped answer to a needle prompt.
+
+    Its columns: `prompt`, the number of the haystack; `depth` of the needle; `ablation` and `draw`
+    of a random set; `heads`, how many were chosen; `score`, 1 for a right answer; `cpu_seconds`.
+
+    Args:
+        scores: Scores that the strongest heads are chosen by.
+        dense: In place of answers without heads, those with only these heads dense.
+        folder: Where answers are kept, which are returned too; empty: `runs/answers`.
+    """
+    names, rows = _names(scores), []
+    for row in _known(plan.TASK, scores, folder):
+        if row["heads"] and (row["mode"] == "stream") != dense:
+            continue
+        ablation, draw = names[row["heads"]]
+        rows.append(
+            {
+                "prompt": row["haystack"][2],
+                "depth": row["depth"],
+                "ablation": ablation,
+                "draw": draw,
+                "heads": len(row["heads"]),
+                "score": score(row["prediction"], row["answer"]),
+                "cpu_seconds": row["cpu_seconds"],
+            }
+        )
     return pd.DataFrame(rows)
+
+
+def dense_answers(scores: HeadScores, folder: str | Path = NOWHERE) -> pd.DataFrame:
+    """Returns the answers with few dense heads as `mmheads.effects.effects` takes them.
+
+    One row per answer and `share` of dense heads; the whole model's answers stand beside each
+    share. `haystack` is the prompt, `inside` whether its needle is inside the window, `paired`
+    whether it was asked with random dense heads too.
+    """
+    table = shipped_answers(scores, dense=True, folder=folder)
+    table = table.assign(haystack=table["prompt"], inside=table["depth"] == 1)
+    parts = []
+    for share in streaming.SHARES:
+        own = {plan.top_name(share): DENSE, plan.random_name(share): RANDOM}
+        part = table[table["ablation"].isin([answers.FULL_MODEL, *own])].replace({"ablation": own})
+        kinds = part.groupby("haystack")["ablation"].transform("nunique")
+        parts.append(part[kinds > 1].assign(share=share, paired=kinds > 2))
+    return pd.concat(parts, ignore_index=True)
+
+
+def question_answers(scores: HeadScores, folder: str | Path = NOWHERE) -> pd.DataFrame:
+    """Returns one row per shipped answer to a question about a real document.
+
+    Its columns: `document` and `question`, their numbers; `ablation`; `draw`; `score` by
+    MMLongBench's rule; `answer`, `prediction` and `cpu_seconds`.
+    """
+    names, rows = _names(scores), []
+    for row in _known(questions.TASK, scores, folder):
+        (ablation, draw), (document, question) = names[row["heads"]], row["haystack"]
+        rows.append(
+            {
+                "document": document,
+                "question": question,
+                "ablation": ablation,
+                "draw": draw,
+                "score": question_answer(row["prediction"], row["answer"]),
+                **{name: row[name] for name in ("answer", "prediction", "cpu_seconds")},
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def question_rows(table: pd.DataFrame) -> Iterator[Row]:
+    """Yields the mean score of each ablation, and what it loses; documents are the units.
+
+    Args:
+        table: What `question_answers` returned.
+    """
+    by_question = table.pivot_table(
+        index=["document", "question"], columns="ablation", values="score"
+    )
+    whole = by_question[answers.FULL_MODEL]
+    names = [plan.top_name(share) for share in questions.SHARES]
+    names.append(plan.random_name(questions.SHARE_OF_RANDOM))
+    documents = table["document"].nunique()
+    yield {"quantity": "documents of real questions", "about": "all", "value": documents}
+    yield {"quantity": "tokens of an answer", "about": "longest", "value": questions.NEW_TOKENS}
+    for name in (answers.FULL_MODEL, *names):
+        yield _of_documents("score on real questions", name, by_question[name])
+    for name in names:
+        yield _of_documents("lost on real questions", name, whole - by_question[name])
+    selected = by_question[plan.top_name(questions.SHARE_OF_RANDOM)]
+    lost = by_question[names[-1]] - selected
+    yield _of_documents("lost to the selected heads on real questions", names[-1], lost)
+
+
+def _of_documents(quantity: str, about: str, values: pd.Series[Any]) -> Row:
+    """A mean over questions, its interval over documents, and p of sign flips of differences."""
+    values = values.dropna()
+    sums = values.groupby("document").agg(["sum", "size"]).to_numpy(dtype=float)
+    interval = bootstrap_interval(sums, lambda v: v[:, 0].sum() / v[:, 1].sum(), seed=0)
+    row = {"quantity": quantity, "about": about, **interval._asdict(), "n": len(values)}
+    if quantity.startswith("lost"):
+        row["p"] = paired_difference(sums[:, 0], np.zeros(len(sums)), seed=0).p
+    return row
+
+
+def dense_rows(table: pd.DataFrame) -> Iterator[Row]:
+    """Yields right answers with few dense heads, and how many more than with random ones.
+
+    Args:
+        table: What `dense_answers` returned.
+    """
+    for inside, part in table[table["ablation"] != RANDOM].groupby("inside"):
+        where = "needle inside the window" if inside else "needle outside the window"
+        for _, row in effects(part, ["share"]).iterrows():
+            yield _right(row, where)
+    beside = table[table["paired"] & ~table["inside"]]
+    for _, row in effects(beside, ["share"], baseline=RANDOM).iterrows():
+        if row["ablation"] == RANDOM:
+            yield _right(row, "needle outside the window")
+        elif row["ablation"] == DENSE:
+            change = {"value": row["change"], "low": row["change_low"], "high": row["change_high"]}
+            of = {"quantity": "points gained by dense heads", "about": f"{row['share']:.0%}"}
+            yield of | change | {"n": row["n"], "p": row["p"]}
+
+
+def _right(row: pd.Series[Any], where: str) -> Row:
+    """A share of right answers, from a row of effects."""
+    about = f"{row['share']:.0%}, {row['ablation']}, {where}"
+    found: Row = {"quantity": "right answers, dense heads", "about": about, "value": row["score"]}
+    return found | {name: row[name] for name in ("low", "high", "n", "p")}
 
 
 def numbers() -> Iterator[Row]:
@@ -97,6 +270,8 @@ def numbers() -> Iterator[Row]:
             yield from _found_again(name, strong_heads(others), listed, others)
     table = shipped_answers(scores)
     yield from answer_rows(table)
+    yield from dense_rows(dense_answers(scores))
+    yield from question_rows(question_answers(scores))
     for kind in ("scores", "answers", "masses"):
         yield {"quantity": "CPU minutes", "about": kind, "value": _seconds(kind) / 60}
 

@@ -363,8 +363,21 @@ def latency() -> Facts:
         int(re.search(pattern, about[column])[1])
         for pattern, column in ((r"(\d+) layers", "model"), (r"(\d+) of \d+ CPU", "machine"))
     )
-    n = dense["n"]
+    n, both = dense["n"], "B_fig7_latency_real"
+    real = {
+        name: rows(both, of="answers", ablation=name).sort_values("share")
+        for name in ("retrieval score", "random, same layers", "full model")
+    }
+    for few, random_few in zip(*(real[name]["score"] for name in list(real)[:2]), strict=True):
+        expect(few > random_few + 0.2, "dense heads keep more of the pretrained model's answers")
+    prefills = rows(both, of="prefill").query("dense_heads < 1").groupby("tokens")["speed_up"]
     return {
+        "real_shares": listed(f"{share:.0%}" for share in real["retrieval score"]["share"]),
+        "real_kept": listed(f"{value:.0%}" for value in real["retrieval score"]["score"]),
+        "real_n": count(real["retrieval score"]["n"].iloc[0]),
+        "real_whole": f"{real['full model']['score'].iloc[0]:.0%}",
+        "real_random": listed(f"{value:.0%}" for value in real["random, same layers"]["score"]),
+        "real_speed": listed(f"{span(of, '.2f')} at {n:,.0f} tokens" for n, of in prefills),
         "length": count(made["length"]),
         "size": count(dense["heads"]),
         "heads": count(row(answers, task="text", ablation="full model", **share)["heads"]),

@@ -16,6 +16,7 @@ from mmheads import paths
 PAGE = Path(__file__).with_name("real_model.md")
 NUMBERS = paths.DATA / "results" / "real_model.csv"
 RANKED = paths.DATA / "results" / "real_ranking.csv"
+TIMES = paths.DATA / "results" / "real_times.csv"
 HEADS_SHOWN = 5
 WHOLE = "full model"
 
@@ -104,6 +105,69 @@ def answers_section() -> Iterator[str]:
         )
 
 
+def dense_section() -> Iterator[str]:
+    """Yields the lines about answers with few dense heads."""
+    yield "| dense heads | needle | right answers | n | p against the whole model |"
+    yield "|---|---|---|---|---|"
+    for row in rows("right answers, dense heads"):
+        share, *heads, where = row["about"].split(", ")
+        name = {WHOLE: "all", "retrieval score": f"top {share}"}.get(
+            heads[0], f"random {share}, same layers"
+        )
+        if name != "all" or share == "5%":
+            tested = p(row["p"]) if row["p"] == row["p"] else "-"
+            where = where.removeprefix("needle ")
+            yield f"| {name} | {where} | {percent(row)} | {row['n']:.0f} | {tested} |"
+    yield ""
+    gained = [
+        f"{100 * row['value']:.0f} points [{100 * row['low']:.0f}, {100 * row['high']:.0f}] at "
+        f"{row['about']} (p = {p(row['p'])}, n = {row['n']:.0f})"
+        for row in rows("points gained by dense heads")
+    ]
+    yield (
+        "With the needle outside the window, the strongest heads keep more answers than random "
+        f"ones by {' and '.join(gained)}."
+    )
+
+
+def times_section() -> Iterator[str]:
+    """Yields the lines about the times of a prefill."""
+    table = pd.read_csv(TIMES, encoding="utf-8")
+    yield "| tokens | dense heads | CPU seconds | speed-up | allowed by the operations |"
+    yield "|---|---|---|---|---|"
+    for _, row in table.iterrows():
+        yield (
+            f"| {row['tokens']:,} | {row['dense_heads']:.0%} | {row['seconds']:.1f} "
+            f"[{row['low']:.1f}, {row['high']:.1f}] | {row['speed_up']:.2f} | {row['limit']:.2f} |"
+        )
+    yield ""
+    yield f"{table['runs'].iloc[0]} runs of each in turn; {table['machine'].iloc[0]}, float32."
+
+
+def questions_section() -> Iterator[str]:
+    """Yields the lines about questions on real documents."""
+    yield "| heads ablated | mean score (%) | questions | points lost | p |"
+    yield "|---|---|---|---|---|"
+    losses = {row["about"]: row for row in rows("lost on real questions")}
+    for row in rows("score on real questions"):
+        lost, name = losses.get(row["about"]), row["about"]
+        cells = ["none" if name == WHOLE else name, percent(row), f"{row['n']:.0f}"]
+        cells += [points(lost), p(lost["p"])] if lost else ["-", "-"]
+        yield f"| {' | '.join(cells)} |"
+    row = only("lost to the selected heads on real questions")
+    yield ""
+    yield (
+        f"On the {row['n']:.0f} questions with random sets, the strongest heads cost {points(row)} "
+        f"points more than random ones (p = {p(row['p'])})."
+    )
+
+
+def points(row: Row) -> str:
+    """A difference of shares with its interval, in points: "+12 [+3, +21]"."""
+    value, low, high = (f"{100 * row[name]:+.0f}" for name in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
 def ranking_section() -> Iterator[str]:
     """Yields the lines about rankings of real documents."""
     yield "| method | Recall@1 (%) | Recall@3 | Recall@5 |"
@@ -183,6 +247,35 @@ Wilson's, and p is that of McNemar's exact test, without a correction for the nu
 
 {answers}
 
+## What few dense heads keep, and what they cost
+
+The same prompts, with only a few *dense heads* that see everything; all others see the first 4
+tokens and a window of 60, an eighth of the prompt, in prefill and decoding. A needle at the last
+depth is inside the window, so that no head has to fetch it. Each prompt with random dense heads has
+a set of its own. Intervals are bootstrap intervals over prompts, and p is that of sign flips.
+
+{dense}
+
+The prefill of this model at the same setting, on random tokens. CPU time of one thread was taken,
+since the machine had other work; it is not the time that a user waits on a quiet machine.
+
+{times}
+
+## What answers on real documents lose without the heads
+
+{asked_questions} questions of MMDocIR, from {asked_documents} documents, asked with the beginnings
+(1,500 characters of the text layer) of the gold page and of the pages before and after it. Of all
+questions about one page, those were taken whose answer, of at least three characters, stands in the
+text of that page. Their order is random, and the first ones were asked, until the time was used up.
+The instruction is that of MMLongBench without its offer to say 'Not answerable': asked with it, the
+whole model gave this answer to the first two questions. Answers have at most {new_tokens} tokens
+and are scored by MMLongBench's rule; the kind of the right answer (number, list, text), which the
+rule needs, is read off its form. Heads are ablated that were found on needles. Intervals are
+bootstrap intervals over documents, and p is that of sign flips of documents, without a correction
+for the number of rows.
+
+{questions_table}
+
 ## How its heads rank the pages of real documents
 
 The heads of the list, which were found on needles, rank the pages of {documents} documents of
@@ -211,8 +304,9 @@ The plan was cut to fit into that time:
 - {prompts} test prompts in place of 48; random sets were ablated for {asked} answers in place of
   1,200;
 - no sets that leave out the selected heads, no bottom heads, no single heads, no decode-only
-  ablation, no window heads, no loss on prose;
-- no answers to questions on real documents, and no text blocks as candidates;
+  ablation, no loss on prose;
+- {asked_questions} questions on real documents in place of about 100, with few random sets, and no
+  text blocks as candidates;
 - the longer documents were not ranked.
 
 The results are shipped in `data/results`, and the numbers of this page
@@ -222,6 +316,8 @@ was interrupted:
 ```sh
 export MMHEADS_REAL_LM={model}.gguf
 python -m cluster.real_model
+python -m cluster.real_streaming
+python -m cluster.real_questions
 python -m cluster.ship {model} --machine "2 CPU cores"
 python -m cluster.real_results
 python -m cluster.real_documents
@@ -249,6 +345,12 @@ def page() -> str:
         ranking_minutes=only("CPU minutes", "masses")["value"],
         asked=f"{sum(row['value'] for row in asked):.0f}",
         ranking="\n".join(ranking_section()),
+        dense="\n".join(dense_section()),
+        times="\n".join(times_section()),
+        questions_table="\n".join(questions_section()),
+        asked_questions=f"{only('score on real questions', WHOLE)['n']:.0f}",
+        asked_documents=f"{only('documents of real questions')['value']:.0f}",
+        new_tokens=f"{only('tokens of an answer')['value']:.0f}",
         **about_documents(),
     )
 

@@ -77,6 +77,38 @@ def sharing(structure: Tables) -> Iterator[str]:
         yield f"| {TASKS[a]}, {beside} | {' | '.join(cells)} |"
 
 
+def ablated(ablation: Tables, fraction: float) -> pd.DataFrame:
+    """Returns right answers by model and task, as shares, without heads that make up a fraction.
+
+    Of the random sets of the same layers, the columns "random" and "worst random" have the mean and
+    the least.
+    """
+    rows = pd.concat([table.assign(model=model) for model, table in ablation.items()])
+    rows["share"] = rows["right"] / rows["n"]
+    rows = rows[rows["fraction"] == fraction]
+    by = rows.groupby(["model", "task", "ablation"], sort=False)["share"]
+    shares = by.mean().unstack("ablation")
+    return shares.assign(**{"worst random": by.min().unstack("ablation")["random"]})
+
+
+def losses(ablation: Tables) -> Iterator[str]:
+    """Yields a table of right answers without the strongest and without random heads."""
+    fractions = sorted({f for table in ablation.values() for f in table["fraction"]})
+    names = [f"{kind} {f:.0%}" for f in fractions for kind in ("strongest", "random")]
+    yield f"| model | task | whole model | {' | '.join(names)} |"
+    yield "|" + "---|" * (len(names) + 3)
+    columns = {f: ablated(ablation, f) for f in fractions}
+    for model, table in ablation.items():
+        for task in table["task"].unique():
+            rows = [columns[f].loc[model, task] for f in fractions]
+            shares = [
+                rows[0]["full model"],
+                *(row[kind] for row in rows for kind in ("top", "random")),
+            ]
+            cells = " | ".join(f"{100 * share:.0f}" for share in shares)
+            yield f"| {model} | {TASKS[task]} | {cells} |"
+
+
 def text() -> str:
     """Returns the comparison as the page shows it."""
     accuracy, structure = tables("accuracy"), tables("structure")
@@ -104,6 +136,12 @@ def text() -> str:
         f"haystacks reach. Chance is {chance:.2f}.",
         "",
         *sharing(seeing),
+        "",
+        "Right answers in percent without the strongest heads of the task, and without as many "
+        "random heads of the same layers, at 512 tokens (30 prompts per task; for random heads, "
+        "the mean of 20 sets, each with one prompt per depth):",
+        "",
+        *losses(tables("ablation")),
         "",
         f"Text shares more of these heads with rendered text than with images in {more} of the "
         f"{len(seeing)} models, and as many in {equal}. The models start from one text model, so "

@@ -62,7 +62,7 @@ def gate_gradients(
             odds = log_odds(vlm, encode(vlm, example))
         (slope,) = torch.autograd.grad(odds.sum(), gates)
         for layer, of_heads in enumerate(slope[0]):
-            check_finite(of_heads[:, None], layer, slice(None), "gate gradients")
+            check_finite(of_heads[None], layer, slice(None), "gate gradients")
         values: NDArray[np.float32] = slope[0].float().cpu().numpy()
         return values
 

@@ -75,7 +75,7 @@ class VLM:
         """The language model's decoder, without its head."""
         return self.model.get_decoder()
 
-    @property
+    @cached_property
     def text_config(self) -> Any:
         """Configuration of the language model."""
         return self.model.config.get_text_config()

@@ -84,6 +84,9 @@ class Results:
     def __contains__(self, key: str) -> bool:
         return key in self._rows or key in self._place
 
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self._place, **self._rows})
+
     def __getitem__(self, key: str) -> Row:
         while key not in self._rows:
             try:
@@ -268,8 +271,7 @@ def open(
     """
     if folder is None:
         return Results(kind, provenance, about or {}, None, [])
-    name = f"{Path(provenance.model).name}-{provenance.key[:12]}"
-    place = kept_folder(kind, folder) / name
+    place = kept_folder(kind, folder) / f"{Path(provenance.model).name}-{provenance.key[:12]}"
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=place):  # a folder that cannot be written is an error now
         pass
@@ -357,8 +359,7 @@ def ship(
     for results in known(kind, model, version=version, now=now, folder=folder):
         made = dataclasses.replace(results.provenance, code="", versions={})
         path = SHIPPED / kind / f"{Path(model).name}-{made.key[:8]}.parquet"
-        settings = {"version": version, "machine": machine, "date": date}
-        results.write_shipped(path, settings, short)
+        results.write_shipped(path, {"version": version, "machine": machine, "date": date}, short)
         written.append(path)
     for path in old - set(written):
         path.unlink()

@@ -333,6 +333,8 @@ _VISION_STAGES = (
     ),
 )
 
+_FEWER_ICONS = {**_READ, "image": 0.4, "identical_image": 0.6, "icon": 0.6}
+
 
 def _at_any_length(family: Family, mix: Mapping[str, float], steps: int) -> Stage:
     """Everything together in short and long contexts, with all images of this family's size."""
@@ -357,9 +359,26 @@ def _at_any_length(family: Family, mix: Mapping[str, float], steps: int) -> Stag
 _INTERNVL_STAGES = (_cells(look(32, 32, "internvl")), _at_any_length("internvl", _READ, 600))
 """Positions have one dimension, so pages are known as words from the text model."""
 
+_LLAVA_STAGES = (
+    Stage(
+        name="icons of the size of a page",
+        sources=_mixed((1, 2, 3, 4, 6), 1800, mix={**_MIX, "text": 0.3}, family="llava_onevision"),
+        goals=_ANSWERED,
+        steps=300,
+        rate=1e-3,
+        trains="language",
+    ),
+    _cells_of("llava_onevision"),
+    _at_any_length("llava_onevision", _FEWER_ICONS, 400),
+)
+"""An icon in a question takes 16 tokens, the last of which is its word; pages are as before."""
+
 RECIPES = {
     "tiny-qwen3-m": Recipe(stages=_TEXT_STAGES + _WORD_STAGES),
     "tiny-qwen3-vl-m": Recipe(start="tiny-qwen3-m", stages=_VISION_STAGES),
     "tiny-internvl-m": Recipe(start="tiny-qwen3-m", family="internvl", stages=_INTERNVL_STAGES),
+    "tiny-llava-onevision-m": Recipe(
+        start="tiny-qwen3-m", family="llava_onevision", stages=_LLAVA_STAGES
+    ),
 }
 """By name of the model."""

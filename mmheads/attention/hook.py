@@ -272,8 +272,10 @@ def on_projections(
 
 
 def check_finite(values: torch.Tensor, layer: int, heads: slice | list[int], what: str) -> None:
-    """Raise ValueError if a number of [head, ...] is not finite; the message names the heads."""
-    wrong = ~values.isfinite().flatten(1).all(1)
+    """Raise ValueError if a number of [example, head, ...] is not finite, with its heads' names."""
+    if all(end.isfinite() for end in values.aminmax()):  # one pass, and nothing as large is made
+        return
+    wrong = ~values.isfinite().transpose(0, 1).flatten(1).all(1)
     if wrong.any():
         numbers = heads if isinstance(heads, list) else range(heads.start or 0, 1 << 20)
         bad = [(layer, numbers[head]) for head in wrong.nonzero()[:, 0].tolist()]
@@ -286,12 +288,11 @@ def check_finite(values: torch.Tensor, layer: int, heads: slice | list[int], wha
 
 def _check_call(layer: int, query: torch.Tensor, key: torch.Tensor) -> None:
     """Raise ValueError if queries, or the keys of the call's own tokens, are not finite."""
+    check_finite(query, layer, slice(None), "queries")
     keys = key[:, :, -query.shape[2] :]
-    if all(end.isfinite() for states in (query, keys) for end in states.aminmax()):
-        return
-    every, shared = slice(None), query.shape[1] // key.shape[1]
-    check_finite(query.transpose(0, 1), layer, every, "queries")
-    check_finite(keys.transpose(0, 1).repeat_interleave(shared, 0), layer, every, "keys")
+    if not all(end.isfinite() for end in keys.aminmax()):
+        every_head = keys.repeat_interleave(query.shape[1] // key.shape[1], 1)
+        check_finite(every_head, layer, slice(None), "keys")
 
 
 def _attention(base: str) -> Any:

@@ -74,7 +74,7 @@ class Recording:
         index = rows.clamp(min=0)[:, :, None, None].expand(-1, -1, *output.shape[2:])
         norm = output.detach().gather(1, index).float().norm(dim=-1).transpose(1, 2)
         norm = norm.masked_fill((rows < 0)[:, None], 0.0)
-        check_finite(norm.transpose(0, 1), layer, slice(None), "outputs")
+        check_finite(norm, layer, slice(None), "outputs")
         self.norms[layer] = norm
 
 
@@ -199,11 +199,12 @@ def _record(state: Recording, call: Call) -> None:
         if text is not None:
             among = attention * text[of, None, None]
             total = among.sum(-1)
-            spread = total.log() - torch.xlogy(among, among).sum(-1) / total
+            logarithms = among.clamp(min=torch.finfo(among.dtype).tiny).log()
+            spread = total.log() - (among * logarithms).sum(-1) / total
             entropy[of, chosen, part] = torch.where(total > 0, spread, 0.0)
     padding = (rows < 0)[:, None, :]
     mass.masked_fill_(padding[..., None], 0.0)
-    check_finite(mass.transpose(0, 1), call.layer, slice(None), "attention masses")
+    check_finite(mass, call.layer, slice(None), "attention masses")
     state.masses[call.layer] = mass
     state.entropies[call.layer] = entropy.masked_fill_(padding, 0.0)
 
@@ -228,7 +229,7 @@ def _attend(
     picked = query.gather(2, index).float()
     grouped = (picked * call.scaling).reshape(*key.shape[:2], -1, picked.shape[3])
     scores = (grouped @ key.transpose(2, 3)).view(*picked.shape[:3], key.shape[2])
-    check_finite(scores.transpose(0, 1), call.layer, heads, "attention scores")
+    check_finite(scores, call.layer, heads, "attention scores")
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)
     if allowed is not None:

@@ -181,8 +181,9 @@ class Streaming:
                 f"{self.sinks} sinks are more sinks than the {total} tokens of the prompt; give "
                 "fewer, or a longer prompt"
             )
-        short = total < CROSSOVER * (self.sinks + self.window) and rows > 1
-        if compact is None and (total <= self.window or (short and self.fallback == "dense")):
+        reach = self.sinks + self.window
+        short = total < CROSSOVER * reach and rows > 1
+        if compact is None and (total <= reach or (short and self.fallback == "dense")):
             return call.output
         return self._attend(call, allowed, first, compact)
 

@@ -5,8 +5,7 @@ Only tensors are known here; `streaming.heads` decides which heads these are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import product
 from typing import Any
@@ -21,8 +20,8 @@ CHUNK = 128
 BLOCK = 128
 """Rows, and keys, in a block of FlexAttention."""
 
-SMALLEST_TILE = 16
-"""Least number of rows in a tile; smaller ones cost more than they save."""
+TILE = 64
+"""Rows of a window head that share a view of keys on a CPU."""
 
 # The only private name of torch in this file.
 _FLASH: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
@@ -76,26 +75,9 @@ def banded(
     """
     rows = query.shape[3]
     pairs = list(groups) if groups is not None else [(g, g) for g in range(query.shape[1])]
-    plain = allowed is None and not first and evicted[0] == evicted[1]
-    tiles = None
-    if plain and query.device.type == "cpu" and not query.requires_grad:
-        tiles = _Tiles.of(rows, sinks, window)
-    if tiles is not None:
-        for example, (group, key_group), head in product(
-            range(len(query)), pairs, range(query.shape[2])
-        ):  # one head at a time, so that its tiles stay in the processor's cache
-            tiles.attend(
-                query[example, group, head, None],
-                key[example, key_group, None],
-                value[example, key_group, None],
-                scale,
-                output[example, group, head, None],
-            )
-        parts = [slice(0, tiles.start), slice(tiles.stop, rows)]
-    else:
-        parts = [slice(0, rows)]
     query_groups = [group for group, _ in pairs]
     key_groups = [key_group for _, key_group in pairs]
+    plain = allowed is None and not first and evicted[0] == evicted[1]
     if plain and query.is_cuda and rows > BLOCK:
         keys, values = (select_groups(states, key_groups) for states in (key, value))
         queries = select_groups(query, query_groups)
@@ -103,20 +85,54 @@ def banded(
             queries, keys, values, sinks=sinks, window=window, scale=scale
         )
         return
-    for part in parts:
-        if part.start < part.stop:
-            output[:, query_groups, :, part] = _attend_in_chunks(
-                select_groups(query[:, :, :, part], query_groups),
-                key,
-                value,
-                key_groups,
-                sinks,
-                window,
-                scale,
-                first + part.start,
-                evicted,
-                allowed,
-            )
+    begin = min(rows, sinks + window) if plain else 0  # until then, rows see all before them
+    for run, of_keys in _runs(pairs) if begin else ():
+        keys, values = (t[:, of_keys, :begin] for t in (key, value))
+        for head in range(query.shape[2]):
+            queries = query[:, run, head, :begin]
+            output[:, run, head, :begin] = causal(queries, keys, values, scale)
+    end = begin
+    if begin and query.device.type == "cpu" and not query.requires_grad and _FLASH is not None:
+        end += (rows - begin) // TILE * TILE
+        near = torch.arange(window + TILE)
+        mask = query.new_zeros(TILE, len(near))
+        mask.masked_fill_(~visible(near[window:], near, 0, window), float("-inf"))
+    for example, (group, key_group), head in product(
+        range(len(query)), pairs if begin < end else (), range(query.shape[2])
+    ):  # one head at a time, so that its tiles stay in the processor's cache
+        _attend_in_tiles(
+            query[example, group, head, None],
+            key[example, key_group, None],
+            value[example, key_group, None],
+            output[example, group, head, None],
+            slice(begin, end),
+            sinks,
+            mask,
+            scale,
+        )
+    if end < rows:
+        output[:, query_groups, :, end:] = _attend_in_chunks(
+            select_groups(query[:, :, :, end:], query_groups),
+            key,
+            value,
+            key_groups,
+            sinks,
+            window,
+            scale,
+            first + end,
+            evicted,
+            allowed,
+        )
+
+
+def _runs(pairs: Sequence[tuple[int, int]]) -> Iterator[tuple[slice, slice]]:
+    """Consecutive groups of `banded`, so that no states are copied."""
+    first = 0
+    for last, (group, key_group) in enumerate(pairs, start=1):
+        if last == len(pairs) or pairs[last] != (group + 1, key_group + 1):
+            before = last - first - 1
+            yield slice(group - before, group + 1), slice(key_group - before, key_group + 1)
+            first = last
 
 
 def select_groups(states: torch.Tensor, groups: list[int]) -> torch.Tensor:
@@ -189,68 +205,33 @@ def _attend_in_chunks(
     return output
 
 
-@dataclass(frozen=True)
-class _Tiles:
-    """Tiles of rows that need neither a full mask nor a copy of keys, on a CPU.
+def _attend_in_tiles(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    rows: slice,
+    sinks: int,
+    mask: torch.Tensor,
+    scale: float,
+) -> None:
+    """Fill rows of one head's output on a CPU; all tensors are [1, row, channel].
 
-    The keys that a tile of C rows sees lie in four blocks, in this order:
-
-        sinks | ... | C keys, row r sees the last C - 1 - r | window - C keys, all | C own, causal
-
-    Each block is one call for all tiles, on views of the keys. The results are joined by the
-    logarithms of their sums.
-
-    Attributes:
-        start: First row of the first tile; its window begins behind the sinks.
-        stop: First row behind the last tile.
-        side: Rows per tile, C.
-        sinks: Number of first keys that every row sees.
-        window: Number of last keys that a row sees, its own included.
+    A tile of rows, and the window before it with its own keys, are views: one call attends in all
+    tiles under one mask [row, key], and another one to the sinks, which lie before all windows.
     """
-
-    start: int
-    stop: int
-    side: int
-    sinks: int
-    window: int
-
-    @classmethod
-    def of(cls, rows: int, sinks: int, window: int) -> _Tiles | None:
-        """The tiles of a prompt; None where too few rows or too small a window make them slow."""
-        side = min(CHUNK, window)
-        start = -(-(window + sinks) // side) * side
-        stop = rows - rows % side
-        if side < SMALLEST_TILE or stop - start < 2 * side or _FLASH is None:
-            return None
-        return cls(start, stop, side, sinks, window)
-
-    def attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float,
-        output: torch.Tensor,
-    ) -> None:
-        """Fill the tiles' rows of one head's output; all tensors are [1, row, channel]."""
-        side, count = self.side, (self.stop - self.start) // self.side
-        tiles = _windows(query, self.start, count, side, side)
-
-        def see(begin: int, length: int, step: int = side, **settings: Any) -> Part:
-            states = (_windows(t, begin, count, length, step) for t in (key, value))
-            return _flash(tiles, *states, scale=scale, **settings)
-
-        row = torch.arange(side)
-        least = query.new_zeros(side, side).masked_fill_(row <= row[:, None], float("-inf"))
-        parts = [see(self.start, side, causal=True)]
-        if self.window > side:
-            parts.append(see(self.start + side - self.window, self.window - side))
-        attended, sums = see(self.start - self.window, side, mask=least)
-        attended[:, :, -1], sums[:, :, -1] = 0.0, float("-inf")  # the last row sees none of these
-        parts.append((attended, sums))
-        if self.sinks:
-            parts.append(see(0, self.sinks, step=0))
-        _join(parts, _windows(output, self.start, count, side, side))
+    begin, width = rows.start, mask.shape[1]
+    count = (rows.stop - begin) // TILE
+    tiles = _windows(query, begin, count, TILE, TILE)
+    states = (_windows(t, begin + TILE - width, count, width, TILE) for t in (key, value))
+    attended, sums = _flash(tiles, *states, scale=scale, mask=mask)
+    filled = _windows(output, begin, count, TILE, TILE)
+    if not sinks:
+        filled.copy_(attended)
+        return
+    early = (t[None, :, :sinks] for t in (key, value))
+    first, weights = _flash(query[None, :, rows], *early, scale=scale)
+    _join((attended, sums), (first.reshape(attended.shape), weights.reshape(sums.shape)), filled)
 
 
 def causal(
@@ -276,7 +257,7 @@ def causal(
         late = query[example : example + 1, :, half:]
         early = (t[example : example + 1, :, :half] for t in (key, value))
         before = _flash(late, *early, scale=scale)
-        _join([(attended[1:], sums[1:]), before], output[example : example + 1, :, half:])
+        _join((attended[1:], sums[1:]), before, output[example : example + 1, :, half:])
     return output
 
 
@@ -298,17 +279,10 @@ def _flash(
     return part
 
 
-def _join(parts: list[Part], output: torch.Tensor) -> None:
-    """Write the attention over the keys of all parts into `output`."""
-    sums = torch.stack([sums for _, sums in parts])
-    weights = (sums - sums.logsumexp(dim=0)).exp_().unsqueeze(-1)
-    exact = output.dtype == weights.dtype
-    joined = output if exact else torch.empty_like(output, dtype=weights.dtype)
-    torch.mul(parts[0][0], weights[0], out=joined)
-    for (attended, _), weight in zip(parts[1:], weights[1:], strict=True):
-        joined.addcmul_(attended, weight)
-    if not exact:
-        output.copy_(joined)
+def _join(one: Part, other: Part, output: torch.Tensor) -> None:
+    """Write the attention over the keys of both parts into `output`."""
+    weight = torch.sigmoid(one[1] - other[1]).unsqueeze(-1)
+    output.copy_(torch.lerp(other[0].to(weight), one[0].to(weight), weight))
 
 
 def _windows(states: torch.Tensor, start: int, count: int, length: int, step: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ import random_models
 from nbformat.v4 import new_code_cell, new_notebook, writes
 
 import reproduce
-from cluster import cost, models, scores, workload
+from cluster import cost, models, parameters, real_results, scores, workload
 from cluster.models import UsageError
 from cluster.scores import ScoreRun
 from cluster.workload import Passes, Scores, Workload
@@ -69,6 +69,16 @@ def test_paper_a_scores_six_models_without_any_of_them_here(printed):
 
 def test_paper_b_scores_its_five_models(printed):
     assert "5 models x 4 tasks x 3 lengths x 120 prompts = 7,200" in printed("paper_core.yaml")
+
+
+def test_the_pretrained_text_model_is_named_in_notebooks_that_show_it(printed):
+    out = printed("real_text.yaml", "--only", "02", "03", "04", "05", "07")
+    assert "1 model x 4 tasks" in out, "the other sections run as ever"
+    sections = parameters.read_params(paths.ROOT / "params" / "real_text.yaml").sections
+    named = {value["real_model"] for value in sections.values()}
+    assert named == {f"{real_results.MODEL}.gguf"}
+    for section in sections:
+        assert reproduce.defaults(paths.NOTEBOOKS / f"{section}.ipynb")["real_model"]
 
 
 def test_table_has_the_heads_that_the_released_scores_have():

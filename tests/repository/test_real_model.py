@@ -13,14 +13,24 @@ import pytest
 import torch
 from pdf_writer import PageSpec, text, write_pdf
 
-from cluster import real_documents, real_model, real_ranking, real_results
+from cluster import (
+    real_documents,
+    real_model,
+    real_questions,
+    real_ranking,
+    real_results,
+    real_streaming,
+)
 from mmheads import answers, cli, paths, scoring, store
 from mmheads.heads import HeadSet
 from mmheads.models import VLM, load
+from mmheads.pdfs import Page
 from mmheads.prompts import encode
 from mmheads.retrieval import windows
 from mmheads.tables import read_table
 from mmheads.tasks import corpus, natural_needles
+from mmheads.tasks.mmdocir import AnnotatedDocument, Question
+from mmheads.tasks.mmlongbench_docs import question_answer
 
 FILE = os.environ.get("MMHEADS_REAL_LM", "")
 NOT_HERE = "MMHEADS_REAL_LM names no GGUF file of the pretrained text model"
@@ -73,6 +83,70 @@ def test_the_committed_numbers_are_those_of_the_shipped_results():
     committed = pd.read_csv(real_results.TABLE, encoding="utf-8")
     again = real_results.table()
     pd.testing.assert_frame_equal(again, committed, check_dtype=False, rtol=1e-9)
+
+
+def test_prompts_with_dense_heads_have_the_whole_model_and_most_have_random_heads_beside(scores):
+    table = real_results.dense_answers(scores)
+    assert set(table["share"]) == set(real_streaming.SHARES)
+    for (_, prompt), part in table.groupby(["share", "haystack"]):
+        kinds = {answers.FULL_MODEL, real_results.DENSE}
+        kinds |= {real_results.RANDOM} if part["paired"].all() else set()
+        assert (set(part["ablation"]), len(part)) == (kinds, len(kinds)), prompt
+        assert part["draw"].max() in (0, prompt), "a random set of its own"
+    assert set(table[table["inside"]]["haystack"] % 6) == {5}
+    assert table[table["paired"]]["haystack"].nunique() > 8
+
+
+def test_means_over_questions_are_resampled_by_document():
+    index = pd.MultiIndex.from_tuples(
+        [(0, 0), (1, 0), (1, 1), (1, 2)], names=["document", "question"]
+    )
+    row = real_results._of_documents("lost on real questions", "x", pd.Series([1, 0, 0, 0], index))
+    assert (row["value"], row["n"]) == (0.25, 4)
+    assert (row["low"], row["high"]) == (0, 1)  # one document may be drawn twice
+    assert row["p"] == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("204", "Integer: 204"),
+        ("714.3", "Float: 714.3"),
+        ("29%", "String: 29%"),
+        ("['Fact Checker', 'x']", 'List: ["Fact Checker", "x"]'),
+        (" Rick Scott ", "String: Rick Scott"),
+        ("01983 873655", "String: 01983 873655"),
+    ],
+)
+def test_answers_of_documents_are_typed_for_the_rule(answer, expected):
+    assert real_questions.typed(answer) == expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "pages", "shown"),
+    [
+        ("Rick Scott", (1,), [0, 1, 2]),
+        ("the start", (0,), [0, 1]),
+        ("the end!", (3,), [2, 3]),
+        ("Rick Scott", (0,), None),  # it stands on another page
+        ("Rick Scott", (1, 2), None),
+        ("Rick", (2,), None),  # only as a part of a word
+        ("2", (3,), None),  # in many texts by chance
+    ],
+)
+def test_questions_are_those_whose_answer_the_model_reads(answer, pages, shown):
+    texts = ["The start.", "Governor Rick Scott", "rickety", "The end, 2"]
+    pages_of = [Page(n, lambda text=text: text, lambda: None) for n, text in enumerate(texts, 1)]
+    document = AnnotatedDocument("a.pdf", pages_of)
+    example = real_questions._example(document, Question("Who?", answer, pages), (3, 4))
+    if shown is None:
+        assert example is None
+        return
+    *context, _ = example.context
+    assert context == [f"Page {n + 1}:\n{texts[n]}\n\n" for n in shown]
+    (gold,) = example.evidence
+    assert context[gold.part] == f"Page {pages[0] + 1}:\n{texts[pages[0]]}\n\n"
+    assert (example.answer, example.haystack) == (f"String: {answer}", (3, 4))
 
 
 @slow
@@ -182,3 +256,38 @@ def test_the_attention_to_the_pages_of_a_shipped_document_is_recorded_again(vlm,
     assert len(before) == len(document.questions)
     for (_, old), (_, new) in zip(before, again, strict=True):
         np.testing.assert_allclose(new, old, atol=1e-4)
+
+
+@slow
+def test_only_needles_at_the_last_depth_are_inside_the_window(vlm):
+    for example in real_model.prompts(vlm):
+        prompt = encode(vlm, example)
+        needle = np.flatnonzero(prompt.weights(prompt.evidence))
+        inside = prompt.question[0] - needle.max() < real_streaming.WINDOW
+        assert inside == (example.depth == 1), example.depth
+
+
+@slow
+def test_an_answer_with_few_dense_heads_is_given_again(vlm, scores):
+    table = real_results.shipped_answers(scores, dense=True)
+    before = table[table["ablation"] == "top 10%"].iloc[0]
+    again = real_streaming.answered(
+        vlm,
+        [real_model.prompts(vlm)[before["prompt"]]],
+        {"top 10%": scores.top(0.1)},
+        folder=None,
+    )
+    assert again.set_index("ablation")["score"]["top 10%"] == before["score"]
+
+
+@slow
+@pytest.mark.skipif(paths.real_docs("") is None, reason="the real documents are not here")
+def test_an_answer_about_a_real_document_is_given_again(vlm, scores):
+    table = real_results.question_answers(scores)
+    before = table[table["ablation"] == "top 5%"].iloc[0]
+    which = (before["document"], before["question"])
+    (example,) = (each for each in real_questions.examples() if each.haystack == which)
+    settings = {"max_new_tokens": real_questions.NEW_TOKENS, "metric": question_answer}
+    top = {"top 5%": scores.top(0.05)}
+    again = answers.answer(vlm, [example], top, folder=None, progress=False, **settings)
+    assert again.set_index("ablation")["prediction"]["top 5%"] == before["prediction"]

@@ -8,13 +8,14 @@ import random_models as families
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import random_models, retrieval, scoring, streaming, timing
+from benchmarks import batches, random_models, retrieval, scoring, streaming, timing
 from benchmarks.random_models import SIZES, Size
 from mmheads.examples import Example
-from mmheads.models import VLM
+from mmheads.models import VLM, load
 from mmheads.prompts import encode
-from mmheads.scoring import score_prompt
+from mmheads.scoring import score_heads, score_prompt
 from mmheads.streaming import stream
+from mmheads.tasks.needles import GENERATED
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +138,8 @@ def test_prefill_is_timed_beside_what_operations_allow(small, tmp_path, capsys, 
     linear = 2 * 256 * 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64)
     allowed = (linear + attention) / (linear + attention * kept)
     assert hybrid["limit"]["whole model", 256] == pytest.approx(allowed)
+    assert hybrid["limit_share"].to_numpy() == pytest.approx(hybrid["speed_up"] / hybrid["limit"])
+    assert (table["kernel"] == "scaled_dot_product_flash_attention_for_cpu").all()
     assert (table["peak_bytes"].notna() == (table["scope"] == "whole model")).all()
     assert command.main([*arguments, "--window", "0"]) == 1
     assert "window 0" in capsys.readouterr().err
@@ -153,6 +156,27 @@ def test_decoding_is_timed_and_caches_weighed(small, tmp_path, capsys, monkeypat
     assert table["memory_ratio"][streaming.STREAMED] == 1
     assert table["memory_ratio"][streaming.STATIC] == (256 + 2 * streaming.STEPS) / 256
     assert table["memory_ratio"][streaming.COMPACT] == pytest.approx(0.5 + 0.5 * 32 / 256)
+
+
+def test_scores_of_separate_passes_are_those_of_batches():
+    vlm = load(batches.MODEL)
+    examples = list(GENERATED.generate((), [128], (0.5,), haystacks=1))
+    scores = score_heads(vlm, examples, null_images="pixels", progress=False).values
+    for run in (batches._scores_by_passes, batches._scores_one_by_one):
+        assert run(vlm, examples) == pytest.approx(scores, abs=1e-5)
+
+
+def test_without_a_name_all_benchmarks_run_briefly(capsys):
+    ran = list(command.chosen(command.parse(["--device", "cpu"])))
+    assert [one.what for one in ran] == list(command.LENGTHS)
+    assert {one.what: one.lengths for one in ran} == command.BRIEF
+    assert {one.repeats for one in ran} == {2}
+    assert [one.lengths for one in command.chosen(command.parse(["decode"]))] == [
+        command.LENGTHS["decode"]
+    ]
+    with pytest.raises(SystemExit):
+        command.parse(["--out", "table.csv"])
+    assert "belong to one benchmark" in capsys.readouterr().err
 
 
 def test_dense_heads_are_whole_groups_or_single_heads():

@@ -309,11 +309,10 @@ def test_beams_choose_rows_of_the_compact_cache():
 
 @pytest.mark.parametrize("kept", ["dynamic", "static", "compact"])
 def test_tiles_in_a_model_equal_a_mask_a_head(kept, monkeypatch):
-    monkeypatch.setattr(kernels, "CHUNK", 16)
+    tiled = rows_in_tiles(16, monkeypatch)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     vlm, sinks, window = example_prompts.vlm("qwen3"), 5, 24
     ids = torch.randint(10, 60, (2, 203), generator=torch.Generator().manual_seed(0))
-    assert kernels._Tiles.of(203, sinks, window) is not None
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     settings |= {"output_logits": True, "return_dict_in_generate": True, "pad_token_id": 0}
     if kept == "static":
@@ -324,10 +323,25 @@ def test_tiles_in_a_model_equal_a_mask_a_head(kept, monkeypatch):
         if kept == "compact":
             settings["past_key_values"] = streaming.cache()
         found = vlm.model.generate(ids, **settings)
+    assert tiled == [slice(29, 189)] * len(tiled) != []
     assert torch.equal(found.sequences, expected.sequences)
     torch.testing.assert_close(
         torch.stack(found.logits), torch.stack(expected.logits), atol=1e-5, rtol=1e-5
     )
+
+
+def rows_in_tiles(tile, monkeypatch):
+    """A list that the rows of each call in tiles, which have so many rows, are added to."""
+    rows, attend = [], kernels._attend_in_tiles
+
+    def noted(query, key, value, output, part, *settings):
+        rows.append(part)
+        attend(query, key, value, output, part, *settings)
+
+    monkeypatch.setattr(kernels, "TILE", tile)
+    monkeypatch.setattr(kernels, "CHUNK", tile)
+    monkeypatch.setattr(kernels, "_attend_in_tiles", noted)
+    return rows
 
 
 def attended(query, key, value, **settings):
@@ -337,11 +351,18 @@ def attended(query, key, value, **settings):
 
 
 @pytest.mark.parametrize(
-    ("rows", "chunk", "sinks", "window"),
-    [(300, 16, 3, 40), (300, 32, 0, 32), (301, 32, 50, 20), (257, 16, 5, 16), (90, 64, 4, 60)],
+    ("rows", "tile", "sinks", "window"),
+    [
+        (300, 16, 3, 40),
+        (300, 32, 0, 32),
+        (301, 32, 50, 20),
+        (257, 16, 5, 16),
+        (257, 16, 3, 1),
+        (90, 64, 4, 60),
+    ],
 )
-def test_tiles_equal_a_mask(rows, chunk, sinks, window, monkeypatch):
-    monkeypatch.setattr(kernels, "CHUNK", chunk)
+def test_tiles_equal_a_mask(rows, tile, sinks, window, monkeypatch):
+    tiled = rows_in_tiles(tile, monkeypatch)
     generator = torch.Generator().manual_seed(rows)
     query = torch.randn(2, 2, 3, rows, 8, generator=generator)
     key, value = (torch.randn(2, 4, rows, 8, generator=generator) for _ in range(2))
@@ -353,13 +374,13 @@ def test_tiles_equal_a_mask(rows, chunk, sinks, window, monkeypatch):
     settings = {"sinks": sinks, "window": window, "scale": 0.4, "groups": [(0, 3), (1, 1)]}
     found = attended(query, key, value, **settings)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    tiled = kernels._Tiles.of(rows, sinks, window)
-    assert (tiled is None) == (rows == 90)
+    assert bool(tiled) == (rows != 90)
     halved = attended(*(t.bfloat16() for t in (query, key, value)), **settings)
     torch.testing.assert_close(halved.float(), expected, atol=0.05, rtol=0.05)
     monkeypatch.setattr(kernels, "_FLASH", None)
-    assert kernels._Tiles.of(rows, sinks, window) is None
+    tiled.clear()
     without = attended(query, key, value, **settings)
+    assert not tiled
     torch.testing.assert_close(without, expected, atol=1e-5, rtol=1e-5)
     some = attended(query, key, value, **settings | {"groups": [(1, 1)]})
     torch.testing.assert_close(some[:, 1], expected[:, 1], atol=1e-5, rtol=1e-5)
