@@ -26,24 +26,26 @@ from benchmarks.timing import (
     summary,
 )
 from mmheads.attention import record_keys
+from mmheads.compat import continuing
 from mmheads.examples import Example
 from mmheads.heads import Head, HeadSet, head_count
 from mmheads.models import VLM
-from mmheads.prefix import on_device
+from mmheads.prefix import on_device, prefill
 from mmheads.prompts import encode
 from mmheads.retrieval import DocumentIndex
 
 FULL, SHORT, INDEX = "full pass", "pass up to the deepest head", "index"
+PREFIX = "question after a prefix cache"
 FIRST, TWENTIETH = "1st question", "20th question"
 PAGE_SIDE = 512
 """Side of a page in pixels: 1,024 visual tokens of 16 x 16 pixels."""
 FRACTION = 0.05
-"""Share of all heads that rank the pages."""
+"""Share of all heads that rank the pages, where none are given."""
 
 
 @dataclass(frozen=True)
 class _Document:
-    """Pages of noise, questions of random words, and random heads that rank the pages."""
+    """Pages of noise, questions of random words, and the heads that rank the pages."""
 
     vlm: VLM
     heads: HeadSet
@@ -51,7 +53,9 @@ class _Document:
     questions: list[str]
 
     @classmethod
-    def draw(cls, vlm: VLM, length: int, questions: int, seed: int = 0) -> _Document:
+    def draw(
+        cls, vlm: VLM, length: int, questions: int, heads: HeadSet | None = None, seed: int = 0
+    ) -> _Document:
         rng = np.random.default_rng(seed)
         pages = [
             Image.fromarray(rng.integers(0, 255, (PAGE_SIDE, PAGE_SIDE, 3), np.uint8))
@@ -59,11 +63,13 @@ class _Document:
         ]
         vocabulary = words()
         texts = [" ".join(rng.choice(vocabulary, QUESTION_TOKENS)) for _ in range(questions)]
-        size = vlm.geometry.size
-        rng = np.random.default_rng(seed)
-        chosen = rng.choice(size, head_count(FRACTION, size), replace=False)
-        heads = tuple(Head(*divmod(int(index), vlm.geometry.heads)) for index in chosen)
-        return cls(vlm, HeadSet(heads, vlm.geometry, vlm.model_id), pages, texts)
+        if heads is None:
+            size = vlm.geometry.size
+            rng = np.random.default_rng(seed)
+            chosen = rng.choice(size, head_count(FRACTION, size), replace=False)
+            drawn = tuple(Head(*divmod(int(index), vlm.geometry.heads)) for index in chosen)
+            heads = HeadSet(drawn, vlm.geometry, vlm.model_id)
+        return cls(vlm, heads, pages, texts)
 
     def index(self) -> DocumentIndex:
         return DocumentIndex(self.vlm, self.heads, self.pages, window=len(self.pages))
@@ -91,6 +97,27 @@ class _Document:
 
         return len(prompt), {FULL: full, SHORT: short}
 
+    def after_prefix(self) -> Callable[[], Any]:
+        """Returns a pass of the stock model over the question, after a cache of the pages.
+
+        All layers run, up to the logits. The words of the question are embedded beforehand.
+        """
+        prompt = encode(self.vlm, Example(context=tuple(self.pages), question=(self.questions[0],)))
+        prefix = prefill(self.vlm, prompt)
+        first, arguments = prefix.ready(prompt.own, True)
+        head: Any = self.vlm.model.get_output_embeddings()
+        cache: Any = prefix.cache
+
+        @torch.no_grad()
+        def after() -> None:
+            states = self.vlm.decoder(**arguments, **continuing(self.vlm.decoder, cache))
+            head(states.last_hidden_state[:, -1:])
+            cache.crop(first - len(prompt))
+
+        if first < prefix.length:
+            cache.crop(first - prefix.length)
+        return after
+
 
 def retrieval_peak(size: Size, device: str, dtype: torch.dtype, length: int, variant: str) -> int:
     """Returns the peak memory of one variant in bytes; run it in a fresh process."""
@@ -101,6 +128,8 @@ def retrieval_peak(size: Size, device: str, dtype: torch.dtype, length: int, var
         return peak_bytes(document.index, device)
     if variant in (FULL, SHORT):
         return peak_bytes(document.passes()[1][variant], device)
+    if variant == PREFIX:
+        return peak_bytes(document.after_prefix(), device)
     index = document.index()
     index.rank("?")
     return peak_bytes(lambda: index.rank(document.questions[0]), device)
@@ -110,6 +139,7 @@ def measure_retrieval(
     vlm: VLM,
     lengths: Sequence[int],
     *,
+    heads: HeadSet | None = None,
     questions: int = 100,
     repeats: int = 3,
     peak: Peak | None = None,
@@ -117,7 +147,8 @@ def measure_retrieval(
 ) -> pd.DataFrame:
     """Returns what a question about a document costs, from its index and without, per variant.
 
-    A full pass is the stock model's pass over pages and question. The index runs the pages and the
+    A full pass is the stock model's pass over pages and question; after a prefix cache, which holds
+    the keys and values of the pages, it runs only the question. The index runs the pages and the
     null question once; then questions are asked one after the other. All are timed in turn. The
     time of many questions is compared with as many full passes. Without an index, a calibrated
     ranking of n questions takes n + 1 passes, and 2 n where the null question is run again for each
@@ -126,6 +157,7 @@ def measure_retrieval(
     Args:
         vlm: The model, with the words and the processor of the tiny models.
         lengths: Least lengths of the document in tokens; a page has 1,024.
+        heads: The heads that rank the pages; by default random ones.
         questions: Number of questions, at least 20.
         repeats: Number of timed turns.
         peak: See `fresh_processes`, called with a length and a variant; None measures no memory.
@@ -139,8 +171,9 @@ def measure_retrieval(
     device, many = str(vlm.device), f"{questions} questions"
     tables = []
     for length in tqdm(lengths, desc="retrieval", leave=False, disable=not progress):
-        document = _Document.draw(vlm, length, questions)
+        document = _Document.draw(vlm, length, questions, heads)
         tokens, passes = document.passes()
+        passes[PREFIX] = document.after_prefix()
         names = (*passes, INDEX, FIRST, TWENTIETH, many)
         seconds: dict[str, list[float]] = {name: [] for name in names}
         for turn in range(repeats + 1):
@@ -162,10 +195,10 @@ def measure_retrieval(
         peaks = {name: statistics.median(peak(length, name)) for name in measured if peak}
         table["peak_bytes"] = table["variant"].map(peaks).astype(float)
         table.insert(0, "tokens", tokens)
-        tables.append(table.assign(layers=document.heads.layers[-1] + 1))
+        of_heads = {"heads": len(document.heads), "layers": document.heads.layers[-1] + 1}
+        tables.append(table.assign(**of_heads))
         del index
     settings = {"questions": questions, "question_tokens": QUESTION_TOKENS}
-    settings["heads"] = head_count(FRACTION, vlm.geometry.size)
     result = pd.concat(tables, ignore_index=True)
     return result.assign(**conditions(vlm, repeats, **settings))
 

@@ -104,7 +104,7 @@ def overview() -> Iterator[Entry]:
             ("A_fig1_ablation", "B_fig6_ablation"),
             {"live": Cell("B_fig6_ablation_live", "score", chosen, percent=True), **pretrained},
         )
-    yield Entry("A, Fig. 2", "how heads are detected", note="notebooks 01 and 02, step by step")
+    yield Entry("A, Fig. 2", "how heads are detected, from one example", ("A_fig2_detection",))
     for task, name in TASKS.items():
         released = "A_fig3_sparsity_released"
         half = real("share of heads with half of the score", "all")
@@ -196,6 +196,7 @@ def overview() -> Iterator[Entry]:
         name = f"Qwen3-VL-8B {which} heads"
         chosen = {"level": "page", "method": name, "k": 1, "mean": "micro"}
         ours = {"level": "page", "method": name.removeprefix("Qwen3-VL-8B ")}
+        ours |= {"documents": "random"}
         yield Entry(
             "A, Tables 1 to 3",
             f"Recall@1 (%) of pages, {name}",
@@ -214,7 +215,7 @@ def overview() -> Iterator[Entry]:
             {"live": Cell("A_table4_subsets_live", "mean_overlap", {"task": task})},
         )
     yield Entry("B, Figs. 1, 2, 8", "attention over images and frames", ("B_fig1_overlay",))
-    yield Entry("B, Fig. 3", "how the evidence is located", note="notebook 01, three procedures")
+    yield Entry("B, Fig. 3", "from a question to a list of heads", ("B_fig3_probing",))
     for model in ("Qwen3-VL-8B", "Qwen3-VL-32B"):
         placed = Cell("B_fig4_scale_released", "value", {"model": model, "task": "image"})
         yield Entry(

@@ -24,8 +24,11 @@ from mmheads.retrieval.index import DocumentIndex
 from mmheads.retrieval.ranking import rank
 from mmheads.retrieval.windows import NULL_QUESTION
 
-VERSION = 1
+VERSION = 2
 """To be raised by hand when the same document is ranked differently: shipped ones are left out."""
+
+CALIBRATED: Mapping[str, Mapping[str, Any]] = {"": {"calibrated": True, "null_images": "none"}}
+"""The default way of ranking."""
 
 MODULES = (*answers.MODULES, "retrieval")
 """The code that ranks; kept rankings are computed again when it changes."""
@@ -37,16 +40,16 @@ def rank_documents(
     sets: Mapping[str, HeadSet | Sequence[HeadSet]],
     *,
     window: int,
-    calibrated: bool = True,
-    null_images: str = "none",
+    ways: Mapping[str, Mapping[str, Any]] = CALIBRATED,
+    best: int = 16,
     folder: str | Path | None = "",
     fresh: bool = False,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Rank the candidates of each document by each set of heads, for the document's question.
 
-    A document is indexed once for all sets. Rankings are kept in the results store and not computed
-    again.
+    A document is indexed once for all sets and ways. Rankings are kept in the results store and not
+    computed again.
 
     Args:
         vlm: The model.
@@ -55,67 +58,65 @@ def rank_documents(
         sets: Sets of heads that attend to the whole context, by name, or several draws under one
             name.
         window: See `DocumentIndex`.
-        calibrated: See `DocumentIndex.masses`.
-        null_images: See `DocumentIndex.masses`.
+        ways: Settings of `DocumentIndex.masses` by name, each of which gives rankings.
+        best: How many candidates of a ranking are kept.
         folder: Folder of the results store; empty: `runs/rankings`; None: nothing is read or kept.
         fresh: Leave out shipped rankings.
         progress: Show a progress bar.
 
     Returns:
-        One row per document, set and kind of candidates: method (the set's name), draw (0-based),
-        document (index), level (the kind of candidates) and order (numbers of the candidates, the
-        best first).
+        One row per document, way, set and kind of candidates: method (the set's name), draw
+        (0-based), way, document (index), level (the kind of candidates) and order (numbers of the
+        best candidates, the best first).
 
     Raises:
         ValueError: As `DocumentIndex` and its `masses` do.
         OSError: The folder cannot be written.
     """
-    settings = (window, calibrated, null_images)
     made = vlm.provenance("mmheads.retrieval", NULL_QUESTION, code=code_version(MODULES))
     several = {n: [each] if isinstance(each, HeadSet) else each for n, each in sets.items()}
     table: list[dict[str, object]] = []
     with store.open("rankings", made, version=VERSION, folder=folder, fresh=fresh) as results:
         for number, example in enumerate(tqdm(documents, "documents", disable=not progress)):
             of = {n: list(map(dataclasses.asdict, each)) for n, each in example.candidates.items()}
-            document = example.fingerprint(), of
+            document = hash_json([example.fingerprint(), of])
             asked = [
-                (hash_json([*document, sorted(heads), settings]), name, draw, heads)
+                (hash_json([document, sorted(heads), how]), way, how, (name, draw), heads)
+                for way, settings in ways.items()
+                for how in [{"window": window, "best": best, **settings}]
                 for name, draws in several.items()
                 for draw, heads in enumerate(draws)
             ]
-            missing = {key: heads for key, _, _, heads in asked if key not in results}
+            missing = {key: row for key, *row in asked if key not in results}
             if missing:
                 index = DocumentIndex(vlm, None, list[Any](example.context), window=window)
-                masses = _masses(index, example, calibrated, null_images)
-                row = {head: place for place, head in enumerate(index.heads)}
-            for key, heads in missing.items():
-                rows = [row[head] for head in heads]
-                order = {level: rank(each[rows].mean(axis=0)) for level, each in masses.items()}
-                how = {"heads": json.dumps(sorted(heads)), "settings": json.dumps(settings)}
-                results.add(key, {**example.labels(), **how, **order})
+                needed = {way: ways[way] for way, *_ in missing.values()}
+                masses = {way: _masses(index, example, how) for way, how in needed.items()}
+                place = {head: row for row, head in enumerate(index.heads)}
+            for key, (way, how, _, heads) in missing.items():
+                rows = [place[head] for head in heads]
+                each = {n: rank(of_all[rows].mean(axis=0)) for n, of_all in masses[way].items()}
+                order = {level: ranked[:best] for level, ranked in each.items()}
+                said = {"heads": json.dumps(sorted(heads)), "settings": json.dumps(how)}
+                results.add(key, {**example.labels(), **said, **order})
             table += [
-                {"method": name, "draw": draw, "document": number, "level": level}
+                {"method": name, "draw": draw, "way": way, "document": number, "level": level}
                 | {"order": results[key][level]}
-                for key, name, draw, _ in asked
+                for key, way, _, (name, draw), _ in asked
                 for level in example.candidates
             ]
     return pd.DataFrame(table)
 
 
 def _masses(
-    index: DocumentIndex, example: Example, calibrated: bool, null_images: str
+    index: DocumentIndex, example: Example, settings: Mapping[str, Any]
 ) -> dict[str, NDArray[np.float32]]:
     """[head, candidate] attention from the question by kind of candidates."""
+    regions = [region for each in example.candidates.values() for region in each]
     question: Any = example.question
-    return {
-        level: index.masses(
-            question,
-            [_place(example, region) for region in regions],
-            calibrated=calibrated,
-            null_images=null_images,
-        )
-        for level, regions in example.candidates.items()
-    }
+    every = index.masses(question, [_place(example, region) for region in regions], **settings)
+    ends = np.cumsum([len(each) for each in example.candidates.values()])
+    return dict(zip(example.candidates, np.split(every, ends[:-1], axis=1), strict=True))
 
 
 def _place(example: Example, region: Region) -> Place:

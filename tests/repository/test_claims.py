@@ -206,8 +206,8 @@ def set_where(column, value, **where):
         (
             "06_retrieval",
             "X_retrieval_paired_live",
-            set_where("p_holm", 0.01, level="page", against="all heads", window=64),
-            "selected heads do not beat all heads: page",
+            set_where("p_holm", 0.01, level="page", against="all heads", documents="similar"),
+            "more in some kinds of documents, not shown in others",
         ),
         (
             "07_latency",
@@ -295,9 +295,8 @@ def test_numbers_of_every_claim_come_out_without_pandas():
     assert f"5% loses {100 * sum(lost) / 4:.0f}% of the way to chance" in claims["05"]
 
     table = {"method": "selected heads", "level": "page", "kind": "icon"}
-    (found,) = chosen("A_table2_generated_live", **table)
-    n = int(found["n"])
-    assert f"for {n * number(found, 'R@1'):.0f} of {n} about an icon" in claims["06"]
+    found = sorted(number(row, "R@1") for row in chosen("A_table2_generated_live", **table))
+    assert f"for {100 * found[0]:.0f} to {found[-1]:.0%} of those about an icon" in claims["06"]
 
     streamed = {"ablation": "retrieval score", "share": 0.1, "task": "text"}
     (right,) = chosen("X_streaming_accuracy_live", **streamed)

@@ -10,7 +10,9 @@ import torch
 from benchmarks import __main__ as command
 from benchmarks import batches, random_models, retrieval, scoring, streaming, timing
 from benchmarks.random_models import SIZES, Size
+from mmheads.examples import Example
 from mmheads.models import VLM, load
+from mmheads.prompts import encode
 from mmheads.scoring import score_heads, score_prompt
 from mmheads.streaming import stream
 from mmheads.tasks.needles import GENERATED
@@ -92,10 +94,29 @@ def test_retrieval_prints_shares_of_a_full_pass(small, tmp_path, capsys, monkeyp
     assert many > index
     assert table["time_ratio"]["100 questions"] == pytest.approx(many / (100 * whole))
     assert table["null_ratio"]["100 questions"] == pytest.approx(many / (200 * whole))
+    assert 0 < table["seconds"][retrieval.PREFIX] < whole
     layers = table["layers"].iloc[0]
     cached = 2 * layers * 2 * 8 * (1024 + 3) * 4
     assert 0 <= table["held_bytes"]["index"] - cached < 0.2 * cached
     assert (table["peak_bytes"].dropna() >= 0).all()
+
+
+def test_a_prefix_cache_gives_the_logits_of_a_full_pass(small):
+    vlm = random_models.random_reader(small, "cpu", torch.float32)
+    document = retrieval._Document.draw(vlm, 1024, 1)
+    prompt = encode(vlm, Example(context=tuple(document.pages), question=tuple(document.questions)))
+    with torch.no_grad():
+        whole = vlm.model(**prompt.inputs, use_cache=False).logits[0, -1]
+    seen = []
+    head = vlm.model.get_output_embeddings()
+    hook = head.register_forward_hook(lambda module, given, logits: seen.append(logits[0, -1]))
+    run = document.after_prefix()
+    run()
+    run()
+    hook.remove()
+    for logits in seen:
+        assert torch.allclose(logits, whole, atol=1e-4)
+    assert len(seen) == 2
 
 
 def test_prefill_is_timed_beside_what_operations_allow(small, tmp_path, capsys, monkeypatch):

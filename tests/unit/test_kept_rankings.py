@@ -31,24 +31,27 @@ def documents():
     return [needles.document(4, question=question) for question in ("rendered_text", "icon")]
 
 
-@pytest.mark.parametrize(
-    ("calibrated", "null_images"), [(True, "none"), (True, "pixels"), (False, "none")]
-)
-def test_rankings_are_those_of_an_index_of_these_heads(
-    tiny, sets, documents, calibrated, null_images
-):
-    how = {"calibrated": calibrated, "null_images": null_images}
-    table = rank_documents(tiny, documents, sets, window=WINDOW, folder=None, **how)
-    table = table.set_index(["method", "draw", "document", "level"])["order"]
-    assert len(table) == 4 * len(documents) * 2
+WAYS = {
+    "calibrated": {"null_images": "none"},
+    "with images": {"null_images": "pixels"},
+    "not calibrated": {"calibrated": False},
+}
+
+
+def test_rankings_are_those_of_an_index_of_these_heads(tiny, sets, documents):
+    table = rank_documents(tiny, documents, sets, window=WINDOW, ways=WAYS, best=6, folder=None)
+    table = table.set_index(["method", "draw", "way", "document", "level"])["order"].sort_index()
+    assert len(table) == 4 * len(WAYS) * len(documents) * 2
     cases = [("chosen", 0, sets["chosen"]), ("random", 1, sets["random"][1])]
     for name, draw, heads in cases:
         for number, example in enumerate(documents):
             index = DocumentIndex(tiny, heads, list(example.context), window=WINDOW)
             lines = [PageBox(r.part, r.box, (64, 64)) for r in example.candidates["layout"]]
-            expected = index.rank(example.question, lines, **how)
-            assert table[name, draw, number, "layout"] == expected.order
-            assert table[name, draw, number, "page"] == expected.candidates.order
+            for way, how in WAYS.items():
+                expected = index.rank(example.question, lines, **how)
+                at = table[name, draw, way, number]
+                assert at["layout"] == expected.order[:6]
+                assert at["page"] == expected.candidates.order
     assert table["chosen"].tolist() == table["the same"].tolist()
 
 
@@ -61,7 +64,7 @@ def test_kept_rankings_need_no_index_and_others_do(tiny, sets, documents, tmp_pa
     again = rank_documents(tiny, documents[1:], some, window=WINDOW, **settings)
     second = first[(first["draw"] == 1) & (first["document"] == 1)]
     assert again["order"].tolist() == second["order"].tolist()
-    for other in ({"window": 2}, {"window": WINDOW, "calibrated": False}):
+    for other in ({"window": 2}, {"window": WINDOW, "ways": WAYS}, {"window": WINDOW, "best": 1}):
         with pytest.raises(TypeError, match="not callable"):
             rank_documents(tiny, documents, sets, **settings, **other)
     with pytest.raises(TypeError, match="not callable"):
@@ -75,7 +78,12 @@ def test_a_ranking_says_how_it_was_made(tiny, sets, documents, tmp_path):
         (key,) = results._place
         row = results[key]
     assert json.loads(row["heads"]) == sorted(map(list, sets["chosen"]))
-    assert json.loads(row["settings"]) == [4, True, "none"]
+    assert json.loads(row["settings"]) == {
+        "window": 4,
+        "best": 16,
+        "calibrated": True,
+        "null_images": "none",
+    }
     assert (row["task"], row["haystack"]) == (
         "document-rendered_text",
         json.dumps(documents[0].haystack),
