@@ -9,6 +9,7 @@ import resource
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
@@ -17,6 +18,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmheads.models import VLM
 
@@ -51,18 +53,31 @@ def compare(
     return summary(seconds)
 
 
+class _Operators(TorchDispatchMode):
+    """Calls a function with the name of each operator that is run."""
+
+    seen: Callable[[str], None]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen(str(func.name()))
+        return func(*args, **(kwargs or {}))
+
+
 def kernel_of(run: Callable[[], Any]) -> str:
-    """Returns the operator that computes most of the attention in a call, as the profiler sees it.
+    """Returns the operator of attention that a call runs most often, as PyTorch dispatches it.
 
     What `torch.compile` makes of an operator is not seen by its name.
     """
-    with torch.profiler.profile() as seen:
+    names: list[str] = []
+    operators = _Operators()
+    operators.seen = names.append
+    with torch.no_grad(), operators:
         run()
-    found = [event for event in seen.key_averages() if "attention" in event.key]
+    found = Counter(name for name in names if "attention" in name)
     if not found:
         return "other operators"
-    longest = max(found, key=lambda event: event.self_cpu_time_total + event.self_device_time_total)
-    return str(longest.key).removeprefix("aten::").lstrip("_")
+    ((most, _),) = found.most_common(1)
+    return most.removeprefix("aten::").lstrip("_")
 
 
 def summary(seconds: Mapping[str, Sequence[float]]) -> pd.DataFrame:

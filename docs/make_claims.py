@@ -289,11 +289,9 @@ def retrieval() -> Facts:
     shown = (by_chance["low"] > 0) & (by_chance["p_holm"] < 0.05)
     expect(shown.all(), "selected heads find more than random heads of the same layers")
     beside_all = rows(paired, level="page", against="all heads")
-    better = beside_all[(beside_all["low"] > 0) & (beside_all["p_holm"] < 0.05)]
+    more = beside_all[(beside_all["low"] > 0) & (beside_all["p_holm"] < 0.05)]
     expect((beside_all["value"] > 0).all(), "selected heads find more pages than all heads")
-    expect(
-        0 < len(better) < len(beside_all), "more in some kinds of documents, not shown in others"
-    )
+    expect(0 < len(more) < len(beside_all), "more in some kinds of documents, not shown in others")
     real, beside = "A_table2_heads_real", "X_ranking_paired_real"
     ranked = row(real, method="strongest 5% of heads")
     others = {
@@ -321,8 +319,8 @@ def retrieval() -> Facts:
         "random": span(random, ".0%"),
         "all_codes": span(every["page", "rendered_text"], ".0%"),
         "all_icons": span(every["page", "icon"], ".0%"),
-        "better": count(len(better)),
-        "gain": span(100 * better["value"], ".0f"),
+        "better": count(len(more)),
+        "gain": span(100 * more["value"], ".0f"),
         "tokens": f"{tokens:,.0f}",
         "cost": f"{costs['time_ratio']['20th question']:.1%}",
         "prefix": f"{costs['time_ratio']['question after a prefix cache']:.1%}",

@@ -155,9 +155,10 @@ def live() -> list[str]:
     found, questions = of_method["R@1"].mean(), of_method["n"].sum()["selected heads"]
     return [
         f"Ablating the {ablated['heads'].max()} heads ({share:.0%}) with the highest calibrated "
-        f"score for a task leaves {selected} of the answers right, with {ablated['n']['selected'].min()} "
-        f"prompts per task. Other random heads of the same layers leave {score[control].min():.0%} "
-        f"or more (means of {draws[control].min()} sets). Among {among['draws'].max()} random sets "
+        f"score for a task leaves {selected} of the answers right, with "
+        f"{ablated['n']['selected'].min()} prompts per task. Other random heads of the same layers "
+        f"leave {score[control].min():.0%} or more (means of {draws[control].min()} sets). Among "
+        f"{among['draws'].max()} random sets "
         f"of the same layers that may contain selected heads, {span(as_low, '.0f')} do as much "
         "harm in the least favourable part of the prompts, depending on the task: the rank of the "
         f"selected heads is not significant after correction (p = {span(p_rank, '.2f')}).",

@@ -103,7 +103,7 @@ def run(options: argparse.Namespace) -> Outcome:
             table.to_csv(path, index=False)
     effect = effects(table.assign(examples="all"), ("examples",), seed=options.seed)
     among = against_random(table, SELECTED, RANDOM)
-    p = float(effect.set_index("ablation").loc[SELECTED, "p"])
+    (p,) = effect.loc[effect["ablation"] == SELECTED, "p"].astype(float)
     data = {
         "model": vlm.model_id,
         "revision": vlm.revision,

@@ -87,13 +87,14 @@ def rank_documents(
                 for name, draws in several.items()
                 for draw, heads in enumerate(draws)
             ]
-            missing = {key: row for key, *row in asked if key not in results}
+            missing = {key: (way, how, heads) for key, way, how, _, heads in asked}
+            missing = {key: row for key, row in missing.items() if key not in results}
             if missing:
                 index = DocumentIndex(vlm, None, list[Any](example.context), window=window)
                 needed = {way: ways[way] for way, *_ in missing.values()}
                 masses = {way: _masses(index, example, how) for way, how in needed.items()}
                 place = {head: row for row, head in enumerate(index.heads)}
-            for key, (way, how, _, heads) in missing.items():
+            for key, (way, how, heads) in missing.items():
                 rows = [place[head] for head in heads]
                 each = {n: rank(of_all[rows].mean(axis=0)) for n, of_all in masses[way].items()}
                 order = {level: ranked[:best] for level, ranked in each.items()}
