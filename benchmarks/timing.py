@@ -69,7 +69,7 @@ def kernel_of(run: Callable[[], Any]) -> str:
     What `torch.compile` makes of an operator is not seen by its name.
     """
     names: list[str] = []
-    operators = _Operators()
+    operators: Any = _Operators()  # type: ignore[no-untyped-call]
     operators.seen = names.append
     with torch.no_grad(), operators:
         run()

@@ -137,14 +137,15 @@ def test_rankings_are_made_again_but_for_candidates_of_equal_score(path, loaded)
     about, scalars, _ = read_table(path)
     vlm = loaded(about["provenance"]["model"])
     for row in sample(path, scalars.to_pylist()):
-        window, calibrated, null_images = json.loads(row["settings"])
+        how = json.loads(row["settings"])
+        window, best = how.pop("window"), how.pop("best")
         example, heads = remade(row), HeadSet(head_pairs(row), vlm.geometry, vlm.model_id)
         index = DocumentIndex(vlm, heads, list(example.context), window=window)
         boxes = [PageBox(r.part, r.box, (64, 64)) for r in example.candidates["layout"]]
-        how = {"calibrated": calibrated, "null_images": null_images}
         lines = index.rank(example.question, boxes, **how)
         for level, ranking in {"layout": lines, "page": lines.candidates}.items():
-            again, before = (ranking.scores[order] for order in (ranking.order, row[level]))
+            orders = ranking.order[:best], row[level]
+            again, before = (ranking.scores[order] for order in orders)
             np.testing.assert_allclose(before, again, atol=1e-5)
 
 
