@@ -31,7 +31,7 @@ SMALL = {
     "few_draws": 2,
     "resamples": 2,
     "fractions": [0.05],
-    "cause_prompts": 2,
+    "cause_prompts": 4,
     "cause_length": 128,
     "answer_tokens": 2,
     "long_length": 8192,
