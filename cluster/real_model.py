@@ -8,11 +8,13 @@ Needles in natural language are hidden in the shipped corpus. Steps, in this ord
 - heads: the head list, found as `mmheads detect` finds it, in `data/heads`.
 - ablation: test prompts, answered by the whole model and without the strongest heads.
 - again: the search for heads repeated with other needles and haystacks.
-- random: the same prompts without random heads of the same layers, group by group.
-- more: further test prompts, as in the step ablation.
+- random: the same prompts without random heads of the same layers.
+- bands: the first prompts without heads of other ranks.
 
 Results are kept in `runs` prompt by prompt. What is interrupted goes on from there and from what is
-shipped; only the step heads scores anew what is not kept. Ship results by `python -m cluster.ship`.
+shipped; only the step heads scores anew what is not kept. `--prompts 0 24` asks only these prompts,
+so that two processes can share the work, each in a copy of the repository. Ship results by
+`python -m cluster.ship`.
 The tests of the model and its page in the documentation take their prompts and sets from here.
 """
 
@@ -22,8 +24,9 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import product
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -32,7 +35,7 @@ from mmheads import answers, paths
 from mmheads.controls import random_controls
 from mmheads.detection import Detection, Search, detect
 from mmheads.examples import Example
-from mmheads.heads import HeadSet
+from mmheads.heads import HeadSet, head_count
 from mmheads.scores import HeadScores
 from mmheads.scoring import score_needles
 from mmheads.tasks import natural_needles
@@ -49,21 +52,19 @@ SEED_AGAIN = 1
 LENGTH_AGAIN = 512
 """Length of their prompts."""
 TEST_LENGTH = 512
-PROMPTS = 24
+PROMPTS = 48
 """Test prompts, each of a haystack of its own; the depths take turns."""
-WITH_RANDOM = 12
-"""The first of them, which are asked without random sets too."""
 FRACTIONS = (0.01, 0.02, 0.05, 0.1)
 MAIN = 0.05
 """The fraction of the head list, and of the comparison that counts."""
-CONTROLLED = (0.05, 0.1)
-"""Fractions that are compared with random sets."""
-DRAWS = 180
-"""Random sets, more than there may be time for: they are asked group by group."""
-GROUP = 36
-"""Random sets of a group, of each fraction: three per prompt and turn."""
-TURNS = 2
-"""How many prompts are asked with each random set."""
+RANDOM_SETS = {MAIN: 200, 0.1: 24}
+"""Random sets by the fraction that they are compared with."""
+PART = 6
+"""Prompts of a part, one at each depth; each random set is asked with one part."""
+BANDS = {f"rank {a:.0%} to {b:.0%}": (a, b) for a, b in pairwise((0.05, 0.1, 0.2, 0.5, 1))}
+"""Bands of rank below the strongest heads: the shares of the heads between which they lie."""
+BOTTOM = f"bottom {MAIN:.0%}"
+PROMPTS_OF_BANDS = 12
 NEW_TOKENS = 24
 BATCH_TOKENS = 10_240
 """Room for all sets of a prompt, which share the layers below their first head."""
@@ -122,19 +123,26 @@ def random_name(fraction: float) -> str:
     return f"random {fraction:.0%}, same layers"
 
 
+def bands(scores: HeadScores) -> dict[str, HeadSet]:
+    """Returns the heads of bands of rank, and the weakest heads, by name."""
+    ranked = scores.top(count=int(scores.eligible.sum()))
+    sets = {
+        name: replace(ranked, heads=ranked.heads[slice(*(head_count(x, len(ranked)) for x in at))])
+        for name, at in BANDS.items()
+    }
+    return sets | {BOTTOM: scores.bottom(head_count(MAIN, len(ranked)))}
+
+
 def random_sets(selected: HeadSet) -> list[HeadSet]:
     """Returns random sets of the same layers, drawn from all heads."""
-    eligible = selected.geometry.eligible
-    return random_controls(selected, eligible, draws=DRAWS, seed=0, match="layer", disjoint=False)
+    eligible, draws = selected.geometry.eligible, max(RANDOM_SETS.values())
+    return random_controls(selected, eligible, draws=draws, seed=0, match="layer", disjoint=False)
 
 
-def asked_of(draw: int) -> list[int]:
-    """Returns the prompts that are asked with a random set, one per turn.
-
-    In each turn of a group, every prompt is asked with the same number of sets.
-    """
-    shift = WITH_RANDOM // 2 + draw // WITH_RANDOM % (WITH_RANDOM // 2)
-    return [(draw + turn * shift) % WITH_RANDOM for turn in range(TURNS)]
+def part_of(draw: int) -> range:
+    """Returns the prompts that are asked with a random set; the parts take turns."""
+    first = PART * (draw % (PROMPTS // PART))
+    return range(first, first + PART)
 
 
 def answered(
@@ -160,23 +168,32 @@ def answered(
     return pd.concat(parts, ignore_index=True)
 
 
-def ablation(vlm: VLM, scores: HeadScores, numbers: range) -> pd.DataFrame:
+def ablation(vlm: VLM, scores: HeadScores, numbers: Iterable[int]) -> pd.DataFrame:
     """Returns the answers of the whole model and without the strongest heads."""
     sets, examples = selections(scores), prompts(vlm)
     return answered(vlm, {number: examples[number] for number in numbers}, lambda _: sets)
 
 
-def ablation_of_random_sets(vlm: VLM, scores: HeadScores) -> Iterator[pd.DataFrame]:
-    """Yields the answers without random sets of each group and turn."""
-    sets = {fraction: random_sets(scores.top(fraction)) for fraction in CONTROLLED}
-    examples = dict(enumerate(prompts(vlm)[:WITH_RANDOM]))
-    for start, turn in product(range(0, DRAWS, GROUP), range(TURNS)):
-        chosen: dict[int, dict[str, list[HeadSet]]] = {
-            number: {random_name(fraction): [] for fraction in CONTROLLED} for number in examples
+def ablation_of_random_sets(vlm: VLM, scores: HeadScores, numbers: Iterable[int]) -> pd.DataFrame:
+    """Returns the answers of the whole model and without random sets."""
+    sets = {fraction: random_sets(scores.top(fraction)) for fraction in RANDOM_SETS}
+    examples = prompts(vlm)
+
+    def of_prompt(number: int) -> dict[str, list[HeadSet]]:
+        return {
+            random_name(fraction): [
+                sets[fraction][draw] for draw in range(draws) if number in part_of(draw)
+            ]
+            for fraction, draws in RANDOM_SETS.items()
         }
-        for draw, fraction in product(range(start, start + GROUP), CONTROLLED):
-            chosen[asked_of(draw)[turn]][random_name(fraction)].append(sets[fraction][draw])
-        yield answered(vlm, examples, chosen.__getitem__)
+
+    return answered(vlm, {number: examples[number] for number in numbers}, of_prompt)
+
+
+def ablation_of_bands(vlm: VLM, scores: HeadScores, numbers: Iterable[int]) -> pd.DataFrame:
+    """Returns the answers of the whole model and without heads of other ranks."""
+    sets, examples = bands(scores), prompts(vlm)
+    return answered(vlm, {number: examples[number] for number in numbers}, lambda _: sets)
 
 
 def say(text: str) -> None:
@@ -205,12 +222,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     from mmheads.models import load
 
-    steps = ("grid", "heads", "ablation", "again", "random", "more")
+    steps = ("grid", "heads", "ablation", "again", "random", "bands")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="+", choices=steps, default=steps, metavar="STEP")
+    parser.add_argument(
+        "--prompts", nargs=2, type=int, default=(0, PROMPTS), metavar=("FIRST", "STOP")
+    )
     options = parsed(parser, arguments)
+    numbers = range(PROMPTS)[slice(*options.prompts)]
     try:
         vlm = load(options.model)
         say(f"{vlm} is loaded")
@@ -221,16 +242,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             say(f"heads {detection.heads}\n{detection.table.T}")
             detection.heads.save(paths.HEADS / f"{vlm.model_id}.json")
         if "ablation" in options.only:
-            say_right(ablation(vlm, scores, range(WITH_RANDOM)))
+            say_right(ablation(vlm, scores, numbers))
         if "again" in options.only:
             repeated, listed = again(vlm), HeadSet.load(vlm.model_id)
             shared = len(repeated.heads & listed)
             say(f"{shared} of {len(listed)} heads are found again\n{repeated.table.T}")
         if "random" in options.only:
-            for table in ablation_of_random_sets(vlm, scores):
-                say_right(table)
-        if "more" in options.only:
-            say_right(ablation(vlm, scores, range(WITH_RANDOM, PROMPTS)))
+            say_right(ablation_of_random_sets(vlm, scores, numbers))
+        if "bands" in options.only:
+            shown = [number for number in numbers if number < PROMPTS_OF_BANDS]
+            say_right(ablation_of_bands(vlm, scores, shown))
     except (ValueError, OSError) as error:
         print(f"cluster.real_model: {error}", file=sys.stderr)
         return 1

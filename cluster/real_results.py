@@ -22,6 +22,7 @@ import scipy.stats
 from numpy.typing import NDArray
 
 from cluster import real_model as plan
+from cluster import real_prose as prose
 from cluster import real_questions as questions
 from cluster import real_streaming as streaming
 from mmheads import answers, figures, paths, scoring, store
@@ -119,7 +120,8 @@ def _names(scores: HeadScores) -> dict[frozenset[Any], tuple[str, int]]:
     """Name and draw of each set of heads that answers were asked without."""
     names: dict[frozenset[Any], tuple[str, int]] = {frozenset(): (answers.FULL_MODEL, 0)}
     names |= {frozenset(s): (name, 0) for name, s in plan.selections(scores).items()}
-    for fraction in plan.CONTROLLED:
+    names |= {frozenset(s): (name, 0) for name, s in plan.bands(scores).items()}
+    for fraction in plan.RANDOM_SETS:
         for draw, each in enumerate(plan.random_sets(scores.top(fraction))):
             names.setdefault(frozenset(each), (plan.random_name(fraction), draw))
     return names
@@ -272,6 +274,7 @@ def numbers() -> Iterator[Row]:
     yield from answer_rows(table)
     yield from dense_rows(dense_answers(scores))
     yield from question_rows(question_answers(scores))
+    yield from prose.rows(pd.read_csv(prose.TABLE, encoding="utf-8"))
     for kind in ("scores", "answers", "masses"):
         yield {"quantity": "CPU minutes", "about": kind, "value": _seconds(kind) / 60}
 
@@ -349,18 +352,25 @@ def answer_rows(table: pd.DataFrame) -> Iterator[Row]:
     """
     right = table.pivot_table(index="prompt", columns="ablation", values="score")
     whole = right[answers.FULL_MODEL]
-    for name in (answers.FULL_MODEL, *map(plan.top_name, plan.FRACTIONS)):
+    tops = [answers.FULL_MODEL, *map(plan.top_name, plan.FRACTIONS)]
+    bands = [name for name in (*plan.BANDS, plan.BOTTOM) if name in right]
+    for name in (*tops, *bands):
         values = right[name].dropna()
         count, n = int(values.sum()), len(values)
         interval = scipy.stats.binomtest(count, n).proportion_ci(method="wilson")
-        row = {"quantity": "right answers", "about": name, "value": count / n, "n": n}
+        quantity = "right answers, other ranks" if name in bands else "right answers"
+        row = {"quantity": quantity, "about": name, "value": count / n, "n": n}
         row |= {"low": interval.low, "high": interval.high}
         if name != answers.FULL_MODEL:
             row["p"] = exact_sign_test(values, whole[values.index])
         yield row
-    for fraction in plan.CONTROLLED:
+    for fraction, draws in plan.RANDOM_SETS.items():
         name = plan.random_name(fraction)
-        drawn = table[table["ablation"] == name]
+        drawn = table[(table["ablation"] == name) & (table["draw"] < draws)]
+        asked = zip(drawn["prompt"], drawn["draw"], strict=True)
+        drawn = drawn[
+            np.array([prompt in plan.part_of(draw) for prompt, draw in asked], dtype=bool)
+        ]
         if len(set(drawn["prompt"])) > 1:
             selected = right[plan.top_name(fraction)]
             yield from _about_random_sets(name, drawn, whole, selected)
@@ -369,7 +379,12 @@ def answer_rows(table: pd.DataFrame) -> Iterator[Row]:
 def _about_random_sets(
     name: str, drawn: pd.DataFrame, whole: pd.Series[Any], selected: pd.Series[Any]
 ) -> Iterator[Row]:
-    """Rows about random sets beside as many selected heads; `selected` is by prompt."""
+    """Rows about random sets beside as many selected heads; `selected` is by prompt.
+
+    Each set was asked with one part of the prompts. Were the selected heads random, they would be
+    as likely as a set to have any rank, whichever part they are asked with: the rank is given for
+    the part in which most sets do as much harm.
+    """
     by_prompt = drawn.groupby("prompt")["score"].mean()
     same = by_prompt.index
     yield {
@@ -384,7 +399,16 @@ def _about_random_sets(
         **bootstrap_interval(by_prompt - selected[same], seed=0)._asdict(),
         "p": exact_sign_test(by_prompt, selected[same]),
     }
-    yield {"quantity": "random sets", "about": name, "value": drawn["draw"].nunique()}
+    by_set = drawn.groupby("draw")["score"].mean()
+    by_part = selected[same].groupby(same // plan.PART).mean()
+    harmful = int((by_set <= by_part.max()).sum())
+    yield {
+        "quantity": "random sets that do as much harm",
+        "about": name,
+        "value": harmful,
+        "n": len(by_set),
+        "p": (1 + harmful) / (1 + len(by_set)),
+    }
     yield {"quantity": "answers without random sets", "about": name, "value": len(drawn)}
 
 

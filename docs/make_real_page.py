@@ -11,6 +11,7 @@ import pages
 import pandas as pd
 from figure_data import data
 
+from cluster import real_prose, real_streaming
 from mmheads import paths
 
 PAGE = Path(__file__).with_name("real_model.md")
@@ -91,18 +92,41 @@ def answers_section() -> Iterator[str]:
         name = "none" if row["about"] == WHOLE else row["about"]
         tested = p(row["p"]) if row["p"] == row["p"] else "-"
         yield f"| {name} | {percent(row)} | {row['n']:.0f} | {tested} |"
+    for row in rows("right answers, other ranks"):
+        yield f"| {row['about']} | {percent(row)} | {row['n']:.0f} | {p(row['p'])} |"
     for lost, sets in zip(
         rows("points lost to the selected heads"),
-        rows("random sets"),
+        rows("random sets that do as much harm"),
         strict=True,
     ):
         yield ""
         yield (
-            f"On the same prompts, {sets['value']:.0f} random sets of {fraction_of(lost)} give "
+            f"On {lost['n']:.0f} prompts, {sets['n']:.0f} random sets of {fraction_of(lost)} give "
             f"{100 * lost['value']:.0f} points [{100 * lost['low']:.0f}, {100 * lost['high']:.0f}] "
-            f"more right answers than as many of the strongest heads (exact p = {p(lost['p'])}, "
-            f"n = {lost['n']:.0f} prompts)."
+            f"more right answers than as many of the strongest heads (exact p = {p(lost['p'])}). "
+            f"{count(sets['value'])} of the {sets['n']:.0f} sets did as much harm (p = "
+            f"{p(sets['p'])})."
         )
+
+
+def count(value: float) -> str:
+    """A number at the beginning of a sentence."""
+    return f"{value:.0f}" if value else "None"
+
+
+def prose_section() -> Iterator[str]:
+    """Yields the lines about the loss on prose."""
+    whole = only("loss on prose")
+    yield "| heads ablated | loss added, nats per token | p |"
+    yield "|---|---|---|"
+    for row in rows("loss on prose, added"):
+        low, high = (f"{row[name]:+.2f}" for name in ("low", "high"))
+        yield f"| {row['about']} | {row['value']:+.2f} [{low}, {high}] | {p(row['p'])} |"
+    yield ""
+    yield (
+        f"The whole model's loss is {whole['value']:.2f} [{whole['low']:.2f}, {whole['high']:.2f}] "
+        f"nats per token ({whole['n']:.0f} passages)."
+    )
 
 
 def dense_section() -> Iterator[str]:
@@ -206,13 +230,14 @@ def fraction_of(row: Row) -> str:
     return str(row["about"]).split()[1].rstrip(",")
 
 
-CONTROLS = """Random sets have as many heads in each layer as the
-strongest ones, are drawn from all heads of the layer, the strongest among them, and were each asked
-with one or two of the first {prompts} prompts; their interval is a bootstrap over the prompts, and
-their p that of the exact sign test on the mean of each prompt. The comparison that was named
-beforehand is that of the strongest 5% with random sets; all others are exploratory."""
-NO_CONTROLS = """Random sets of heads were not
-run, so that other heads of the same layers may matter as much."""
+CONTROLS = """Random sets have as many heads in each layer
+as the strongest ones, and are drawn from all heads of the layer, the strongest among them. Each was
+asked with six prompts, one at each depth. Their interval is a bootstrap over the prompts, and their
+p is that of the exact sign test on the mean of each prompt. A set does as much harm if it leaves no
+more right answers on its six prompts than the strongest heads leave on the six on which they leave
+most. The comparison that was named beforehand is that of the strongest 5% with random sets; all
+others are exploratory. Bands of rank and the bottom heads were asked with the first
+{prompts_of_bands} prompts."""
 
 TEXT = """# A pretrained text model
 
@@ -247,12 +272,22 @@ Wilson's, and p is that of McNemar's exact test, without a correction for the nu
 
 {answers}
 
+## What prose loses without them
+
+A model that can no longer write loses answers, too. {passages} paragraphs of the shipped corpus,
+without needles: the mean loss of the first {prose_tokens} tokens, and what each ablation adds to
+it; random sets are means of {prose_sets}. Intervals are bootstrap intervals over paragraphs, and p
+is that of sign flips, without a correction.
+
+{prose}
+
 ## What few dense heads keep, and what they cost
 
-The same prompts, with only a few *dense heads* that see everything; all others see the first 4
-tokens and a window of 60, an eighth of the prompt, in prefill and decoding. A needle at the last
-depth is inside the window, so that no head has to fetch it. Each prompt with random dense heads has
-a set of its own. Intervals are bootstrap intervals over prompts, and p is that of sign flips.
+The first {streamed} of these prompts, with only a few *dense heads* that see everything; all
+others see the first 4 tokens and a window of 60, an eighth of the prompt, in prefill and decoding.
+A needle at the last depth is inside the window, so that no head has to fetch it. Each prompt with
+random dense heads has a set of its own. Intervals are bootstrap intervals over prompts, and p is
+that of exact sign tests.
 
 {dense}
 
@@ -301,10 +336,9 @@ for all scores and answers, and {ranking_minutes:.0f} for the attention to the p
 The plan was cut to fit into that time:
 
 - 4 haystacks per cell in place of 10, and no prompts of 2,048 tokens;
-- {prompts} test prompts in place of 48; random sets were ablated for {asked} answers in place of
-  1,200;
-- no sets that leave out the selected heads, no bottom heads, no single heads, no decode-only
-  ablation, no loss on prose;
+- {sets} random sets of 5%, each asked with six prompts, but of the other shares only
+  {other_sets}, of 10%; bands of rank were asked with {prompts_of_bands} prompts in place of 48;
+- no sets that leave out the selected heads, no single heads, no decode-only ablation;
 - {asked_questions} questions on real documents in place of about 100, with few random sets, and no
   text blocks as candidates;
 - the longer documents were not ranked.
@@ -318,6 +352,7 @@ export MMHEADS_REAL_LM={model}.gguf
 python -m cluster.real_model
 python -m cluster.real_streaming
 python -m cluster.real_questions
+python -m cluster.real_prose
 python -m cluster.ship {model} --machine "2 CPU cores"
 python -m cluster.real_results
 python -m cluster.real_documents
@@ -332,18 +367,24 @@ attention of this model with eager attention, and computes a sample of the resul
 
 def page() -> str:
     """Returns the text of the page."""
-    asked = rows("answers without random sets")
-    tested = rows("points lost to the selected heads")
-    controls = CONTROLS.format(prompts=f"{tested[0]['n']:.0f}") if tested else NO_CONTROLS
+    drawn = [row["n"] for row in rows("random sets that do as much harm")]
+    of_bands = f"{rows('right answers, other ranks')[0]['n']:.0f}"
     return TEXT.format(
         model="qwen2.5-coder-0.5b-instruct-q4_k_m",
         heads="\n".join(heads_section()),
         answers="\n".join(answers_section()),
         prompts=f"{only('right answers', WHOLE)['n']:.0f}",
-        controls=controls,
+        controls=CONTROLS.format(prompts_of_bands=of_bands),
+        prompts_of_bands=of_bands,
         minutes=sum(only("CPU minutes", kind)["value"] for kind in ("scores", "answers")),
         ranking_minutes=only("CPU minutes", "masses")["value"],
-        asked=f"{sum(row['value'] for row in asked):.0f}",
+        sets=f"{drawn[0]:.0f}",
+        other_sets=f"{drawn[1]:.0f}",
+        prose="\n".join(prose_section()),
+        passages=f"{only('loss on prose')['n']:.0f}",
+        prose_tokens=real_prose.TOKENS,
+        prose_sets=real_prose.RANDOM_SETS,
+        streamed=real_streaming.PROMPTS,
         ranking="\n".join(ranking_section()),
         dense="\n".join(dense_section()),
         times="\n".join(times_section()),

@@ -71,6 +71,12 @@ def add(subparsers: Any) -> None:
         help="file that keeps the index: after an interrupt it goes on from there, and later "
         "questions are answered from it, with or without --regions",
     )
+    parser.add_argument(
+        "--on-disk",
+        action="store_true",
+        help="make --index a folder and keep only one window of pages in memory, for documents "
+        "whose index is larger than the memory; a question then reads the whole folder",
+    )
     commands.add_number(parser, "--window", 0, "pages per forward pass")
     commands.add_number(
         parser, "--dpi", 0, "resolution of the pages, in pixels per inch", high=2400
@@ -132,6 +138,7 @@ def run(options: argparse.Namespace) -> Outcome:
     asked: dict[str, Any] = {
         "window": options.window or before.get("window", 0),
         "memory": 1e9 * options.memory,
+        "on_disk": options.on_disk,
     }
     if vlm.is_text_only:
         pages = _with_text(pages)
@@ -145,10 +152,16 @@ def run(options: argparse.Namespace) -> Outcome:
             pages = _pages(options, fit.dpi, warn=False)
     ranked = [each.ranked for each in pages]
     regions = _regions(pages, vlm.is_text_only) if options.regions else []
-    _say(vlm, heads, ranked, fit, options)
+    _say(vlm, heads, ranked, fit, options, going_on=bool(before))
     about = json.dumps({"documents": files, "dpi": fit.dpi, "skip_broken": options.skip_broken})
+    keep = "disk" if options.on_disk else "device"
     index = DocumentIndex(
-        vlm, heads, ranked, window=fit.window, path=options.index, about=about, progress=True
+        *(vlm, heads, ranked),
+        window=fit.window,
+        keep=keep,
+        path=options.index,
+        about=about,
+        progress=True,
     )
     lines: list[str] = []
     results = []
@@ -293,11 +306,19 @@ def _index_before(options: argparse.Namespace, files: dict[str, str]) -> dict[st
     from mmheads.retrieval.saved import what_is_indexed
 
     if not options.index:
+        if options.on_disk:
+            raise ValueError("--on-disk needs a folder to keep the index in; name it by --index")
         return {}
-    paths.writable_file(Path(options.index))
-    if not Path(options.index).exists():
+    path = Path(options.index)
+    if options.on_disk and not path.is_file():
+        paths.writable(path)
+    elif path.is_dir():
+        raise ValueError(f"{path} is a folder; give the name of a file, or add --on-disk")
+    else:
+        paths.writable_file(path)
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return {}
-    text, window = what_is_indexed(Path(options.index))
+    text, window = what_is_indexed(path)
     about: dict[str, Any] = json.loads(text or "{}")
     if about.get("documents") != files:
         raise ValueError(
@@ -349,7 +370,13 @@ def _check_words(vlm: VLM, question: str) -> None:
 
 
 def _say(
-    vlm: VLM, heads: HeadSet, ranked: Sequence[Any], fit: Fit, options: argparse.Namespace
+    vlm: VLM,
+    heads: HeadSet,
+    ranked: Sequence[Any],
+    fit: Fit,
+    options: argparse.Namespace,
+    *,
+    going_on: bool,
 ) -> None:
     """Say what was chosen, and about how long the index takes, measured on the first page."""
     from mmheads.retrieval.index import DocumentIndex
@@ -358,8 +385,10 @@ def _say(
     commands.note(
         f"{len(heads)} heads of {vlm}; {pages} in windows of {fit.window}, at most {fit.tokens} of "
         f"{vlm.positions or 'any number of'} tokens; the index takes about {fit.bytes / 1e6:.0f} MB"
+        + f", of which {fit.held / 1e6:.0f} MB are in memory"
+        * options.on_disk
     )
-    if options.index and Path(options.index).exists():
+    if going_on:
         commands.note(f"going on with {options.index}")
         return
     start = time.perf_counter()

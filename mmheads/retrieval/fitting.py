@@ -44,6 +44,7 @@ class Fit:
         tokens: Tokens of the longest window with the longest question.
         share: Tokens of the first page, as a share of those of all pages.
         bytes: About how large the index becomes.
+        held: How much of it is in memory at a time.
     """
 
     dpi: int
@@ -52,6 +53,7 @@ class Fit:
     tokens: int
     share: float
     bytes: int
+    held: int
 
 
 def fit_pages(
@@ -63,6 +65,7 @@ def fit_pages(
     dpi: int = 0,
     window: int = 0,
     memory: float = 0,
+    on_disk: bool = False,
 ) -> Fit:
     """The highest resolution, and then the largest window, at which pages fit.
 
@@ -74,6 +77,7 @@ def fit_pages(
         dpi: Resolution; by default one of `DPIS`.
         window: Pages per forward pass; by default as many as fit, at most `MOST`.
         memory: Bytes that index and forward pass may take; by default most of what is free.
+        on_disk: Only one window of the index is in memory at a time.
 
     Raises:
         ValueError: No choice fits; the message says what a page takes and what there is.
@@ -87,7 +91,7 @@ def fit_pages(
         ]
         tokens = [_image_tokens(vlm, size) for size in pixels]
         try:
-            return _fit(vlm, heads, tokens, base, resolution, window, memory)
+            return _fit(vlm, heads, tokens, base, resolution, window, memory, on_disk)
         except ValueError as error:
             refusal = error
     raise refusal
@@ -101,13 +105,14 @@ def fit_texts(
     *,
     window: int = 0,
     memory: float = 0,
+    on_disk: bool = False,
 ) -> Fit:
     """The largest window at which pages as texts fit; see `fit_pages`."""
     memory = memory or free_memory(vlm)
     base = _base(vlm, questions)
     ids = vlm.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     tokens = [len(each) + 2 for each in ids]
-    return _fit(vlm, heads, tokens, base, 0, window, memory)
+    return _fit(vlm, heads, tokens, base, 0, window, memory, on_disk)
 
 
 def free_memory(vlm: VLM) -> float:
@@ -125,23 +130,25 @@ def _fit(
     dpi: int,
     window: int,
     memory: float,
+    on_disk: bool,
 ) -> Fit:
     """The largest window, or the given one, that fits; ValueError if none does."""
-    cache = sum(tokens) * _cache_bytes(vlm, heads)
-    room = _room(vlm, cache, memory)
+    per_token, held = _cache_bytes(vlm, heads), 0
     for size in (window,) if window else range(min(MOST, len(tokens)), 0, -1):
         ranges = spread(len(tokens), size, 0)
-        longest = base + max(sum(tokens[each.start : each.stop]) for each in ranges)
-        if longest <= room:
-            first = tokens[0] / sum(tokens)
-            return Fit(dpi, len(ranges[0]), len(ranges), longest, first, cache)
+        longest = max(sum(tokens[each.start : each.stop]) for each in ranges)
+        held = per_token * (longest if on_disk else sum(tokens))
+        if base + longest <= _room(vlm, held, memory):
+            first, cache = tokens[0] / sum(tokens), per_token * sum(tokens)
+            return Fit(dpi, len(ranges[0]), len(ranges), base + longest, first, cache, held)
     where = f" at {dpi} dpi" if dpi else ""
     takes = f"{vlm} takes {vlm.positions} tokens" if vlm.positions else f"{vlm} takes any length"
     raise ValueError(
         f"{len(tokens)} pages do not fit{where} in windows of {window or 1}: the longest page has "
         f"{max(tokens)} tokens and the longest question {base}, {takes}, and the index needs "
-        f"{cache / 1e9:.2g} GB beside its forward passes, of {memory / 1e9:.2g} GB; give fewer "
-        "pages, a smaller --window or --dpi, or more --memory"
+        f"{held / 1e9:.2g} GB beside its forward passes, of {memory / 1e9:.2g} GB; give fewer "
+        f"pages, a smaller --window or --dpi, {'' if on_disk else 'an --index with --on-disk, '}or "
+        "more --memory"
     )
 
 

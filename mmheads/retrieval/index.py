@@ -31,7 +31,7 @@ from mmheads.retrieval.candidates import (
     spread,
 )
 from mmheads.retrieval.ranking import Heat, Ranking, rank
-from mmheads.retrieval.saved import read_index, write_index
+from mmheads.retrieval.saved import put_window, read_folder, read_index, write_index
 from mmheads.retrieval.windows import (
     NULL_QUESTION,
     IndexedDocument,
@@ -46,7 +46,7 @@ WINDOW = 200
 NULL_IMAGES = ("placeholders", "pixels", "none")
 
 
-KEEP = ("device", "cpu")
+KEEP = ("device", "cpu", "disk")
 
 
 SMALL_REGION = 0.01
@@ -96,33 +96,36 @@ class DocumentIndex:
             overlap: Least number of candidates that two neighbouring windows share; the score of a
                 shared candidate is the mean over its windows.
             instruction: Text after each question.
-            keep: Where the cache is kept between questions, "device" or "cpu".
+            keep: Where the cache is kept between questions: "device", "cpu" or "disk". On disk,
+                `path` is a folder with a file for each window, and no more than one window is in
+                memory, in the index as in a question, which reads all files.
             max_tokens: Longest prompt allowed, in tokens; by default what the model's positions
                 allow.
-            path: File in which the index is kept while it grows, and from which it goes on if it
-                holds a part of the same index; by default it is only in memory.
+            path: File, or folder on disk, in which the index is kept while it grows, and from
+                which it goes on if it holds a part of the same index; by default it is only in
+                memory.
             about: What the candidates are; a file with other words is refused.
             progress: Show a progress bar.
 
         Raises:
             TypeError: The heads or the candidates are of another type.
             ValueError: There is no candidate or no head, one is blank or the name of a file, a
-                window does not fit, the heads are of another model, or as `encode` does.
+                window does not fit, the heads are of another model, `path` is missing or of the
+                other kind, or as `encode` does.
         """
         self.vlm = vlm
         if isinstance(candidates, IndexedDocument):
             self.document = candidates
         else:
-            expect_one_of("keep", keep, KEEP)
+            _check_keep(keep, path)
             check_candidates(candidates)
             count = len(candidates)
             ranges = spread(count, window, overlap)
             chosen = _checked_heads(vlm, heads)
             begun = IndexedDocument(chosen, (), overlap, instruction, max_tokens, count, about)
-            if path and Path(path).exists():
-                begun = _continued(
-                    Path(path), begun, read_index(Path(path), vlm, keep=keep), ranges
-                )
+            if path and (Path(path).is_file() or any(Path(path).glob("*.safetensors"))):
+                begun = _continued(Path(path), begun, _read(path, vlm, keep), ranges)
+            write = functools.partial(write_index, Path(path), vlm)
             self.document = index_candidates(
                 vlm,
                 begun,
@@ -130,7 +133,8 @@ class DocumentIndex:
                 ranges,
                 keep=keep,
                 progress=progress,
-                save=functools.partial(write_index, Path(path), vlm) if path else None,
+                save=write if path and keep != "disk" else None,
+                put=functools.partial(put_window, Path(path), vlm) if keep == "disk" else None,
             )
         self._null: dict[str, list[Attention]] = {
             NULL_QUESTION: [each.null_attention for each in self.document.windows]
@@ -138,15 +142,15 @@ class DocumentIndex:
 
     @classmethod
     def load(cls, path: str | Path, vlm: VLM, *, keep: str = "device") -> DocumentIndex:
-        """Read an index that `save` wrote.
+        """Read an index that `save` wrote, or one on disk, with `keep="disk"`.
 
         Raises:
             ValueError: There is no such file, it is damaged, it holds only a part of its
                 candidates, or it was made with another model, other weights, another version or
                 other settings.
         """
-        expect_one_of("keep", keep, KEEP)
-        document = read_index(Path(path), vlm, keep=keep)
+        _check_keep(keep, path)
+        document = _read(path, vlm, keep)
         if document.done < document.count:
             raise ValueError(
                 f"{path} holds only the first {document.done} of {document.count} candidates; "
@@ -158,8 +162,11 @@ class DocumentIndex:
         """Write the index to a file (safetensors), whole or not at all.
 
         Raises:
+            ValueError: It is kept on disk, in its own folder.
             OSError: The file cannot be written.
         """
+        if any(window.opened for window in self.document.windows):
+            raise ValueError("this index is kept on disk: its folder is all that there is to save")
         write_index(Path(path), self.vlm, self.document)
 
     @property
@@ -184,7 +191,7 @@ class DocumentIndex:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the cache and of the null question's attention."""
+        """Bytes of the cache in memory and of the null question's attention."""
         return self.document.bytes
 
     def masses(
@@ -303,6 +310,19 @@ class DocumentIndex:
             windows = self.document.windows
             self._null[null] = [question_attention(self.document, w, (null,)) for w in windows]
         return self._null[null]
+
+
+def _read(path: str | Path, vlm: VLM, keep: str) -> IndexedDocument:
+    on_disk = keep == "disk"
+    return read_folder(Path(path), vlm) if on_disk else read_index(Path(path), vlm, keep=keep)
+
+
+def _check_keep(keep: str, path: str | Path) -> None:
+    expect_one_of("keep", keep, KEEP)
+    if keep == "disk" and (not path or Path(path).is_file()):
+        raise ValueError(f"path is {str(path)!r}; expected a folder, in which to keep the index")
+    if keep != "disk" and path and Path(path).is_dir():
+        raise ValueError(f'{path} is not a file; keep="disk" keeps an index in a folder')
 
 
 def _continued(

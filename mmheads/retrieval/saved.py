@@ -1,7 +1,8 @@
 """The file of an index: written whole, checked when it is read, refused if anything differs.
 
 It is a safetensors file, so reading it runs no code. Its metadata hold a JSON text with the
-provenance, the heads, what each window needs besides tensors, and a checksum of everything.
+provenance, the heads, what each window needs besides tensors, and a checksum of everything. An
+index that is kept on disk is a folder with such a file for each window.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -111,13 +112,14 @@ def write_index(path: Path, vlm: VLM, document: IndexedDocument) -> None:
         raise OSError(f"{path} could not be written: {error}") from error
 
 
-def read_index(path: Path, vlm: VLM, *, keep: str) -> IndexedDocument:
+def read_index(path: Path, vlm: VLM, *, keep: str, alone: bool = False) -> IndexedDocument:
     """Read an index that `write_index` wrote.
 
     Args:
         path: The file.
         vlm: The model that made it.
         keep: Where the cache is kept, "device" or "cpu".
+        alone: It holds any one window of the index.
 
     Raises:
         ValueError: There is no such file, it is damaged or of another kind, or it was made with
@@ -130,6 +132,8 @@ def read_index(path: Path, vlm: VLM, *, keep: str) -> IndexedDocument:
         made = parse(Provenance, content["provenance"])
         different = made.differences(_provenance(vlm))
         document = None if different else _document(vlm, content, tensors)
+        if document is not None and not alone:
+            _check_windows(document)
     except (*_BROKEN, OSError) as error:
         raise ValueError(
             f"{path} is not a whole index that DocumentIndex.save wrote "
@@ -140,6 +144,56 @@ def read_index(path: Path, vlm: VLM, *, keep: str) -> IndexedDocument:
     return document if keep == "cpu" else _on_device(document)
 
 
+def put_window(folder: Path, vlm: VLM, document: IndexedDocument, window: Window) -> Window:
+    """Write the next window of a document to its folder, and return it without its cache.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    path = folder / f"{len(document.windows):04d}.safetensors"
+    write_index(path, vlm, replace(document, windows=(window,)))
+    return _on_disk(path, vlm, window)
+
+
+def read_folder(folder: Path, vlm: VLM) -> IndexedDocument:
+    """Read an index that `put_window` wrote, window by window, without the caches.
+
+    Raises:
+        ValueError: As `read_index` does for each file; or the files are not of one index.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f'{folder} holds no index; expected one of DocumentIndex(keep="disk")')
+    documents = []
+    for path in files:
+        document = read_index(path, vlm, keep="cpu", alone=True)
+        windows = tuple(_on_disk(path, vlm, window) for window in document.windows)
+        documents.append(replace(document, windows=windows))
+    whole = replace(documents[0], windows=tuple(w for each in documents for w in each.windows))
+    try:
+        for document in documents:
+            same = replace(whole, windows=document.windows, heads=document.heads)
+            _expect(
+                set(document.heads) == set(whole.heads)
+                and all(getattr(document, f.name) == getattr(same, f.name) for f in fields(same)),
+                "its files are of several indexes",
+            )
+        _check_windows(whole)
+    except ValueError as error:
+        raise ValueError(f"{folder} is not a whole index ({error}); delete it") from error
+    return whole
+
+
+def _on_disk(path: Path, vlm: VLM, window: Window) -> Window:
+    """A window whose cache is read from a file for each question."""
+
+    def opened() -> Prefix:
+        (found,) = read_index(path, vlm, keep="device", alone=True).windows
+        return found.prefix
+
+    return replace(window, prefix=replace(window.prefix, cache=None), opened=opened)
+
+
 def what_is_indexed(path: Path) -> tuple[str, int]:
     """What a file says of its candidates, and their number per window, read without the model.
 
@@ -147,6 +201,7 @@ def what_is_indexed(path: Path) -> tuple[str, int]:
         ValueError: There is no such file, or it is damaged or of another kind or version.
     """
     try:
+        path = min(path.glob("*.safetensors")) if path.is_dir() else path
         with safe_open(path, framework="pt") as file:
             about = parse(_About, json.loads((file.metadata() or {})[_KEY]))
         return about.about, len(about.windows[0].parts)
@@ -241,18 +296,21 @@ def _document(vlm: VLM, content: Mapping[str, Any], tensors: _Tensors) -> Indexe
         )
         for window, piece in zip(about.windows, pieces, strict=True)
     ]
-    (size,) = {len(window.parts) for window in windows}
-    steps = [second.first - first.first for first, second in pairwise(windows)]
-    _expect(
-        windows[0].first == 0 and all(0 < step <= size - about.overlap for step in steps),
-        "its windows do not cover its candidates",
-    )
-    document = IndexedDocument(
+    return IndexedDocument(
         *(heads, tuple(windows), about.overlap, about.instruction, about.max_tokens, about.count),
         about.about,
     )
+
+
+def _check_windows(document: IndexedDocument) -> None:
+    (size,) = {len(window.parts) for window in document.windows}
+    steps = [second.first - first.first for first, second in pairwise(document.windows)]
+    _expect(
+        document.windows[0].first == 0
+        and all(0 < step <= size - document.overlap for step in steps),
+        "its windows do not cover its candidates",
+    )
     _expect(document.done <= document.count, "it has more windows than candidates")
-    return document
 
 
 def _prefix(vlm: VLM, heads: HeadSet, about: _About, window: _Window, tensors: _Tensors) -> Prefix:

@@ -38,6 +38,7 @@ class Window:
         sizes: By part of the context that is an image, its width and height in pixels.
         prefix: The candidates in the cache.
         null_attention: [head, key] attention from `NULL_QUESTION` to the cached tokens.
+        opened: Reads `prefix` with its cache, where the cache is kept on disk.
     """
 
     first: int
@@ -45,6 +46,7 @@ class Window:
     sizes: Mapping[int, tuple[int, int]]
     prefix: Prefix
     null_attention: NDArray[np.float32]
+    opened: Callable[[], Prefix] | None = None
 
     @property
     def prompt(self) -> Prompt:
@@ -122,7 +124,7 @@ class IndexedDocument:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the cache and of the null question's attention."""
+        """Bytes of the cache in memory and of the null question's attention."""
         return sum(w.prefix.bytes + w.null_attention.nbytes for w in self.windows)
 
 
@@ -135,6 +137,7 @@ def index_candidates(
     keep: str,
     progress: bool,
     save: Callable[[IndexedDocument], None] | None = None,
+    put: Callable[[IndexedDocument, Window], Window] | None = None,
 ) -> IndexedDocument:
     """Run the windows that a document lacks through the model; see `DocumentIndex`.
 
@@ -143,9 +146,10 @@ def index_candidates(
         document: Its settings, and the windows that have run before.
         candidates: All candidates.
         ranges: The candidates of each window.
-        keep: Where the cache is kept, "device" or "cpu".
+        keep: Where the cache is kept; see `DocumentIndex`.
         progress: Show a progress bar.
         save: Called with what is done every `SAVE_EVERY` seconds, at the end, and at an interrupt.
+        put: Writes each window to disk and returns it without its cache.
     """
     done = saved = len(document.windows)
     last = time.monotonic()
@@ -153,6 +157,7 @@ def index_candidates(
     try:
         for numbers in ranges[done:]:
             window = _indexed(vlm, document, candidates, numbers, keep)
+            window = put(document, window) if put else window
             document = dataclasses.replace(document, windows=(*document.windows, window))
             bar.update()
             if save and time.monotonic() - last > SAVE_EVERY:
@@ -203,7 +208,7 @@ def _run_window(
         for number, part in enumerate(prompt.example.context)
         if isinstance(part, Image.Image)
     }
-    light = prefix.alone(without_pixels(prompt), device="cpu" if keep == "cpu" else "")
+    light = prefix.alone(without_pixels(prompt), device="" if keep == "device" else "cpu")
     return Window(first, parts, sizes, light, null_attention)
 
 
@@ -222,8 +227,9 @@ def question_attention(
         ValueError: The question is too long, cannot be asked of a cached context in this family, or
             gives attention that is not finite.
     """
-    encoded = ask(window.prefix.vlm, window.prompt, question)
-    return _attention(document.heads, window.prefix, encoded, pixels=pixels)
+    prefix = window.opened() if window.opened else window.prefix
+    encoded = ask(prefix.vlm, prefix.prompt, question)
+    return _attention(document.heads, prefix, encoded, pixels=pixels)
 
 
 def _attention(

@@ -20,7 +20,7 @@ CHUNK = 128
 BLOCK = 128
 """Rows, and keys, in a block of FlexAttention."""
 
-TILE = 64
+TILE = 32
 """Rows of a window head that share a view of keys on a CPU."""
 
 # The only private name of torch in this file.

@@ -70,13 +70,42 @@ def test_the_shipped_heads_are_those_of_the_shipped_scores(scores):
     assert listed.origin.revision == scores.provenance.revision
 
 
-def test_each_random_set_is_asked_with_other_prompts_and_each_prompt_with_as_many_sets():
-    turns = np.array([real_model.asked_of(draw) for draw in range(real_model.DRAWS)])
-    assert all(len(set(turn)) == real_model.TURNS for turn in turns)
-    for start in range(0, real_model.DRAWS, real_model.GROUP):
-        for turn in turns[start : start + real_model.GROUP].T:
-            asked = np.bincount(turn, minlength=real_model.WITH_RANDOM)
-            assert (asked == real_model.GROUP // real_model.WITH_RANDOM).all()
+def test_each_random_set_is_asked_at_all_depths_and_each_prompt_with_as_many_sets():
+    for draws in real_model.RANDOM_SETS.values():
+        parts = [real_model.part_of(draw) for draw in range(draws)]
+        assert {tuple(sorted(prompt % 6 for prompt in part)) for part in parts} == {(*range(6),)}
+        asked = np.bincount(np.concatenate(parts), minlength=real_model.PROMPTS)
+        assert (asked == draws * 6 // real_model.PROMPTS).all()
+
+
+def test_the_rank_among_random_sets_is_that_of_the_part_in_which_most_do_as_much_harm():
+    name = real_model.random_name(0.1)
+    right = {0: [1, 1, 0, 0, 0, 0], 1: [1, 1, 1, 0, 0, 0]}  # of the strongest heads, by part
+    rows = [
+        {"prompt": prompt, "ablation": ablation, "draw": 0, "score": score}
+        for prompt, score in enumerate(right[0] + right[1])
+        for ablation, score in (("full model", 1), ("top 10%", score))
+    ]
+    rows += [  # the first set leaves 4 of 6 right, the second 3, the others all
+        {"prompt": prompt, "ablation": name, "draw": draw, "score": prompt % 6 >= (2, 3)[draw]}
+        if draw < 2
+        else {"prompt": prompt, "ablation": name, "draw": draw, "score": 1}
+        for draw in (0, 1, 8, 9)
+        for prompt in real_model.part_of(draw)
+    ]
+    rows += [{"prompt": 7, "ablation": name, "draw": 0, "score": 0}]  # not of its part
+    rows += [
+        {"prompt": prompt, "ablation": real_model.top_name(share), "draw": 0, "score": 1}
+        for prompt in range(12)
+        for share in (0.01, 0.02, 0.05)
+    ]
+    told = pd.DataFrame(real_results.answer_rows(pd.DataFrame(rows).astype({"score": float})))
+    told = told[told["about"] == name].set_index("quantity")
+    harm = told.loc["random sets that do as much harm"]
+    assert (harm["value"], harm["n"], harm["p"]) == (1, 4, 2 / 5)
+    assert told.loc["answers without random sets", "value"] == 24
+    lost = told.loc["points lost to the selected heads"]
+    assert (lost["n"], lost["value"]) == (12, pytest.approx((12 - 2.5 - 5) / 12))
 
 
 def test_the_committed_numbers_are_those_of_the_shipped_results():

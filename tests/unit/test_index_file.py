@@ -5,6 +5,7 @@ import dataclasses
 import json
 import resource
 import struct
+import weakref
 
 import example_prompts
 import numpy as np
@@ -73,6 +74,80 @@ def test_families_with_masks_tiles_and_states_are_saved_too(family, tmp_path):
     again = DocumentIndex.load(tmp_path / "10-K.2023", vlm)
     np.testing.assert_array_equal(index.masses(QUESTION), again.masses(QUESTION))
     assert (again.window, again.overlap) == (2, 1)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3", "internvl", "qwen3_5"])
+def test_on_disk_one_window_is_in_memory_at_a_time_and_scores_are_the_same(
+    family, tmp_path, monkeypatch
+):
+    vlm = example_prompts.vlm(family)
+    heads, given = some_heads(vlm), candidates(family)
+    index = DocumentIndex(vlm, heads, given, window=1)
+    folder, prefixes, most = tmp_path / "d", [], []
+    read = saved._document
+
+    def counted(*arguments):
+        document = read(*arguments)
+        prefixes.extend(weakref.ref(window.prefix.cache) for window in document.windows)
+        most.append(sum(each() is not None for each in prefixes))
+        return document
+
+    monkeypatch.setattr(saved, "_document", counted)
+    made = DocumentIndex(vlm, heads, given, window=1, keep="disk", path=folder)
+    again = DocumentIndex.load(folder, vlm, keep="disk")
+    picture = () if family in ("qwen3", "gemma3") else (example_prompts.picture(32, 32, 5),)
+    for each in (made, again):
+        for asked in ((QUESTION,), (QUESTION, *picture)):
+            np.testing.assert_array_equal(index.masses(asked), each.masses(asked))
+        np.testing.assert_array_equal(index.rank(QUESTION).scores, each.rank(QUESTION).scores)
+        assert each.bytes == sum(w.null_attention.nbytes for w in index.document.windows)
+        with pytest.raises(ValueError, match="this index is kept on disk"):
+            each.save(tmp_path / "other")
+    assert len(list(folder.iterdir())) == 3
+    assert len(most) > 3 * 4
+    assert max(most) <= 2, "a window is let go when the next one has been read"
+
+
+def test_an_index_on_disk_goes_on_and_is_refused_if_it_is_not_whole(vlm, tmp_path):
+    heads, given = some_heads(vlm), candidates("qwen3_vl")
+    settings = {"window": 1, "keep": "disk", "path": tmp_path / "d"}
+    index = DocumentIndex(vlm, heads, given, **settings)
+    files = sorted((tmp_path / "d").iterdir())
+    files[2].unlink()
+    with pytest.raises(ValueError, match="holds only the first 2 of 3 candidates"):
+        DocumentIndex.load(tmp_path / "d", vlm, keep="disk")
+    before = [file.stat().st_mtime_ns for file in files[:2]]
+    again = DocumentIndex(vlm, heads, given, **settings)
+    np.testing.assert_array_equal(index.masses(QUESTION), again.masses(QUESTION))
+    assert [file.stat().st_mtime_ns for file in files[:2]] == before
+    files[1].unlink()
+    with pytest.raises(ValueError, match=r"is not a whole index \(its windows do not cover"):
+        DocumentIndex.load(tmp_path / "d", vlm, keep="disk")
+    DocumentIndex(vlm, heads, given[:1], window=1).save(files[1])
+    with pytest.raises(ValueError, match=r"is not a whole index \(its files are of several"):
+        DocumentIndex.load(tmp_path / "d", vlm, keep="disk")
+    files[0].write_bytes(b"no index")
+    with pytest.raises(ValueError, match=r"0000\.safetensors is not a whole index"):
+        DocumentIndex.load(tmp_path / "d", vlm, keep="disk")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty holds no index"):
+        DocumentIndex.load(tmp_path / "empty", vlm, keep="disk")
+
+
+@pytest.mark.parametrize(
+    ("keep", "name", "message"),
+    [
+        ("disk", "", "path is ''; expected a folder, in which to keep the index"),
+        ("disk", "d.safetensors", "d.safetensors'; expected a folder, in which to keep the index"),
+        ("cpu", ".", 'is not a file; keep="disk" keeps an index in a folder'),
+    ],
+)
+def test_a_path_of_the_other_kind_is_refused(vlm, path, keep, name, message):
+    given = path.parent / name if name else ""
+    with pytest.raises(ValueError, match=message):
+        DocumentIndex(vlm, some_heads(vlm), candidates("qwen3_vl"), keep=keep, path=given)
+    with pytest.raises(ValueError, match=message):
+        DocumentIndex.load(given, vlm, keep=keep)
 
 
 def test_texts_instructions_and_limits_are_saved_too(tmp_path):

@@ -115,6 +115,24 @@ def regions_pdf(path):
     write_pdf(path, [PageSpec(content), PageSpec()])
 
 
+def test_an_index_on_disk_goes_on_and_answers_as_one_in_memory(here, tiny, capsys, calls):
+    words = ["a.pdf", "--question", "? B7", "--window", "1"]
+    assert rank(*words, "--on-disk") == 1
+    assert "--on-disk needs a folder to keep the index in" in capsys.readouterr().err
+    assert rank(*words, "--index", "a.index", "--on-disk") == 130
+    assert len(list((here / "a.index").iterdir())) == 1
+    assert rank(*words[:-2], "--index", "a.index", "--on-disk", "--json") == 0
+    printed = capsys.readouterr()
+    assert "going on with a.index" in printed.err
+    assert "MB are in memory" in printed.err
+    assert rank(*words, "--json") == 0
+    assert json.loads(printed.out) == json.loads(capsys.readouterr().out)
+    assert rank(*words, "--index", "a.index") == 1
+    assert "a.index is a folder; give the name of a file, or add --on-disk" in (
+        capsys.readouterr().err
+    )
+
+
 def test_regions_are_paragraphs_pictures_and_cells_ranked_from_the_same_index(here, tiny, capsys):
     regions_pdf(here / "r.pdf")
     asked = ["r.pdf", "--question", "? B7", "--index", "r.index"]

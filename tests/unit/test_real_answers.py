@@ -3,10 +3,12 @@
 import dataclasses
 
 import pytest
+import torch
 
-from cluster import real_questions, real_results, real_streaming
+from cluster import real_prose, real_questions, real_results, real_streaming
 from mmheads import answers, store
 from mmheads.models import load
+from mmheads.prompts import encode
 from mmheads.scoring import score_needles
 from mmheads.tasks.needles import Needles
 
@@ -85,3 +87,17 @@ def test_times_are_of_the_stock_model_and_of_each_share(vlm, scores):
     assert (table["low"] <= table["seconds"]).all()
     assert (table["seconds"] <= table["high"]).all()
     assert table["machine"].notna().all()
+
+
+def test_the_loss_on_prose_is_the_model_s_own_and_changes_without_its_heads(vlm, scores):
+    units = [encode(vlm, prompt(number)).ids for number in range(2)]
+    ids = torch.stack([each[:96] for each in units])
+    sets = real_prose.sets_of(scores)
+    assert len([name for name, _ in sets if name.startswith("random")]) == 12
+    table = real_prose.losses(vlm, ids, sets)
+    assert len(table) == len(sets) * len(ids)
+    means = table.groupby("ablation")["loss"].mean()
+    own = vlm.model(input_ids=ids, labels=ids).loss.item()
+    assert means["full model"] == pytest.approx(own, abs=1e-5)
+    assert abs(means["top 10%"] - own) > 0.1
+    assert table.set_index("ablation")["heads"]["rank 50% to 100%"].iloc[0] == 64
