@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 PASSAGES = 16
 TOKENS = 128
 """Tokens of a passage; the first one is given, the others are predicted."""
-RANDOM_SETS = 6
+RANDOM_SETS = 4
 """Random sets of the same layers, of each share."""
 TABLE = store.SHIPPED / "real_prose.csv"
 

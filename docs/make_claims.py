@@ -337,10 +337,13 @@ def latency() -> Facts:
     answers, times = "X_streaming_accuracy_live", "B_fig7_latency_live"
     made, timed = settings(answers), settings(times)
     share = {"share": made["sweep_share"]}
-    kept, whole, random = (
+    kept, whole, random, together = (
         by_task(answers, "score", ablation=name, **share)
-        for name in ("retrieval score", "full model", "random")
+        for name in ("retrieval score", "full model", "random", "all four tasks")
     )
+    p = by_task("X_streaming_pairs_live", "p_holm", **share).max()
+    expect(p < 0.05, "dense retrieval heads keep significantly more than random ones")
+    union = row(answers, task="text", ablation="all four tasks", **share)["heads"]
     expect((kept > random).all(), "dense retrieval heads keep more answers than random ones")
     dense = row(answers, task="text", ablation="retrieval score", **share)
     other = row(answers, task="text", ablation="random", **share)
@@ -379,6 +382,9 @@ def latency() -> Facts:
         "window": count(made["window"]),
         "n": count(n),
         "kept": of_tasks(f"{n * value:.0f}" for value in kept),
+        "union": count(union),
+        "together": of_tasks(f"{n * value:.0f}" for value in together),
+        "p": f"{p:.0e}",
         "whole": span(n * whole, ".0f"),
         "random": of_tasks(f"{value:.0%}" for value in random),
         "draws": count(other["draws"]),
