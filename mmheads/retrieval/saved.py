@@ -104,7 +104,8 @@ def write_index(path: Path, vlm: VLM, document: IndexedDocument) -> None:
         about=document.about,
         windows=[_described(window) for window in document.windows],
     )
-    text = json.dumps(asdict(replace(about, checksum=_checksum(asdict(about), tensors))))
+    content = json.loads(json.dumps(asdict(about)))  # names of images sort as they do when read
+    text = json.dumps(content | {"checksum": _checksum(content, tensors)})
     try:
         with paths.write_whole(path) as temporary:
             save_file(tensors, temporary, metadata={_KEY: text})

@@ -150,6 +150,14 @@ def test_a_path_of_the_other_kind_is_refused(vlm, path, keep, name, message):
         DocumentIndex.load(given, vlm, keep=keep)
 
 
+def test_a_window_of_more_than_ten_images_is_read_again(vlm, tmp_path):
+    pages = [example_prompts.picture(32, 32, number) for number in range(12)]
+    index = DocumentIndex(vlm, some_heads(vlm), pages)
+    index.save(tmp_path / "d")
+    again = DocumentIndex.load(tmp_path / "d", vlm)
+    np.testing.assert_array_equal(index.masses(QUESTION), again.masses(QUESTION))
+
+
 def test_texts_instructions_and_limits_are_saved_too(tmp_path):
     vlm = example_prompts.vlm("qwen3")
     given = ["Straße 😀", "First the rain falls."]
