@@ -401,6 +401,7 @@ def _about_random_sets(
     }
     by_set = drawn.groupby("draw")["score"].mean()
     by_part = selected[same].groupby(same // plan.PART).mean()
+    beside = by_part[[plan.part_of(draw)[0] // plan.PART for draw in by_set.index]]
     harmful = int((by_set <= by_part.max()).sum())
     yield {
         "quantity": "random sets that do as much harm",
@@ -408,6 +409,12 @@ def _about_random_sets(
         "value": harmful,
         "n": len(by_set),
         "p": (1 + harmful) / (1 + len(by_set)),
+    }
+    yield {
+        "quantity": "random sets that do as much harm on the same prompts",
+        "about": name,
+        "value": int((by_set.to_numpy() <= beside.to_numpy()).sum()),
+        "n": len(by_set),
     }
     yield {"quantity": "answers without random sets", "about": name, "value": len(drawn)}
 

@@ -94,8 +94,9 @@ def answers_section() -> Iterator[str]:
         yield f"| {name} | {percent(row)} | {row['n']:.0f} | {tested} |"
     for row in rows("right answers, other ranks"):
         yield f"| {row['about']} | {percent(row)} | {row['n']:.0f} | {p(row['p'])} |"
-    for lost, sets in zip(
+    for lost, beside, sets in zip(
         rows("points lost to the selected heads"),
+        rows("random sets that do as much harm on the same prompts"),
         rows("random sets that do as much harm"),
         strict=True,
     ):
@@ -104,14 +105,10 @@ def answers_section() -> Iterator[str]:
             f"On {lost['n']:.0f} prompts, {sets['n']:.0f} random sets of {fraction_of(lost)} give "
             f"{100 * lost['value']:.0f} points [{100 * lost['low']:.0f}, {100 * lost['high']:.0f}] "
             f"more right answers than as many of the strongest heads (exact p = {p(lost['p'])}). "
-            f"{count(sets['value'])} of the {sets['n']:.0f} sets did as much harm (p = "
+            f"On the same prompts, {beside['value']:.0f} of the {sets['n']:.0f} sets did as much "
+            f"harm as the strongest heads; by the rank test, {sets['value']:.0f} did (p = "
             f"{p(sets['p'])})."
         )
-
-
-def count(value: float) -> str:
-    """A number at the beginning of a sentence."""
-    return f"{value:.0f}" if value else "None"
 
 
 def prose_section() -> Iterator[str]:
@@ -233,11 +230,13 @@ def fraction_of(row: Row) -> str:
 CONTROLS = """Random sets have as many heads in each layer
 as the strongest ones, and are drawn from all heads of the layer, the strongest among them. Each was
 asked with six prompts, one at each depth. Their interval is a bootstrap over the prompts, and their
-p is that of the exact sign test on the mean of each prompt. A set does as much harm if it leaves no
-more right answers on its six prompts than the strongest heads leave on the six on which they leave
-most. The comparison that was named beforehand is that of the strongest 5% with random sets; all
-others are exploratory. Bands of rank and the bottom heads were asked with the first
-{prompts_of_bands} prompts."""
+p is that of the exact sign test on the mean of each prompt. The rank test compares the right
+answers that each set leaves on its six prompts with those that the strongest heads leave on the six
+on which they leave most: were the strongest heads random, too, their rank would be exact on any six
+prompts, and the least favourable one is taken. On so few prompts this is a weak test. The
+comparison that was named beforehand is that of the strongest 5% with random sets; all others are
+exploratory. Bands of rank and the bottom heads were asked with the first {prompts_of_bands}
+prompts."""
 
 TEXT = """# A pretrained text model
 

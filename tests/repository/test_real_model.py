@@ -103,6 +103,8 @@ def test_the_rank_among_random_sets_is_that_of_the_part_in_which_most_do_as_much
     told = told[told["about"] == name].set_index("quantity")
     harm = told.loc["random sets that do as much harm"]
     assert (harm["value"], harm["n"], harm["p"]) == (1, 4, 2 / 5)
+    beside = told.loc["random sets that do as much harm on the same prompts"]
+    assert (beside["value"], beside["n"]) == (1, 4)
     assert told.loc["answers without random sets", "value"] == 24
     lost = told.loc["points lost to the selected heads"]
     assert (lost["n"], lost["value"]) == (12, pytest.approx((12 - 2.5 - 5) / 12))

@@ -425,8 +425,8 @@ def test_what_cannot_be_indexed_or_asked_is_said():
         DocumentIndex(vlm, heads, [])
     with pytest.raises(ValueError, match="windows of 2 candidates that overlap by 2"):
         DocumentIndex(vlm, heads, ["a", "b"], window=2, overlap=2)
-    with pytest.raises(ValueError, match="keep is 'disk'"):
-        DocumentIndex(vlm, heads, ["a"], keep="disk")
+    with pytest.raises(ValueError, match="keep is 'tape'"):
+        DocumentIndex(vlm, heads, ["a"], keep="tape")
     with pytest.raises(ValueError, match="null_images is 'blank'"):
         index.masses(QUESTION, null_images="blank")
     with pytest.raises(ValueError, match="candidate 1 has no token"):
