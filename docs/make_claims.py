@@ -382,6 +382,7 @@ def latency() -> Facts:
         "window": count(made["window"]),
         "n": count(n),
         "kept": of_tasks(f"{n * value:.0f}" for value in kept),
+        "tasks": count(len(TASKS)),
         "union": count(union),
         "together": of_tasks(f"{n * value:.0f}" for value in together),
         "p": f"{p:.0e}",

@@ -97,13 +97,11 @@ class DocumentIndex:
                 shared candidate is the mean over its windows.
             instruction: Text after each question.
             keep: Where the cache is kept between questions: "device", "cpu" or "disk". On disk,
-                `path` is a folder with a file for each window, and no more than one window is in
-                memory, in the index as in a question, which reads all files.
+                `path` is a folder with a file for each window; only one of them is in memory.
             max_tokens: Longest prompt allowed, in tokens; by default what the model's positions
                 allow.
-            path: File, or folder on disk, in which the index is kept while it grows, and from
-                which it goes on if it holds a part of the same index; by default it is only in
-                memory.
+            path: File, or folder on disk, in which the index is kept while it grows, and from which
+                it goes on if it holds a part of the same index; by default it is only in memory.
             about: What the candidates are; a file with other words is refused.
             progress: Show a progress bar.
 
@@ -126,6 +124,7 @@ class DocumentIndex:
             if path and (Path(path).is_file() or any(Path(path).glob("*.safetensors"))):
                 begun = _continued(Path(path), begun, _read(path, vlm, keep), ranges)
             write = functools.partial(write_index, Path(path), vlm)
+            put = functools.partial(put_window, Path(path), vlm)
             self.document = index_candidates(
                 vlm,
                 begun,
@@ -134,7 +133,7 @@ class DocumentIndex:
                 keep=keep,
                 progress=progress,
                 save=write if path and keep != "disk" else None,
-                put=functools.partial(put_window, Path(path), vlm) if keep == "disk" else None,
+                put=put if keep == "disk" else None,
             )
         self._null: dict[str, list[Attention]] = {
             NULL_QUESTION: [each.null_attention for each in self.document.windows]
@@ -165,8 +164,6 @@ class DocumentIndex:
             ValueError: It is kept on disk, in its own folder.
             OSError: The file cannot be written.
         """
-        if any(window.opened for window in self.document.windows):
-            raise ValueError("this index is kept on disk: its folder is all that there is to save")
         write_index(Path(path), self.vlm, self.document)
 
     @property

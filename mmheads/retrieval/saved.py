@@ -86,8 +86,11 @@ def write_index(path: Path, vlm: VLM, document: IndexedDocument) -> None:
     """Write an index to a file, whole or not at all.
 
     Raises:
+        ValueError: The index is kept on disk already.
         OSError: The file cannot be written, for example because the disk is full.
     """
+    if any(window.opened for window in document.windows):
+        raise ValueError("this index is kept on disk: its folder is all that there is to save")
     tensors = {
         f"{number}.{name}": tensor.detach().cpu().contiguous()
         for number, window in enumerate(document.windows)
