@@ -118,8 +118,9 @@ def test_committed_figures_were_made_with_the_default_parameters(notebook):
             if Path(entry["file"]).stem in TIMED:
                 assert made.pop("record_timings") is True
                 made["record_timings"] = False
-                assert made["repeats"] >= expected["repeats"]
-                made["repeats"] = expected["repeats"]  # more runs may be recorded than shown
+                if "repeats" in expected:  # more runs may be recorded than are shown
+                    assert made["repeats"] >= expected["repeats"]
+                    made["repeats"] = expected["repeats"]
             assert made == expected
             assert entry["seed"] == expected["seed"]
 
