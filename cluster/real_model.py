@@ -24,7 +24,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -146,15 +146,15 @@ def part_of(draw: int) -> range:
 
 
 def answered(
-    vlm: VLM, examples: Mapping[int, Example], sets: Callable[[int], answers.Ablations]
+    vlm: VLM, numbers: Iterable[int], sets: Callable[[int], answers.Ablations]
 ) -> pd.DataFrame:
     """Returns the answers to prompts by number, each with sets of its own by name."""
-    parts = []
-    for number, example in examples.items():
+    examples, parts = prompts(vlm), []
+    for number in numbers:
         start = time.process_time()
         part = answers.answer(
             vlm,
-            [example],
+            [examples[number]],
             sets(number),
             max_new_tokens=NEW_TOKENS,
             metric=natural_needles.score,
@@ -168,16 +168,9 @@ def answered(
     return pd.concat(parts, ignore_index=True)
 
 
-def ablation(vlm: VLM, scores: HeadScores, numbers: Iterable[int]) -> pd.DataFrame:
-    """Returns the answers of the whole model and without the strongest heads."""
-    sets, examples = selections(scores), prompts(vlm)
-    return answered(vlm, {number: examples[number] for number in numbers}, lambda _: sets)
-
-
-def ablation_of_random_sets(vlm: VLM, scores: HeadScores, numbers: Iterable[int]) -> pd.DataFrame:
-    """Returns the answers of the whole model and without random sets."""
+def sets_of_prompt(scores: HeadScores) -> Callable[[int], dict[str, list[HeadSet]]]:
+    """Returns a function from the number of a prompt to the random sets that it is asked with."""
     sets = {fraction: random_sets(scores.top(fraction)) for fraction in RANDOM_SETS}
-    examples = prompts(vlm)
 
     def of_prompt(number: int) -> dict[str, list[HeadSet]]:
         return {
@@ -187,13 +180,7 @@ def ablation_of_random_sets(vlm: VLM, scores: HeadScores, numbers: Iterable[int]
             for fraction, draws in RANDOM_SETS.items()
         }
 
-    return answered(vlm, {number: examples[number] for number in numbers}, of_prompt)
-
-
-def ablation_of_bands(vlm: VLM, scores: HeadScores, numbers: Iterable[int]) -> pd.DataFrame:
-    """Returns the answers of the whole model and without heads of other ranks."""
-    sets, examples = bands(scores), prompts(vlm)
-    return answered(vlm, {number: examples[number] for number in numbers}, lambda _: sets)
+    return of_prompt
 
 
 def say(text: str) -> None:
@@ -242,16 +229,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             say(f"heads {detection.heads}\n{detection.table.T}")
             detection.heads.save(paths.HEADS / f"{vlm.model_id}.json")
         if "ablation" in options.only:
-            say_right(ablation(vlm, scores, numbers))
+            tops = selections(scores)
+            say_right(answered(vlm, numbers, lambda _: tops))
         if "again" in options.only:
             repeated, listed = again(vlm), HeadSet.load(vlm.model_id)
             shared = len(repeated.heads & listed)
             say(f"{shared} of {len(listed)} heads are found again\n{repeated.table.T}")
         if "random" in options.only:
-            say_right(ablation_of_random_sets(vlm, scores, numbers))
+            say_right(answered(vlm, numbers, sets_of_prompt(scores)))
         if "bands" in options.only:
             shown = [number for number in numbers if number < PROMPTS_OF_BANDS]
-            say_right(ablation_of_bands(vlm, scores, shown))
+            ranks = bands(scores)
+            say_right(answered(vlm, shown, lambda _: ranks))
     except (ValueError, OSError) as error:
         print(f"cluster.real_model: {error}", file=sys.stderr)
         return 1

@@ -119,8 +119,8 @@ def _known(task: str, scores: HeadScores, folder: str | Path) -> Iterator[Row]:
 def _names(scores: HeadScores) -> dict[frozenset[Any], tuple[str, int]]:
     """Name and draw of each set of heads that answers were asked without."""
     names: dict[frozenset[Any], tuple[str, int]] = {frozenset(): (answers.FULL_MODEL, 0)}
-    names |= {frozenset(s): (name, 0) for name, s in plan.selections(scores).items()}
-    names |= {frozenset(s): (name, 0) for name, s in plan.bands(scores).items()}
+    fixed = plan.selections(scores) | plan.bands(scores)
+    names |= {frozenset(heads): (name, 0) for name, heads in fixed.items()}
     for fraction in plan.RANDOM_SETS:
         for draw, each in enumerate(plan.random_sets(scores.top(fraction))):
             names.setdefault(frozenset(each), (plan.random_name(fraction), draw))
@@ -381,9 +381,9 @@ def _about_random_sets(
 ) -> Iterator[Row]:
     """Rows about random sets beside as many selected heads; `selected` is by prompt.
 
-    Each set was asked with one part of the prompts. Were the selected heads random, they would be
-    as likely as a set to have any rank, whichever part they are asked with: the rank is given for
-    the part in which most sets do as much harm.
+    Each set was asked with one part of the prompts. If the selected heads were random, too, each
+    of their ranks among the sets would be equally likely in any part. The rank that is given is
+    that of the part in which most sets do as much harm.
     """
     by_prompt = drawn.groupby("prompt")["score"].mean()
     same = by_prompt.index
