@@ -7,13 +7,14 @@ later question.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from mmheads.families import PER_TOKEN, embed, positions
+from mmheads import compat
+from mmheads.families import PER_TOKEN, embed, has_known_masks, positions
 from mmheads.models import VLM
 
 _INPUTS = {
@@ -36,6 +37,47 @@ class _CaughtError(Exception):
     """Ends a forward call once the decoder's inputs are known."""
 
 
+PIECE = 1024
+"""Tokens of a context that run at once where their mask is made row by row."""
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """A mask in which the tokens of an image see each other, made for the rows that run.
+
+    A whole one is [token, token]: a gigabyte at 32K tokens.
+
+    Attributes:
+        images: [token] the number of the image that a token belongs to; -1 for a word.
+        window: How many tokens, itself among them, a token sees; 0 for all before it.
+        added: The mask is added to scores, in this precision; None for one of bool.
+    """
+
+    images: torch.Tensor
+    window: int
+    added: torch.dtype | None
+
+    def rows(self, first: int, last: int) -> torch.Tensor:
+        """[1, 1, row, key] what the tokens from `first` to `last` see of those up to `last`."""
+        keys = torch.arange(last, device=self.images.device)
+        tokens, images = keys[first:, None], self.images[first:last, None]
+        seen = (keys <= tokens) | ((images >= 0) & (images == self.images[:last]))
+        if self.window:
+            seen &= keys > tokens - self.window
+        if self.added is not None:
+            least = torch.finfo(self.added).min
+            return torch.where(seen, 0.0, least).to(self.added)[None, None]
+        return seen[None, None]
+
+    def closed_at(self, length: int) -> bool:
+        """As `DecoderInputs.closed_at`: no image lies on both sides."""
+        before, after = self.images[:length][-1:], self.images[length:][:1]
+        return not bool(((before == after) & (after >= 0)).any())
+
+
+Mask = torch.Tensor | Blocks | None
+
+
 @dataclass(frozen=True, eq=False)
 class DecoderInputs:
     """What a decoder gets for one prompt.
@@ -44,8 +86,8 @@ class DecoderInputs:
         embeddings: [1, token, channel].
         positions: [..., 1, token]; None where the decoder counts for itself.
         masks: By kind of layer ("" where there is one mask for all), [1, 1 or head, token, token]
-            as bool or numbers to add, or None for a causal one; empty where the decoder makes its
-            masks.
+            as bool or numbers to add, or what makes their rows, or None for a causal one; empty
+            where the decoder makes its masks.
         visual: [token] whether it is a piece of an image or of a video.
         deepstack: [visual token, channel] for each of the first layers.
         per_token: Further inputs [1, token, ...] by name.
@@ -53,7 +95,7 @@ class DecoderInputs:
 
     embeddings: torch.Tensor
     positions: torch.Tensor | None
-    masks: Mapping[str, torch.Tensor | None]
+    masks: Mapping[str, Mask]
     visual: torch.Tensor
     deepstack: tuple[torch.Tensor, ...]
     per_token: Mapping[str, torch.Tensor]
@@ -82,7 +124,23 @@ class DecoderInputs:
             arguments[name] = value[:, first:last]
         return arguments
 
-    def _mask(self, mask: torch.Tensor | None, first: int, last: int) -> torch.Tensor | None:
+    def pieces(self, length: int) -> Iterator[tuple[int, int]]:
+        """Tokens of a context that run at once, as (first, last).
+
+        They are all of them, but where masks are made row by row. No image is cut.
+        """
+        blocks = next((mask for mask in self.masks.values() if isinstance(mask, Blocks)), None)
+        first, step = 0, PIECE if blocks else length
+        while first < length:
+            last = min(first + step, length)
+            while blocks and last < length and not blocks.closed_at(last):
+                last += 1
+            yield first, last
+            first = last
+
+    def _mask(self, mask: Mask, first: int, last: int) -> torch.Tensor | None:
+        if isinstance(mask, Blocks):
+            return mask.rows(first, last)
         if mask is not None:
             return mask[..., first:last, :last]
         if not first:
@@ -99,6 +157,10 @@ class DecoderInputs:
         words = keys[length:][~self.visual[length:]]
         for kind, mask in self.masks.items():
             if mask is None:
+                continue
+            if isinstance(mask, Blocks):
+                if not mask.closed_at(length):
+                    return False
                 continue
             seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
             rows = seen[..., words, :]
@@ -138,16 +200,20 @@ def catch(vlm: VLM, inputs: Mapping[str, torch.Tensor]) -> DecoderInputs:
         caught.update(kwargs, **({"positional arguments": args} if args else {}))
         raise _CaughtError
 
+    visual = torch.from_numpy(vlm.is_visual(inputs["input_ids"][0])).to(vlm.device)
+    given: dict[str, Any] = on_device(vlm, inputs)
+    if known := has_known_masks(vlm):
+        given["attention_mask"] = _known_masks(vlm, visual)
     handle = vlm.decoder.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            vlm.model(**on_device(vlm, inputs), use_cache=False)
+            vlm.model(**given, use_cache=False)
     except _CaughtError:
         pass
     finally:
         handle.remove()
-    given = {name for name, value in caught.items() if value is not None and value is not False}
-    if unknown := sorted(given - _INPUTS - _HARMLESS):
+    named = {name for name, value in caught.items() if value is not None and value is not False}
+    if unknown := sorted(named - _INPUTS - _HARMLESS):
         raise ValueError(
             f"the decoder of {vlm.family} takes {', '.join(unknown)}, which is not known here; "
             "prompts of this family cannot be cut into a context and its questions"
@@ -155,20 +221,41 @@ def catch(vlm: VLM, inputs: Mapping[str, torch.Tensor]) -> DecoderInputs:
     if caught.get("inputs_embeds") is None:
         caught |= embed(vlm, caught["input_ids"][0])
     embeddings = caught["inputs_embeds"]
-    visual = torch.from_numpy(vlm.is_visual(inputs["input_ids"][0])).to(embeddings.device)
+    mask: Any = caught.get("attention_mask")
     return DecoderInputs(
         embeddings,
         caught.get("position_ids"),
-        _masks(vlm, caught.get("attention_mask"), len(visual)),
-        visual,
+        mask if known else _masks(vlm, mask, len(visual)),
+        visual.to(embeddings.device),
         tuple(caught.get("deepstack_visual_embeds") or ()),
         {name: caught[name] for name in PER_TOKEN if caught.get(name) is not None},
     )
 
 
-def _masks(vlm: VLM, mask: Any, tokens: int) -> dict[str, torch.Tensor | None]:
+def _known_masks(vlm: VLM, visual: torch.Tensor) -> dict[str, Mask]:
+    """Masks by kind of layer, for a family that `has_known_masks`.
+
+    Args:
+        vlm: The model.
+        visual: [token] as in `DecoderInputs`.
+    """
+    starts = visual & ~torch.cat([visual.new_zeros(1), visual[:-1]])
+    images = torch.where(visual, starts.cumsum(0), -1)
+    eager = compat.attention_name(vlm.text_config) == "eager"
+    added = vlm.model.dtype if eager else None
+    window = vlm.text_config.sliding_window
+    plain = not eager and not visual.any()
+    return {
+        "full_attention": None if plain else Blocks(images, 0, added),
+        "sliding_attention": (
+            None if plain and len(visual) <= window else Blocks(images, window, added)
+        ),
+    }
+
+
+def _masks(vlm: VLM, mask: Any, tokens: int) -> dict[str, Mask]:
     """Masks by kind of layer; a mask of padding that hides nothing is left to the decoder."""
-    masks = dict(mask) if isinstance(mask, Mapping) else {"": mask}
+    masks: dict[str, Any] = dict(mask) if isinstance(mask, Mapping) else {"": mask}
     for kind, each in masks.items():
         name = f"mask of {kind.replace('_', ' ')}" if kind else "mask"
         if each is None:

@@ -195,6 +195,13 @@ def token_types(vlm: VLM, ids: torch.Tensor) -> torch.Tensor:
     return kinds
 
 
+def has_known_masks(vlm: VLM) -> bool:
+    """Whether a model's masks are those of `decoder.Blocks`; others are taken from the model."""
+    stock = compat.attention_name(vlm.text_config) in ("sdpa", "eager")
+    both_ways = compat.setting(vlm.text_config, "use_bidirectional_attention")
+    return vlm.family in ("gemma3", "gemma3_text") and stock and not both_ways
+
+
 def embed(vlm: VLM, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """Decoder inputs of token ids [token] as words: embeddings, and `PER_TOKEN` where there are.
 

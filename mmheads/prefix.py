@@ -318,15 +318,16 @@ def fill(prefix: Prefix, *, layers: int = 0) -> Prefix:
     if prefix.cache is None or not length:
         return prefix
     assert prefix._inputs is not None
-    arguments = prefix._inputs.call(0, length)
+    deepest = next((layer for layer in vlm.attentions if layer >= layers - 1), vlm.geometry.layers)
+    for first, last in prefix._inputs.pieces(length):
+        arguments = prefix._inputs.call(first, last)
 
-    def run() -> None:
-        with torch.no_grad():
-            vlm.decoder(**arguments, **compat.continuing(vlm.decoder, prefix.cache))
+        def run(arguments: dict[str, Any] = arguments) -> None:
+            with torch.no_grad():
+                vlm.decoder(**arguments, **compat.continuing(vlm.decoder, prefix.cache))
 
-    last = next((layer for layer in vlm.attentions if layer >= layers - 1), vlm.geometry.layers)
-    if layers and last < vlm.geometry.layers - 1:
-        stop_after(vlm, {last: lambda call: call.query}, run)
-    else:
-        run()
+        if layers and deepest < vlm.geometry.layers - 1:
+            stop_after(vlm, {deepest: lambda call: call.query}, run)
+        else:
+            run()
     return prefix

@@ -444,6 +444,7 @@ TOKEN_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {**SMALL, **_MIXED, **_PER_LAYER, "vocab_size_per_layer_input": 64},
     ),
     "gemma2": ("gemma2", {**SMALL, **_MIXED, "query_pre_attn_scalar": 16}),
+    "gemma3_text": ("gemma3_text", {**SMALL, **_MIXED, "query_pre_attn_scalar": 16}),
     "gpt_oss": ("gpt_oss", {**SMALL, **_MIXED, "num_local_experts": 2, "num_experts_per_tok": 1}),
     "mistral": ("mistral", {**SMALL, "sliding_window": 6}),
     "cohere2": ("cohere2", {**SMALL, **_MIXED}),

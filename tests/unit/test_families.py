@@ -7,6 +7,7 @@ import copy
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import exactness
 import example_prompts
@@ -17,6 +18,7 @@ import transformers
 from test_streaming import masked
 from transformers import CONFIG_MAPPING
 
+from mmheads import decoder
 from mmheads.attention import ablate
 from mmheads.heads import Head, HeadSet
 from mmheads.models import VLM
@@ -73,6 +75,41 @@ def test_a_family_is_exact_or_refused_by_name(build, name, questions):
     case = build(name, questions)
     in_whole = {name, f"{name}, {questions} in the question"} & WHOLE_PASSES
     assert exactness.check(case.vlm, case.prompt) != bool(in_whole)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    ("build", "name", "questions"),
+    [
+        (with_processor, "gemma3", "words"),
+        (with_processor, "gemma3", "images"),
+        (given_tokens, "gemma3_text", "words"),
+    ],
+)
+def test_gemma_3_runs_in_pieces_whose_masks_are_made_by_rows(
+    build, name, questions, attention, monkeypatch
+):
+    case = build(name, questions)
+    case.vlm.model.set_attn_implementation(attention)
+    monkeypatch.setattr(decoder, "PIECE", 9)
+    made = []
+    rows = decoder.Blocks.rows
+    monkeypatch.setattr(
+        decoder.Blocks, "rows", lambda *given: made.append(rows(*given)) or made[-1]
+    )
+    prefix = prefill(case.vlm, case.prompt)
+    pieces = list(prefix._inputs.pieces(prefix.length))
+    assert pieces[0][0] == 0
+    assert pieces[-1][1] == prefix.length
+    visual = case.vlm.is_visual(case.prompt.ids)
+    for (_, last), (first, _) in pairwise(pieces):
+        assert last == first
+        assert not (visual[first - 1] and visual[first]), "an image is cut"
+    longest = 9 + 16 * (name == "gemma3")  # tokens of an image
+    assert all(9 <= last - first < longest + 1 for first, last in pieces[:-1])
+    assert made
+    assert max(mask.shape[-2] for mask in made) <= longest
+    assert exactness.check(case.vlm, case.prompt, rtol=1e-4)
 
 
 @pytest.mark.parametrize("questions", ["words", "images"])
