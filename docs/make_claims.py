@@ -122,7 +122,8 @@ def sparsity() -> Facts:
     difference = (shares["value"] - shares["paper"]).abs().max()
     expect(difference < 0.1, "the numbers are those that paper A prints, to its last digit")
     lengths = data("X_sparsity_lengths_released")
-    units = {unit: rows(spread, unit=unit) for unit in ("layers", "KV groups")}
+    given = "KV groups, given the layers"
+    units = {unit: rows(spread, unit=unit) for unit in ("layers", "KV groups", given)}
     units = {unit: of[of["model"].str.startswith("Qwen")] for unit, of in units.items()}
     for unit, of in units.items():
         expect((of["top"] < of["random"]).all(), f"the strongest heads lie in fewer {unit}")
@@ -150,6 +151,7 @@ def sparsity() -> Facts:
         "share": f"{settings(spread)['fraction']:.0%}",
         "layers": count(fewer["layers"]),
         "groups": count(fewer["KV groups"]),
+        "given": count(fewer[given]),
         "compared": count(len(units["layers"])),
         "impossible": count(len(data("X_impossible_scores_released"))).capitalize(),
         "files": count(len(lengths[["model", "task", "length"]].drop_duplicates())),
