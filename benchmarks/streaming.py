@@ -30,12 +30,10 @@ from mmheads.heads import Head, HeadSet, head_count
 from mmheads.models import VLM
 from mmheads.streaming import CompactLayer, Streaming, cache_bytes, kernels, stream
 
-STOCK, STREAMED, FELL_BACK = "stock", "streaming", "streaming, dense when short"
+STOCK, STREAMED = "stock", "streaming"
 FLEX = "streaming, FlexAttention"
 COMPACT = "streaming, compact cache"
 STATIC, STREAMED_STATIC = "stock, static cache", "streaming, static cache"
-FALLBACKS = {STOCK: None, STREAMED: "", FELL_BACK: "dense"}
-"""Variants of a prefill, and their fallback for short prompts."""
 WHOLE_MODEL, ATTENTION = "whole model", "attention"
 """What a prefill is timed of: all of the model, or the attention of one layer."""
 CALLED_TOKENS = 8192
@@ -95,13 +93,11 @@ def arithmetic_limit(vlm: VLM, length: int, heads: float, sinks: int, window: in
     return float((linear + attention) / (linear + kept))
 
 
-def _streamed(
-    vlm: VLM, dense: HeadSet, sinks: int, window: int, fallback: str | None
+def _variant(
+    name: str, vlm: VLM, dense: HeadSet, sinks: int, window: int
 ) -> AbstractContextManager[Any]:
     """Returns the context manager `stream`, or one that leaves the stock model as it is."""
-    if fallback is None:
-        return nullcontext()
-    return stream(vlm, dense, sinks, window, fallback=fallback)
+    return nullcontext() if name == STOCK else stream(vlm, dense, sinks, window)
 
 
 def _random_ids(vlm: VLM, length: int) -> tuple[torch.Tensor, torch.Generator]:
@@ -112,9 +108,9 @@ def _random_ids(vlm: VLM, length: int) -> tuple[torch.Tensor, torch.Generator]:
 
 @torch.no_grad()
 def _prefill_once(
-    vlm: VLM, ids: torch.Tensor, dense: HeadSet, sinks: int, window: int, fallback: str | None
+    vlm: VLM, ids: torch.Tensor, dense: HeadSet, sinks: int, window: int, name: str
 ) -> None:
-    with _streamed(vlm, dense, sinks, window, fallback):
+    with _variant(name, vlm, dense, sinks, window):
         vlm.model(input_ids=ids, use_cache=True, logits_to_keep=1)
 
 
@@ -131,7 +127,7 @@ def prefill_peak(
 ) -> int:
     """Returns the peak memory of a prefill in bytes; run it in a fresh process."""
     vlm = random_model(size, device, dtype)
-    settings = (dense_heads(vlm, share, by=by), sinks, window, FALLBACKS[variant])
+    settings = (dense_heads(vlm, share, by=by), sinks, window, variant)
     _prefill_once(vlm, _random_ids(vlm, 4 * QUESTION_TOKENS)[0], *settings)
     ids = _random_ids(vlm, length)[0]
     return peak_bytes(lambda: _prefill_once(vlm, ids, *settings), device)
@@ -151,11 +147,10 @@ def measure_prefill(
 ) -> pd.DataFrame:
     """Returns the time of a prefill of random tokens, per length, scope and variant.
 
-    The scopes are the whole model and the attention of one layer; the whole model is also timed
-    with the dense fallback for short prompts. All are timed in turn. The column `limit` is the
-    speed-up that the number of operations allows: for one layer, with the dense heads of that
-    layer. `limit_share` is the part of it that is reached, and `kernel` the operator that most of
-    the attention ran in.
+    The scopes are the whole model and the attention of one layer. All are timed in turn. The column
+    `limit` is the speed-up that the number of operations allows: for one layer, with the dense
+    heads of that layer. `limit_share` is the part of it that is reached, and `kernel` the operator
+    that most of the attention ran in.
 
     Args:
         vlm: The model, on its fastest stock attention.
@@ -191,11 +186,11 @@ def measure_prefill(
 
         @torch.no_grad()
         def attend(
-            fallback: str | None,
+            name: str,
             states: tuple[torch.Tensor, ...] = states,
             calls: int = calls,
         ) -> None:
-            with _streamed(vlm, dense, sinks, window, fallback):
+            with _variant(name, vlm, dense, sinks, window):
                 function = ALL_ATTENTION_FUNCTIONS[vlm.text_config._attn_implementation]
                 for _ in range(calls):
                     function(module, *states, None, scaling=module.scaling, dropout=0.0)
@@ -210,10 +205,8 @@ def measure_prefill(
                 kernels.flex(of_groups[:, narrow], key[:, narrow], value[:, narrow], **settings)
 
         once = partial(_prefill_once, vlm, ids, dense, sinks, window)
-        variants = {(WHOLE_MODEL, name): partial(once, FALLBACKS[name]) for name in FALLBACKS}
-        variants |= {
-            (ATTENTION, name): partial(attend, FALLBACKS[name]) for name in (STOCK, STREAMED)
-        }
+        variants = {(WHOLE_MODEL, name): partial(once, name) for name in (STOCK, STREAMED)}
+        variants |= {(ATTENTION, name): partial(attend, name) for name in (STOCK, STREAMED)}
         if compiled:
             variants[ATTENTION, FLEX] = partial(attend_compiled, states)
         cases = list(variants)
@@ -234,7 +227,7 @@ def measure_prefill(
         table["kernel"] = [kernel_of(run) for run in variants.values()]
         table.loc[table["variant"] == FLEX, "kernel"] = "flex_attention, compiled"  # has no name
         if peak is not None:
-            peaks = {name: statistics.median(peak(length, name)) for name in FALLBACKS}
+            peaks = {name: statistics.median(peak(length, name)) for name in (STOCK, STREAMED)}
             of_model = table["scope"] == WHOLE_MODEL
             table["peak_bytes"] = table["variant"].map(peaks).where(of_model)
         table.insert(0, "tokens", length)

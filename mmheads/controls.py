@@ -67,25 +67,23 @@ def random_controls(
 
 _Drawn = tuple[tuple[Head, ...], int]
 """Heads, and how many of them do not match."""
+_Mask = NDArray[np.bool_]
+"""[layer, head], the heads that are left."""
 
 
-def _draw_any(
-    selected: HeadSet, pool: NDArray[np.bool_], rng: np.random.Generator, _: bool
-) -> _Drawn:
+def _draw_any(selected: HeadSet, pool: _Mask, rng: np.random.Generator, _: bool) -> _Drawn:
     chosen = rng.choice(np.argwhere(pool), len(selected), replace=False)
     return tuple(Head(*map(int, head)) for head in chosen), 0
 
 
-def _draw_by_layer(
-    selected: HeadSet, pool: NDArray[np.bool_], rng: np.random.Generator, _: bool
-) -> _Drawn:
+def _draw_by_layer(selected: HeadSet, pool: _Mask, rng: np.random.Generator, _: bool) -> _Drawn:
     layers = rng.permutation([head.layer for head in selected])
     heads = tuple(_draw_nearest(int(layer), pool, rng) for layer in layers)
     return heads, sum(h.layer != layer for h, layer in zip(heads, layers, strict=True))
 
 
 def _draw_by_group(
-    selected: HeadSet, pool: NDArray[np.bool_], rng: np.random.Generator, disjoint: bool
+    selected: HeadSet, pool: _Mask, rng: np.random.Generator, disjoint: bool
 ) -> _Drawn:
     geometry = selected.geometry
     shared = geometry.heads // geometry.kv_groups
@@ -115,7 +113,7 @@ def _draw_by_group(
     return tuple(heads), displaced
 
 
-def _draw_nearest(layer: int, pool: NDArray[np.bool_], rng: np.random.Generator) -> Head:
+def _draw_nearest(layer: int, pool: _Mask, rng: np.random.Generator) -> Head:
     """Take a head out of the nearest layer that has one left."""
     distance = np.where(pool.any(axis=1), abs(np.arange(len(pool)) - layer), len(pool))
     nearest = int(distance.argmin())

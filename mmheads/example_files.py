@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, overload
+from typing import Annotated, overload
 
 from PIL import Image
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat
@@ -26,28 +26,25 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-@dataclass(frozen=True)
-class _ImageFile:
-    name: str
+_PartRecord = str | dict[str, str]
+"""A text, or the name of an image file as {"image": "page.png"}."""
 
 
-def _as_parts(value: object) -> list[str | _ImageFile]:
+def _as_parts(value: object) -> list[_PartRecord]:
     """The parts of a context or a question, from a text or a list of texts and images."""
     parts = [value] if isinstance(value, str) else value
     if not isinstance(parts, list):
         raise ValueError('expected a text, or a list of texts and {"image": "file"} objects')
-    return [_as_part(part) for part in parts]
+    for part in parts:
+        is_image = isinstance(part, dict) and set(part) == {"image"}
+        if not isinstance(part["image"] if is_image else part, str):
+            raise ValueError(
+                f'{str(part)[:80]} is neither a text nor an {{"image": "file"}} object'
+            )
+    return parts
 
 
-def _as_part(value: object) -> str | _ImageFile:
-    if isinstance(value, str):
-        return value
-    if isinstance(value, dict) and set(value) == {"image"} and isinstance(value["image"], str):
-        return _ImageFile(value["image"])
-    raise ValueError(f'{str(value)[:80]} is neither a text nor an {{"image": "file"}} object')
-
-
-_Parts = Annotated[list[Any], BeforeValidator(_as_parts)]
+_Parts = Annotated[list[_PartRecord], BeforeValidator(_as_parts)]
 
 
 class _RegionRecord(_Strict):
@@ -93,37 +90,24 @@ class _Record(_Strict):
     task: str = ""
     depth: float | None = Field(default=None, ge=0, le=1)
 
-    def files(self) -> Iterator[str]:
-        """The image files of the context and of the question."""
-        for part in (*self.context, *self.question):
-            if isinstance(part, _ImageFile):
-                yield part.name
-
     def example(self, image: Callable[[str], Image.Image]) -> Example:
         """The example, its images made by a function of the name of their file."""
 
-        def made(parts: Sequence[str | _ImageFile]) -> tuple[Part, ...]:
-            return tuple(part if isinstance(part, str) else image(part.name) for part in parts)
+        def made(parts: Sequence[_PartRecord]) -> tuple[Part, ...]:
+            return tuple(part if isinstance(part, str) else image(part["image"]) for part in parts)
+
+        def regions(records: Sequence[_RegionRecord]) -> tuple[Region, ...]:
+            return tuple(record.region(context) for record in records)
 
         context, question = made(self.context), made(self.question)
         if not any(not isinstance(part, str) or part.strip() for part in question):
             raise ValueError("the question is empty; expected text or an image")
-        evidence = None
-        if self.evidence is not None:
-            evidence = tuple(record.region(context) for record in self.evidence)
         return Example(
             context=context,
             question=question,
-            answer=self.answer,
-            choices=self.choices,
-            evidence=evidence,
-            candidates={
-                kind: tuple(record.region(context) for record in records)
-                for kind, records in self.candidates.items()
-            },
-            instruction=self.instruction,
-            task=self.task,
-            depth=self.depth,
+            evidence=None if self.evidence is None else regions(self.evidence),
+            candidates={kind: regions(records) for kind, records in self.candidates.items()},
+            **self.model_dump(include={"answer", "choices", "instruction", "task", "depth"}),
         )
 
 
@@ -168,7 +152,8 @@ class ExampleFile(Sequence[Example]):
         if isinstance(index, slice):
             return ExampleFile(self.path, self.lines[index], self._records[index])
         record = self._records[index]
-        names = set(record.files())
+        parts = (*record.context, *record.question)
+        names = {part["image"] for part in parts if not isinstance(part, str)}
         for name in set(self._decoded) - names:
             del self._decoded[name]
         with _place(self.path, self.lines[index]):

@@ -67,8 +67,6 @@ class Example:
             context) to 1 (its end); None for a task without evidence.
         haystack: What identifies the haystack, its question and its evidence; examples that share
             it differ only in depth. Empty: the example is a unit by itself.
-        tokens: Evidence as [first, last + 1) token intervals in the prompt of the tiny models,
-            written down by the task that placed it; empty where there is none.
     """
 
     context: tuple[Part, ...]
@@ -82,7 +80,6 @@ class Example:
     length: int = 0
     depth: float | None = None
     haystack: tuple[int, ...] = ()
-    tokens: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("context", "question"):

@@ -27,8 +27,9 @@ from tqdm import tqdm
 
 from mmheads import paths
 from mmheads.causal import gate_gradients
+from mmheads.checks import expect_one_of
 from mmheads.examples import Example, Video
-from mmheads.heads import Head, HeadSet, head_count
+from mmheads.heads import head_count
 from mmheads.locating import Span
 from mmheads.models import VLM
 from mmheads.prefix import Prefix, prefill
@@ -134,8 +135,7 @@ def explore(
             example.
         OSError: The file cannot be written.
     """
-    if null_images not in NULL_IMAGES:
-        raise ValueError(f"null_images is {null_images!r}; expected one of {NULL_IMAGES}")
+    expect_one_of("null_images", null_images, NULL_IMAGES)
     target = None if path is None else checked_path(path)
     page = _Page(vlm, max_bytes)
     given = [examples] if isinstance(examples, Example) else examples
@@ -171,9 +171,9 @@ class _Page:
         limit: Largest size of the page in bytes.
         heads: Every head that has attention, by layer and number.
         places: Their layers and their numbers, as an index.
-        examples: What the page says of each example. Its "scores" are its quantities by name, each
-            [head]; its "means" hold for each head the mean over question tokens and the null
-            question, as `_blocks` writes them.
+        examples: What the page says of each example. Its "means" hold for each head the mean over
+            question tokens and the null question, as `_blocks` writes them.
+        scores: By example, its quantities by name, each [head].
         tokens: By example, a block per head: each question token; None once there is no room.
         images: Image files, each once, as their kind and their bytes.
         notes: What was left out, in sentences.
@@ -181,11 +181,10 @@ class _Page:
 
     def __init__(self, vlm: VLM, limit: int) -> None:
         self.vlm, self.limit = vlm, limit
-        width = range(vlm.geometry.heads)
-        pairs = tuple(Head(layer, head) for layer in vlm.attentions for head in width)
-        self.heads = HeadSet(pairs, vlm.geometry)
-        self.places = tuple(np.transpose(pairs))
+        self.heads = vlm.every_head
+        self.places = tuple(np.transpose(self.heads.heads))
         self.examples: list[dict[str, Any]] = []
+        self.scores: list[dict[str, Floats]] = []
         self.tokens: list[list[str]] | None = []
         self.images: list[tuple[str, bytes]] = []
         self.notes: list[str] = []
@@ -212,9 +211,11 @@ class _Page:
         empty = self._keys(prefix, null, end, pixels)
         scores |= _scored(self.vlm, prompt, looks, empty)
         about = _described(self.vlm, prompt, self.images)
-        about["scores"] = {name: scores[name] for name in QUANTITIES if name in scores}
+        named = [name for name in QUANTITIES if name in scores]
+        about["scores"] = {name: _text(scores[name].astype("<f4").tobytes()) for name in named}
         about["means"] = _blocks([_coded(looks), _coded(empty)])
         self.examples.append(about)
+        self.scores.append(scores)
         self._add_tokens(prefix, own, end)
 
     def _keys(self, prefix: Prefix, question: Question, end: int, pixels: bool = True) -> Floats:
@@ -281,9 +282,8 @@ class _Page:
 
     def _ranking(self) -> NDArray[np.int64]:
         """The numbers of the heads, from the highest mean score over examples to the lowest."""
-        scores = [example["scores"] for example in self.examples]
-        name = "calibrated" if any("calibrated" in each for each in scores) else "context"
-        planes = [each[name] for each in scores if name in each]
+        name = "calibrated" if any("calibrated" in each for each in self.scores) else "context"
+        planes = [each[name] for each in self.scores if name in each]
         return np.argsort(-np.mean(planes, axis=0, dtype=float), kind="stable")
 
     def _size(self, title: str) -> int:
@@ -293,7 +293,7 @@ class _Page:
         """The page as it is now."""
         geometry = self.vlm.geometry
         eligible = geometry.eligible[self.places]
-        count = min(head_count(FRACTION, geometry.size), int(eligible.sum()))
+        count = head_count(FRACTION, geometry.size)
         ranking = self._ranking()
         tokens: list[Any] = self.tokens or [None] * len(self.examples)
         content = {
@@ -310,11 +310,7 @@ class _Page:
             "notes": self.notes,
             "images": [f"data:{kind};base64,{_text(data)}" for kind, data in self.images],
             "examples": [
-                about
-                | {
-                    "scores": {name: _text(of) for name, of in about["scores"].items()},
-                    "tokens": singles,
-                }
+                {**about, "tokens": singles}
                 for about, singles in zip(self.examples, tokens, strict=True)
             ],
         }
@@ -352,10 +348,8 @@ def _scored(vlm: VLM, prompt: Prompt, looks: Floats, empty: Floats) -> dict[str,
     return scores
 
 
-def _text(data: bytes | NDArray[Any]) -> str:
-    """Bytes, or the little-endian bytes of an array, as base64."""
-    if not isinstance(data, bytes):
-        data = np.ascontiguousarray(data, dtype=data.dtype.newbyteorder("<")).tobytes()
+def _text(data: bytes) -> str:
+    """Bytes as base64."""
     return base64.b64encode(data).decode("ascii")
 
 

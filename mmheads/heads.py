@@ -105,15 +105,6 @@ class HeadGeometry:
         """The (layer, KV group) whose keys and values the head reads."""
         return head.layer, head.head // (self.heads // self.kv_groups)
 
-    @classmethod
-    def parse(cls, fields: object) -> HeadGeometry:
-        """The geometry that was written as a JSON object.
-
-        Raises:
-            ValueError: A field is missing, unknown, or not a whole number.
-        """
-        return parse(cls, fields)
-
 
 @dataclass(frozen=True)
 class Origin:
@@ -266,17 +257,11 @@ class HeadSet:
                 f"whose heads are shipped ({known})"
             )
         try:
-            content = parse(_File, path.read_bytes())
-            scores = {Head(layer, head): score for layer, head, score in content.heads}
-            return cls(
-                tuple(Head(layer, head) for layer, head, _ in content.heads),
-                content.geometry,
-                content.model,
-                Origin(
-                    content.revision, content.task, content.length, content.rule, content.source
-                ),
-                {head: score for head, score in scores.items() if score is not None},
-            )
+            file = parse(_File, path.read_bytes())
+            origin = Origin(file.revision, file.task, file.length, file.rule, file.source)
+            heads = tuple(Head(layer, head) for layer, head, _ in file.heads)
+            scores = {Head(i, j): score for i, j, score in file.heads if score is not None}
+            return cls(heads, file.geometry, file.model, origin, scores)
         except ValueError as error:
             raise ValueError(
                 f"{path} is not a file of heads ({error}); expected what `HeadSet.save` writes"

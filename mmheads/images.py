@@ -60,8 +60,7 @@ def open_image(source: Source, name: str = "") -> Image.Image:
         if (count := _frame_count(image)) > 1:
             raise _RefusedError(
                 f"has {count} frames where one image is expected; save the one that you mean as "
-                "a file of its own, or read all of them as pages with "
-                "mmheads.images.open_frames"
+                "a file of its own, or read all of them as pages with mmheads.images.open_frames"
             )
         return _as_seen(image)
 

@@ -58,6 +58,7 @@ class Page:
         label: The number that is printed on the page, such as "iv"; "" if the file names none.
         size: Width and height in points, as displayed; (0, 0) where they are not known.
         read_blocks: Returns its paragraphs and pictures; none where they are not known.
+        document: Name of its file, where it is known.
     """
 
     number: int
@@ -66,6 +67,7 @@ class Page:
     label: str = ""
     size: tuple[float, float] = (0.0, 0.0)
     read_blocks: Callable[[], tuple[Block, ...]] = tuple
+    document: str = ""
 
     @cached_property
     def text(self) -> str:
@@ -85,7 +87,7 @@ class Page:
     @property
     def title(self) -> str:
         """The printed label with the position in the file, "iv (4)", or only the position, "4"."""
-        return _title(self.number, self.label)
+        return page_title(self.number, self.label)
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +145,8 @@ def open_pdf(
     return Document(pdf.path.name, pages, tuple(problems))
 
 
-def _title(number: int, label: str) -> str:
+def page_title(number: int, label: str) -> str:
+    """The printed label with the position from 1, or only the position; see `Page.title`."""
     return f"{label} ({number})" if label not in ("", str(number)) else str(number)
 
 
@@ -188,7 +191,7 @@ class _Pdf:
     def page(self, file: pypdfium2.PdfDocument, index: int) -> Page:
         """A page of the file, without loading it; ValueError if it is broken or too large."""
         number, label = index + 1, file.get_page_label(index)
-        title = f"Page {_title(number, label)} of {self.path}"
+        title = f"Page {page_title(number, label)} of {self.path}"
         try:
             width, height = file.get_page_size(index)
         except pypdfium2.PdfiumError:
@@ -197,7 +200,8 @@ class _Pdf:
         if not pixels:  # The crop box lies outside of the page.
             raise ValueError(f"{title} has no area ({width:,.0f} x {height:,.0f} points)")
         if pixels > MAX_PIXELS:
-            dpi = next((dpi for dpi in range(self.dpi, 0, -1) if _fits(width, height, dpi)), None)
+            lower = range(self.dpi, 0, -1)
+            dpi = next((dpi for dpi in lower if _pixels(width, height, dpi) <= MAX_PIXELS), None)
             raise ValueError(
                 f"{title} has {width:,.0f} x {height:,.0f} points, and thereby {pixels:,} pixels "
                 f"at {self.dpi} dpi; expected at most {MAX_PIXELS:,} pixels: "
@@ -210,6 +214,7 @@ class _Pdf:
             label,
             (width, height),
             lambda: self.blocks(index, title),
+            self.path.name,
         )
 
     @cached_property
@@ -250,7 +255,3 @@ class _Pdf:
 def _pixels(width: float, height: float, dpi: int) -> int:
     """Pixels of a page whose size is given in points; each side is rounded up."""
     return math.ceil(width * dpi / 72) * math.ceil(height * dpi / 72)
-
-
-def _fits(width: float, height: float, dpi: int) -> bool:
-    return _pixels(width, height, dpi) <= MAX_PIXELS

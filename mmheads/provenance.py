@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock
 
 from mmheads import paths
-from mmheads.checks import ONLY_KNOWN_FIELDS, parse
+from mmheads.checks import ONLY_KNOWN_FIELDS
 
 version = cache(metadata.version)
 """Version of an installed library, read once."""
@@ -78,15 +78,6 @@ class Provenance:
             for name in names
             if before.get(name) != after.get(name)
         )
-
-    @classmethod
-    def parse(cls, fields: object) -> Provenance:
-        """The provenance that was written as a JSON object.
-
-        Raises:
-            ValueError: A field is unknown or has the wrong type.
-        """
-        return parse(cls, fields)
 
 
 def _flat(provenance: Provenance, ignore: Iterable[str]) -> Iterator[tuple[str, object]]:

@@ -39,18 +39,13 @@ HOW_TO_GET = (
     f"to a folder that holds all of {TOP}/results/detection/"
 )
 
-
-def _every_sixth(layers: int) -> tuple[int, ...]:
-    return tuple(range(5, layers, 6))
-
-
 GEOMETRIES = {
     "Qwen2.5-VL-7B-Instruct": HeadGeometry(28, 28, 4, None, architecture="qwen2_5_vl"),
     "Qwen2.5-VL-32B-Instruct": HeadGeometry(64, 40, 8, None, architecture="qwen2_5_vl"),
     "Qwen3-VL-8B-Instruct": HeadGeometry(36, 32, 8, None, architecture="qwen3_vl"),
     "Qwen3-VL-32B-Instruct": HeadGeometry(64, 64, 8, None, architecture="qwen3_vl"),
-    "gemma-3-12b-it": HeadGeometry(48, 16, 8, _every_sixth(48), architecture="gemma3"),
-    "gemma-3-27b-it": HeadGeometry(62, 32, 16, _every_sixth(62), architecture="gemma3"),
+    "gemma-3-12b-it": HeadGeometry(48, 16, 8, tuple(range(5, 48, 6)), architecture="gemma3"),
+    "gemma-3-27b-it": HeadGeometry(62, 32, 16, tuple(range(5, 62, 6)), architecture="gemma3"),
 }
 """The released models. In Gemma 3 every sixth layer is global, the others slide."""
 
@@ -241,22 +236,13 @@ def parse(raw: bytes, name: str, *, task: str, length: int) -> HeadScores:
         if heads:
             raise DefectiveFileError(f"{name} {problem} {format_heads(sorted(heads))}")
 
-    values = np.empty((1, geometry.layers, geometry.heads), dtype=np.float32)
-    for (layer, head), score in scores:
-        values[0, layer, head] = score
+    values = np.array([score for _, score in sorted(scores)], dtype=np.float32)
+    about = {"task": task, "length": length, "depth": np.nan, "haystack": ""}
+    about |= {"prompts": prompts, "mean_input_tokens": input_tokens}
     result = HeadScores(
-        values,
+        values.reshape(1, geometry.layers, geometry.heads),
         geometry=geometry,
-        metadata=pd.DataFrame(
-            {
-                "task": [task],
-                "length": [length],
-                "depth": [np.nan],
-                "haystack": [""],
-                "prompts": [prompts],
-                "mean_input_tokens": [input_tokens],
-            }
-        ),
+        metadata=pd.DataFrame([about]),
         provenance=Provenance(
             model=model_id,
             null_question=" ".join(["N/A"] * 5),

@@ -1,49 +1,36 @@
-"""Files and tables of scores: parquet files, long tables, and the authors' JSON.
-
-Functions take and give the fields of `HeadScores`, so that this module lies below it.
-"""
+"""Files and tables of scores: parquet files, long tables, and the authors' JSON."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from mmheads.checks import parse
 from mmheads.heads import HeadGeometry
 from mmheads.provenance import Provenance
 from mmheads.tables import read_table, write_table
 
+if TYPE_CHECKING:
+    from mmheads.scores import HeadScores
+
 _SCORES = "scores"
 
-Arrays = Mapping[str, NDArray[np.floating[Any]]]
-"""[example, layer, head] by name."""
 
-
-def write(
-    path: str | Path,
-    values: NDArray[np.floating[Any]],
-    quantities: Arrays,
-    metadata: pd.DataFrame,
-    geometry: HeadGeometry,
-    eligible: NDArray[np.bool_],
-    provenance: Provenance,
-) -> None:
-    """Write the fields of one `HeadScores` as a parquet file with one row per example."""
+def write(path: str | Path, scores: HeadScores) -> None:
+    """Write scores as a parquet file with one row per example."""
     about = {
         "kind": "head scores",
-        "geometry": dataclasses.asdict(geometry),
-        "eligible": eligible.tolist(),
-        "provenance": dataclasses.asdict(provenance),
+        "geometry": dataclasses.asdict(scores.geometry),
+        "eligible": scores.eligible.tolist(),
+        "provenance": dataclasses.asdict(scores.provenance),
     }
-    scalars = pa.Table.from_pandas(metadata, preserve_index=False)
-    write_table(Path(path), scalars, {_SCORES: values, **quantities}, about)
+    scalars = pa.Table.from_pandas(scores.metadata, preserve_index=False)
+    write_table(Path(path), scalars, {_SCORES: scores.values, **scores.quantities}, about)
 
 
 def read(path: str | Path, model: str | None = None) -> dict[str, Any]:
@@ -85,29 +72,19 @@ class _About:
     provenance: Provenance
 
 
-def to_frame(
-    values: NDArray[np.floating[Any]],
-    quantities: Arrays,
-    metadata: pd.DataFrame,
-    eligible: NDArray[np.bool_],
-) -> pd.DataFrame:
+def to_frame(scores: HeadScores) -> pd.DataFrame:
     """One row per example and head: metadata, layer, head, eligible, score, every quantity."""
-    examples, layers, heads = values.shape
-    size = layers * heads
-    table = metadata.loc[metadata.index.repeat(size)].reset_index(drop=True)
-    table["layer"] = np.tile(np.repeat(np.arange(layers), heads), examples)
-    table["head"] = np.tile(np.arange(heads), examples * layers)
-    table["eligible"] = np.tile(eligible.ravel(), examples)
-    table["score"] = values.ravel()
-    for name, array in quantities.items():
-        table[name] = array.ravel()
-    return table
+    layers, heads = scores.eligible.shape
+    places = pd.MultiIndex.from_product([range(layers), range(heads)], names=["layer", "head"])
+    of_heads = places.to_frame(index=False).assign(eligible=scores.eligible.ravel())
+    arrays = {"score": scores.values, **scores.quantities}
+    columns = {name: array.ravel() for name, array in arrays.items()}
+    return scores.metadata.merge(of_heads, how="cross").assign(**columns)
 
 
-def to_released_json(
-    mean: NDArray[np.floating[Any]], metadata: pd.DataFrame, provenance: Provenance
-) -> dict[str, Any]:
+def to_released_json(scores: HeadScores) -> dict[str, Any]:
     """Mean scores as paper A's authors release them: `head_score_list`, the best first."""
+    mean, metadata, provenance = scores.mean, scores.metadata, scores.provenance
     order = np.argsort(-mean, axis=None, kind="stable")
     tokens = metadata.get("tokens", metadata["length"]).tolist()
     return {

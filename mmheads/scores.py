@@ -258,17 +258,15 @@ class HeadScores:
 
     def to_frame(self) -> pd.DataFrame:
         """One row per example and head: metadata, layer, head, score and every quantity."""
-        return score_files.to_frame(self.values, self.quantities, self.metadata, self.eligible)
+        return score_files.to_frame(self)
 
     def to_released_json(self) -> dict[str, Any]:
         """Mean scores as paper A's authors release them: `head_score_list`, the best first."""
-        return score_files.to_released_json(self.mean, self.metadata, self.provenance)
+        return score_files.to_released_json(self)
 
     def save(self, path: str | Path) -> None:
         """Write a parquet file: one row per example, with its metadata and its scores."""
-        fields = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
-        fields.pop("_", None)
-        score_files.write(path, **fields)
+        score_files.write(path, self)
 
     @classmethod
     def load(cls, path: str | Path, *, model: str | None = None) -> HeadScores:

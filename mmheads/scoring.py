@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mmheads import store
+from mmheads.checks import parse
 from mmheads.examples import Example
 from mmheads.heads import HeadGeometry, format_heads
 from mmheads.models import VLM
@@ -327,7 +328,7 @@ def collect(results: store.Results, rows: Sequence[Mapping[str, Any]]) -> HeadSc
     ]
     return HeadScores(
         quantities["raw"] - quantities["null"],
-        geometry=HeadGeometry.parse(results.about["geometry"]),
+        geometry=parse(HeadGeometry, results.about["geometry"]),
         metadata=pd.DataFrame(metadata),
         quantities=quantities,
         provenance=results.provenance,

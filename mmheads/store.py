@@ -19,7 +19,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -98,7 +97,7 @@ class Results:
     def _load(self, path: Path) -> None:
         about, _, rows = _unchanged(_content, path)
         ignore = ("code", "versions") if path in self._shipped else ()
-        made = _provenance(about, path)
+        made = _parsed(Provenance, about.get("provenance"), path)
         if different := made.differences(self.provenance, ignore=ignore):
             raise ValueError(f"{path} holds other results than its folder: {different}; delete it")
         self._rows = rows | self._rows
@@ -141,7 +140,7 @@ class Results:
             return
         path = self._folder / f"{hash_json(about)[:16]}.json"
         with FileLock(self._folder / ".lock"):
-            before = _read(path, _Note).rows if path.exists() else []
+            before = _parsed(_Note, path.read_bytes(), path).rows if path.exists() else []
             merged = {canonical(row): dict(row) for row in (*before, *rows)}
             with paths.write_whole(path) as temporary:
                 note = _Note(dict(about), list(merged.values()))
@@ -153,7 +152,7 @@ class Results:
         Rows whose results are missing are left out.
         """
         kept = sorted(self._folder.glob("[!.]*.json")) if self._folder else []
-        notes = [_read(path, _Note) for path in kept if path.name != _ABOUT]
+        notes = [_parsed(_Note, path.read_bytes(), path) for path in kept if path.name != _ABOUT]
         for path in self._shipped:
             about, rows, _ = _unchanged(_content, path)
             for number, condition in enumerate(about.get("conditions", [])):
@@ -187,12 +186,7 @@ class Results:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.save()
         if len(self._written) > 1:  # one file for all that was computed here
             parts, self._written = self._written, []
@@ -310,8 +304,8 @@ def known(
     """
     results: dict[str, tuple[dict[str, Any], Provenance, Path | None, list[Path]]] = {}
     for path in sorted(kept_folder(kind, folder).glob(f"*/{_ABOUT}")):
-        about = _read(path, dict[str, Any])
-        made = _provenance(about, path)
+        about = _parsed(dict[str, Any], path.read_bytes(), path)
+        made = _parsed(Provenance, about.get("provenance"), path)
         current = made.code == now.code and dict(made.versions) == dict(now.versions)
         if Path(made.model).name == model and current and about.get("format") == FORMAT:
             stable = dataclasses.replace(made, code="", versions={})
@@ -376,24 +370,19 @@ def _shipped(kind: str, model: str) -> Iterator[tuple[Path, Provenance, object]]
     for path in sorted((SHIPPED / kind).glob("*.parquet")):
         about = read_about(path)
         if about.get("kind") == kind:
-            made = _provenance(about, path)
+            made = _parsed(Provenance, about.get("provenance"), path)
             if Path(made.model).name == Path(model).name:
                 yield path, made, about.get("version")
 
 
-def _provenance(about: Mapping[str, Any], path: Path) -> Provenance:
+def _parsed(kind: type[_T], content: object, path: Path) -> _T:
+    """What JSON from a file of results describes; an error names the file."""
     try:
-        return Provenance.parse(about.get("provenance"))
+        return parse(kind, content)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}; delete it and compute its results again") from error
-
-
-def _read(path: Path, kind: type[_T]) -> _T:
-    """What a JSON file of a folder of results holds."""
-    try:
-        return parse(kind, path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read ({error}); delete it") from error
+        raise ValueError(
+            f"{path} cannot be read ({error}); delete it and compute its results again"
+        ) from error
 
 
 @dataclass(frozen=True)

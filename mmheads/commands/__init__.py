@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,6 +27,13 @@ NOTHING_FOUND = 3
 
 MODEL = "a folder, a GGUF file, a shipped model, or a name on the Hugging Face hub"
 """What the help says of a model."""
+
+
+HEADS = (
+    "a head list (as `detect` writes), a score file (as `score` writes), or the name of a model "
+    "whose list is shipped"
+)
+"""What the help says of heads."""
 
 
 FORMAT = """each line of examples.jsonl is one example:
@@ -82,7 +90,7 @@ def add(subparsers: Any, name: str, run: Runner, about: str | None) -> argparse.
         help="where the model runs: cpu, cuda:0, or auto for all GPUs together; by default the "
         "best that is there",
     )
-    parser.add_argument("--json", action="store_true", help="print the results as one JSON object")
+    add_flag(parser, "--json", "print the results as one JSON object")
     parser.set_defaults(run=run)
     return parser
 
@@ -96,6 +104,16 @@ def add_examples(parser: argparse.ArgumentParser) -> None:
     """Add the file of examples as the next position, and show what is in it."""
     parser.add_argument("examples", help="a .jsonl file, or a folder that holds examples.jsonl")
     parser.epilog = f"{parser.epilog}\n{FORMAT}"
+
+
+def add_flag(parser: argparse.ArgumentParser, name: str, text: str) -> None:
+    """Add an option that is given or not."""
+    parser.add_argument(name, action="store_true", help=text)
+
+
+def add_out(parser: argparse.ArgumentParser, text: str) -> None:
+    """Add the option where results are written."""
+    parser.add_argument("-o", "--out", default="", help=text)
 
 
 def add_null_images(parser: argparse.ArgumentParser) -> None:
@@ -161,13 +179,20 @@ def duration(seconds: float) -> str:
 
 
 def read_heads(given: str, fraction: float) -> HeadSet:
-    """Heads from a score file (`.parquet`), a head list, or the name of a shipped list."""
+    """Heads from a score file (`.parquet`), a head list, or the name of a shipped list.
+
+    Raises:
+        ValueError: There is no head in it.
+    """
     from mmheads.heads import HeadSet
     from mmheads.scores import HeadScores, union_of_top
 
     if given.endswith(".parquet"):
         return union_of_top(HeadScores.load(given), fraction)
-    return HeadSet.load(given)
+    heads = HeadSet.load(given)
+    if not len(heads):
+        raise ValueError(f"{given} holds no head; if `mmheads detect` wrote it, it found none")
+    return heads
 
 
 def known_heads(vlm: VLM) -> HeadSet:
@@ -178,10 +203,8 @@ def known_heads(vlm: VLM) -> HeadSet:
     """
     from mmheads.heads import HeadSet
 
-    try:
+    with suppress(FileNotFoundError):
         return HeadSet.load(vlm.model_id)
-    except FileNotFoundError:
-        pass
     try:
         return HeadSet.released(vlm.geometry)
     except ValueError:
@@ -201,8 +224,7 @@ def listed(heads: HeadSet) -> list[dict[str, Any]]:
 
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:
     """The rows of a table as plain values; null where there is none."""
-    rows: list[dict[str, Any]] = json.loads(table.to_json(orient="records", double_precision=15))
-    return rows
+    return list(json.loads(table.to_json(orient="records", double_precision=15)))
 
 
 def heat_maps(title: str, maps: dict[str, HeadScores], heads: HeadSet | None = None) -> Figure:

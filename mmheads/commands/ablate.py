@@ -29,13 +29,9 @@ def add(subparsers: Any) -> None:
     """Add the command."""
     parser = commands.add(subparsers, "ablate", run, __doc__)
     commands.add_model(parser)
-    parser.add_argument(
-        "heads",
-        help="a head list (as `detect` writes), a score file (as `score` writes), or the name of a "
-        "model whose list is shipped",
-    )
+    parser.add_argument("heads", help=commands.HEADS)
     commands.add_examples(parser)
-    parser.add_argument("-o", "--out", default="", help="write all answers to this .csv file")
+    commands.add_out(parser, "write all answers to this .csv file")
     commands.add_number(parser, "--draws", 200, "number of random sets of heads", low=2)
     match = "random sets have as many heads per layer or KV group as the selected heads, or any"
     commands.add_choice(parser, "--match", ("layer", "kv_group", "none"), match)

@@ -52,9 +52,7 @@ def add(subparsers: Any) -> None:
     )
     commands.add_number(parser, "--haystacks", 20, "largest number of haystacks per task", low=4)
     commands.add_fraction(parser, "that each task selects")
-    parser.add_argument(
-        "-o", "--out", default="", help="folder of the results, by default runs/detect"
-    )
+    commands.add_out(parser, "folder of the results, by default runs/detect")
 
 
 def _names(text: str) -> tuple[str, ...]:

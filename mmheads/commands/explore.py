@@ -21,14 +21,10 @@ def add(subparsers: Any) -> None:
     parser = commands.add(subparsers, "explore", run, __doc__)
     commands.add_model(parser)
     commands.add_examples(parser)
-    parser.add_argument(
-        "-o", "--out", default="", help="file to write, by default <examples>.html here"
-    )
+    commands.add_out(parser, "file to write, by default <examples>.html here")
     commands.add_null_images(parser)
     parser.add_argument("--title", default="", help="heading of the HTML page")
-    parser.add_argument(
-        "--gradients", action="store_true", help="also show gate gradients; examples need answers"
-    )
+    commands.add_flag(parser, "--gradients", "also show gate gradients; examples need answers")
 
 
 def run(options: argparse.Namespace) -> Outcome:

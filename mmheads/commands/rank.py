@@ -18,8 +18,8 @@ import json
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,12 +58,8 @@ def add(subparsers: Any) -> None:
         default="",
         help="a text file in UTF-8 with one question per line; - reads them from a pipe",
     )
-    parser.add_argument(
-        "--heads",
-        default="",
-        help="a head list (as `detect` writes), a score file (as `score` writes), or the name of a "
-        "model whose list is shipped; by default the list that is shipped or released for --model",
-    )
+    heads = f"{commands.HEADS}; by default the list that is shipped or released for --model"
+    parser.add_argument("--heads", default="", help=heads)
     commands.add_fraction(parser, "to take from a score file")
     parser.add_argument(
         "--index",
@@ -71,10 +67,10 @@ def add(subparsers: Any) -> None:
         help="file that keeps the index: after an interrupt it goes on from there, and later "
         "questions are answered from it, with or without --regions",
     )
-    parser.add_argument(
+    commands.add_flag(
+        parser,
         "--on-disk",
-        action="store_true",
-        help="make --index a folder and keep only one window of pages in memory, for documents "
+        "make --index a folder and keep only one window of pages in memory, for documents "
         "whose index is larger than the memory; a question then reads the whole folder",
     )
     commands.add_number(parser, "--window", 0, "pages per forward pass")
@@ -83,37 +79,19 @@ def add(subparsers: Any) -> None:
     )
     memory = "GB that may be used, by default most of what is free"
     commands.add_number(parser, "--memory", 0, memory, float, 0.001)
-    parser.add_argument(
+    commands.add_flag(
+        parser,
         "--regions",
-        action="store_true",
-        help="also rank the paragraphs and pictures of the pages (paragraphs only, if the model "
+        "also rank the paragraphs and pictures of the pages (paragraphs only, if the model "
         f"reads only text); a page without any is divided into {CELLS[0]} x {CELLS[1]} cells",
     )
     parser.add_argument("--password", default="", help="password of encrypted PDF files")
-    parser.add_argument(
-        "--skip-broken", action="store_true", help="leave out pages that cannot be read"
-    )
+    commands.add_flag(parser, "--skip-broken", "leave out pages that cannot be read")
     commands.add_number(parser, "--top", 5, "number of pages, and of regions, to print")
     heat = "what the picture shows: the attention from the question less that from a question that "
     heat += "says nothing, or all of it"
     commands.add_choice(parser, "--heat", ("calibrated", "raw"), heat)
-    parser.add_argument(
-        "-o", "--out", default="", help="picture to write, by default <document>.rank.png here"
-    )
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """A page of a document, and what of it is ranked."""
-
-    document: str
-    page: Page
-    ranked: tuple[str, ...] | Callable[[], Any]
-
-    @property
-    def title(self) -> str:
-        """The page and its document, "page iv (4) of report.pdf"."""
-        return f"page {self.page.title} of {self.document}"
+    commands.add_out(parser, "picture to write, by default <document>.rank.png here")
 
 
 def run(options: argparse.Namespace) -> Outcome:
@@ -126,39 +104,37 @@ def run(options: argparse.Namespace) -> Outcome:
     questions = _questions(options)
     pictures = _pictures(options, len(questions))
     files = _files(options)
-    before = _index_before(options, files)
-    dpi = options.dpi or before.get("dpi") or DPIS[-1]
-    pages = _pages(options, dpi)
+    kept_dpi, kept_window = _index_before(options, files)
+    dpi = options.dpi or kept_dpi
+    pages = _pages(options, dpi or DPIS[-1])
     given = commands.read_heads(options.heads, options.fraction) if options.heads else None
     vlm = load(options.model, device=options.device)
-    heads = given or commands.known_heads(vlm)
+    heads = commands.known_heads(vlm) if given is None else given
     check_heads(vlm, [heads], "used to rank")
     for question in questions:
         _check_words(vlm, question)
     asked: dict[str, Any] = {
-        "window": options.window or before.get("window", 0),
+        "window": options.window or kept_window,
         "memory": 1e9 * options.memory,
         "on_disk": options.on_disk,
     }
     if vlm.is_text_only:
         pages = _with_text(pages)
-        texts = ["\n".join(each.ranked) for each in pages if isinstance(each.ranked, tuple)]
-        fit = fit_texts(vlm, heads, texts, questions, **asked)
+        ranked: list[Any] = [tuple(f"{p.text}\n" for p in page.paragraphs) for page in pages]
+        fit = fit_texts(vlm, heads, ["\n".join(texts) for texts in ranked], questions, **asked)
     else:
-        sizes = [each.page.size for each in pages]
-        asked["dpi"] = options.dpi or before.get("dpi", 0)
-        fit = fit_pages(vlm, heads, sizes, questions, **asked)
-        if fit.dpi != dpi:
-            pages = _pages(options, fit.dpi, warn=False)
-    ranked = [each.ranked for each in pages]
+        fit = fit_pages(vlm, heads, [page.size for page in pages], questions, dpi=dpi, **asked)
+        pages = pages if dpi else _pages(options, fit.dpi, warn=False)
+        ranked = [page.image for page in pages]
     regions = _regions(pages, vlm.is_text_only) if options.regions else []
-    _say(vlm, heads, ranked, fit, options, going_on=bool(before))
+    _say(vlm, heads, ranked, fit, options, going_on=kept_window > 0)
     about = json.dumps({"documents": files, "dpi": fit.dpi, "skip_broken": options.skip_broken})
-    keep = "disk" if options.on_disk else "device"
     index = DocumentIndex(
-        *(vlm, heads, ranked),
+        vlm,
+        heads,
+        ranked,
         window=fit.window,
-        keep=keep,
+        keep="disk" if options.on_disk else "device",
         path=options.index,
         about=about,
         progress=True,
@@ -184,7 +160,7 @@ def run(options: argparse.Namespace) -> Outcome:
 def _answered(
     index: DocumentIndex,
     question: str,
-    pages: Sequence[_Candidate],
+    pages: Sequence[Page],
     regions: Sequence[tuple[Block, Place]],
     options: argparse.Namespace,
     picture: Path,
@@ -204,16 +180,13 @@ def _answered(
         for row in ranking.table().head(options.top).to_dict("records"):
             page, block = pages[row["candidate"]], regions[row["region"]][0]
             found, line = _row(page, row, several)
-            result["regions"].append(found | asdict(block) | {"size": page.page.size})
+            result["regions"].append(found | asdict(block) | {"size": page.size})
             box = ", ".join(f"{value:.0f}" for value in block.box)
             start = textwrap.shorten(block.text, 50, placeholder=" …") or block.kind
             lines.append(f"{line}  ({box})  {start}")
     if not index.vlm.is_text_only:
-        labels = [
-            f"{each.page.title} of {each.document}" if several else each.page.label
-            for each in pages
-        ]
-        images = [each.page.image for each in pages]
+        labels = [f"{p.title} of {p.document}" if several else p.label for p in pages]
+        images = [page.image for page in pages]
         figure = ranking.picture(images, heat=options.heat, labels=labels, outlined=options.top)
         commands.write_picture(figure, picture)
         result["picture"] = str(picture)
@@ -221,31 +194,29 @@ def _answered(
     return result, lines
 
 
-def _row(page: _Candidate, row: dict[Any, Any], several: bool) -> tuple[dict[str, Any], str]:
+def _row(page: Page, row: dict[Any, Any], several: bool) -> tuple[dict[str, Any], str]:
     """A rank with its page and score, as data and as a line."""
-    place = {"document": page.document, "page": page.page.number, "label": page.page.label}
+    place = {"document": page.document, "page": page.number, "label": page.label}
     where = f"{page.document} " if several else ""
-    line = f"{row['rank']:>4}  {where}page {page.page.title:<10} {row['score']:+.5f}"
+    line = f"{row['rank']:>4}  {where}page {page.title:<10} {row['score']:+.5f}"
     return {"rank": row["rank"], **place, "score": row["score"]}, line
 
 
-def _regions(pages: Sequence[_Candidate], as_text: bool) -> list[tuple[Block, Place]]:
+def _regions(pages: Sequence[Page], as_text: bool) -> list[tuple[Block, Place]]:
     """The paragraphs of texts, or the paragraphs, pictures and cells of images, with places."""
     from mmheads.blocks import grid
     from mmheads.pdfs import PageBox
     from mmheads.retrieval.candidates import PagePart
 
     regions: list[tuple[Block, Place]] = []
-    for number, each in enumerate(pages):
+    for number, page in enumerate(pages):
         if as_text:
-            texts = enumerate(each.page.paragraphs)
+            texts = enumerate(page.paragraphs)
             regions += [(block, PagePart(number, part)) for part, block in texts]
-            continue
-        size = each.page.size
-        blocks = [block for block in each.page.blocks if block.area >= SMALLEST]
-        regions += [
-            (block, PageBox(number, block.box, size)) for block in blocks or grid(size, *CELLS)
-        ]
+        else:
+            blocks = [block for block in page.blocks if block.area >= SMALLEST]
+            blocks = blocks or grid(page.size, *CELLS)
+            regions += [(block, PageBox(number, block.box, page.size)) for block in blocks]
     cells = sum(block.kind == "cell" for block, _ in regions)
     of_cells = f", {cells} of them cells of pages that hold neither paragraphs nor pictures"
     commands.note(f"{len(regions)} regions{of_cells * bool(cells)}")
@@ -301,14 +272,14 @@ def _files(options: argparse.Namespace) -> dict[str, str]:
     return files
 
 
-def _index_before(options: argparse.Namespace, files: dict[str, str]) -> dict[str, Any]:
-    """`dpi` and `window` of the index that is kept, if there is one and it is of these files."""
+def _index_before(options: argparse.Namespace, files: dict[str, str]) -> tuple[int, int]:
+    """Resolution and window of the index that is kept, if it is of these files; 0, 0 for none."""
     from mmheads.retrieval.saved import what_is_indexed
 
     if not options.index:
         if options.on_disk:
             raise ValueError("--on-disk needs a folder to keep the index in; name it by --index")
-        return {}
+        return 0, 0
     path = Path(options.index)
     if options.on_disk and not path.is_file():
         paths.writable(path)
@@ -317,7 +288,7 @@ def _index_before(options: argparse.Namespace, files: dict[str, str]) -> dict[st
     else:
         paths.writable_file(path)
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return {}
+        return 0, 0
     text, window = what_is_indexed(path)
     about: dict[str, Any] = json.loads(text or "{}")
     if about.get("documents") != files:
@@ -325,35 +296,31 @@ def _index_before(options: argparse.Namespace, files: dict[str, str]) -> dict[st
             f"{options.index} is an index of other documents ({text[:200]}), not of "
             f"{', '.join(files)} as they are now; name another file, or delete it"
         )
-    return {"dpi": about["dpi"], "window": window}
+    return about["dpi"], window
 
 
-def _pages(options: argparse.Namespace, dpi: int, *, warn: bool = True) -> list[_Candidate]:
-    """The pages of all documents as images, at a resolution."""
+def _pages(options: argparse.Namespace, dpi: int, *, warn: bool = True) -> list[Page]:
+    """The pages of all documents, with images of a resolution."""
     from mmheads.pdfs import open_pdf
 
-    pages = []
+    pages: list[Page] = []
     settings = {"password": options.password or None, "skip_broken": options.skip_broken}
     for path in options.pdf:
         document = open_pdf(path, dpi=dpi, **settings)
         for problem in document.problems if warn else ():
             commands.note(f"warning: {problem}")
-        pages += [_Candidate(document.name, page, page.image) for page in document.pages]
+        pages += document.pages
     return pages
 
 
-def _with_text(pages: Sequence[_Candidate]) -> list[_Candidate]:
-    """The pages as texts, without those that have none."""
-    blank = [each.title for each in pages if not each.page.paragraphs]
+def _with_text(pages: Sequence[Page]) -> list[Page]:
+    """The pages that hold text."""
+    blank = [f"page {page.title} of {page.document}" for page in pages if not page.paragraphs]
     if blank:
         commands.note(f"warning: without text, and left out: {', '.join(blank)}")
     if len(blank) == len(pages):
         raise ValueError("no page holds text, and the model reads only text; take another model")
-    return [
-        _Candidate(each.document, each.page, tuple(f"{p.text}\n" for p in each.page.paragraphs))
-        for each in pages
-        if each.page.paragraphs
-    ]
+    return [page for page in pages if page.paragraphs]
 
 
 def _check_words(vlm: VLM, question: str) -> None:

@@ -25,9 +25,7 @@ def add(subparsers: Any) -> None:
     parser = commands.add(subparsers, "score", run, __doc__)
     commands.add_model(parser)
     commands.add_examples(parser)
-    parser.add_argument(
-        "-o", "--out", default="", help="folder of the results, by default runs/scores"
-    )
+    commands.add_out(parser, "folder of the results, by default runs/scores")
     commands.add_null_images(parser)
     commands.add_fraction(parser, "to print")
 

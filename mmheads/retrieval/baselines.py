@@ -18,11 +18,10 @@ def bm25_pages(document: Document, questions: Sequence[str]) -> NDArray[np.float
     Lucene's variant with its usual k1 = 1.5, b = 0.75, English stop words, no stemming; a page
     without text scores 0.
     """
-    tokens = bm25s.tokenize(
-        [page.text for page in document.pages], stopwords="en", show_progress=False
-    )
+    texts = [page.text for page in document.pages]
+    tokens = bm25s.tokenize(texts, stopwords="en", show_progress=False)
     scores = np.zeros((len(questions), len(document.pages)), np.float32)
-    if not tokens.vocab or not any(len(ids) for ids in tokens.ids):
+    if not any(len(ids) for ids in tokens.ids):
         return scores
     index = bm25s.BM25()
     index.index(tokens, show_progress=False)
@@ -30,9 +29,8 @@ def bm25_pages(document: Document, questions: Sequence[str]) -> NDArray[np.float
         list(questions), stopwords="en", return_ids=False, show_progress=False
     )
     for row, words in enumerate(question_words):
-        known = [word for word in words if word in tokens.vocab]
-        if known:
-            scores[row] = index.get_scores(known)
+        if words:
+            scores[row] = index.get_scores(words)
     return scores
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from PIL import Image
@@ -37,9 +37,7 @@ Place = PageBox | PagePart
 """A region of a candidate: a box on its image, or one of its parts."""
 
 
-FILE_SUFFIXES = frozenset(
-    [".bmp", ".gif", ".jpeg", ".jpg", ".pdf", ".png", ".tif", ".tiff", ".txt", ".webp"]
-)
+FILE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pdf", ".png", ".tif", ".tiff", ".txt", ".webp")
 """A candidate of one line that ends with one of these is taken for the name of a file."""
 
 
@@ -53,7 +51,7 @@ def check_candidates(candidates: object) -> None:
         TypeError: `candidates` is not a list or another sequence, or one of them cannot be ranked.
         ValueError: There is no candidate, or one is the name of a file.
     """
-    if isinstance(candidates, (str, bytes)) or not isinstance(candidates, Sequence):
+    if not _is_list(candidates):
         raise TypeError(
             f"candidates are {_shown(candidates)}; expected a list of images, texts, lists of "
             "them, or functions that make them"
@@ -76,18 +74,14 @@ def candidate_parts(candidate: Candidate, number: int) -> tuple[Part, ...]:
         TypeError: It holds something else than texts and images.
         ValueError: It is the name of a file.
     """
-    given: Any = candidate() if callable(candidate) else candidate
-    many = isinstance(given, Sequence) and not isinstance(given, (str, bytes))
-    parts = tuple(given) if many else (given,)
+    parts = _as_tuple(candidate() if callable(candidate) else candidate)
     for part in parts:
         if isinstance(part, Path) or (isinstance(part, str) and _is_file_name(part)):
             raise ValueError(
                 f"candidate {number} is {str(part)!r}, the name of a file; open it first (an image "
                 "with PIL.Image.open, a text with read_text)"
             )
-        if not isinstance(part, (str, Image.Image)):
-            raise TypeError(f"candidate {number} holds {_shown(part)}; expected texts and images")
-    return parts
+    return _checked(parts, f"candidate {number}")
 
 
 def question_parts(question: str | Sequence[Part]) -> tuple[Part, ...]:
@@ -95,17 +89,8 @@ def question_parts(question: str | Sequence[Part]) -> tuple[Part, ...]:
 
     Raises:
         TypeError: It holds something else than texts and images.
-        ValueError: It is empty.
     """
-    given: Any = question
-    many = isinstance(given, Sequence) and not isinstance(given, (str, bytes))
-    parts = tuple(given) if many else (given,)
-    for part in parts:
-        if not isinstance(part, (str, Image.Image)):
-            raise TypeError(f"the question holds {_shown(part)}; expected texts and images")
-    if not any(not isinstance(part, str) or part.strip() for part in parts):
-        raise ValueError("the question is empty; expected text or an image")
-    return parts
+    return _checked(_as_tuple(question), "the question")
 
 
 def check_regions(regions: object) -> None:
@@ -115,7 +100,7 @@ def check_regions(regions: object) -> None:
         TypeError: It is something else.
         ValueError: There is no region.
     """
-    if isinstance(regions, (str, bytes)) or not isinstance(regions, Sequence):
+    if not _is_list(regions):
         raise TypeError(f"regions are {_shown(regions)}; expected a list of PageBox or PagePart")
     if not len(regions):
         raise ValueError("there is no region to rank; give at least one, or None for candidates")
@@ -147,9 +132,23 @@ def spread(count: int, window: int, overlap: int) -> list[range]:
     return [range(start, start + size) for start in starts.tolist()]
 
 
+def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def _as_tuple(given: object) -> tuple[Any, ...]:
+    return tuple(given) if _is_list(given) else (given,)
+
+
+def _checked(parts: tuple[Any, ...], name: str) -> tuple[Part, ...]:
+    for part in parts:
+        if not isinstance(part, (str, Image.Image)):
+            raise TypeError(f"{name} holds {_shown(part)}; expected texts and images")
+    return parts
+
+
 def _is_file_name(text: str) -> bool:
-    line = text.strip()
-    return "\n" not in text and any(line.lower().endswith(end) for end in FILE_SUFFIXES)
+    return "\n" not in text and text.strip().lower().endswith(FILE_SUFFIXES)
 
 
 def _shown(value: object) -> str:

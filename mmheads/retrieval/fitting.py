@@ -6,9 +6,10 @@ import functools
 import math
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import psutil
 import torch
 from PIL import Image
@@ -82,19 +83,9 @@ def fit_pages(
     Raises:
         ValueError: No choice fits; the message says what a page takes and what there is.
     """
-    memory = memory or free_memory(vlm)
-    base = _base(vlm, questions)
-    for resolution in (dpi,) if dpi else DPIS:
-        pixels = [
-            (_rounded(width * resolution / 72), _rounded(height * resolution / 72))
-            for width, height in sizes
-        ]
-        tokens = [_image_tokens(vlm, size) for size in pixels]
-        try:
-            return _fit(vlm, heads, tokens, base, resolution, window, memory, on_disk)
-        except ValueError as error:
-            refusal = error
-    raise refusal
+    resolutions = (dpi,) if dpi else DPIS
+    choices = ((each, _page_tokens(vlm, sizes, each)) for each in resolutions)
+    return _fit(vlm, heads, choices, questions, window, memory, on_disk)
 
 
 def fit_texts(
@@ -108,11 +99,9 @@ def fit_texts(
     on_disk: bool = False,
 ) -> Fit:
     """The largest window at which pages as texts fit; see `fit_pages`."""
-    memory = memory or free_memory(vlm)
-    base = _base(vlm, questions)
     ids = vlm.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     tokens = [len(each) + 2 for each in ids]
-    return _fit(vlm, heads, tokens, base, 0, window, memory, on_disk)
+    return _fit(vlm, heads, [(0, tokens)], questions, window, memory, on_disk)
 
 
 def free_memory(vlm: VLM) -> float:
@@ -125,22 +114,38 @@ def free_memory(vlm: VLM) -> float:
 def _fit(
     vlm: VLM,
     heads: HeadSet,
-    tokens: Sequence[int],
-    base: int,
-    dpi: int,
+    choices: Iterable[tuple[int, Sequence[int]]],
+    questions: Sequence[str],
     window: int,
     memory: float,
     on_disk: bool,
 ) -> Fit:
-    """The largest window, or the given one, that fits; ValueError if none does."""
-    per_token, held = _cache_bytes(vlm, heads), 0
-    for size in (window,) if window else range(min(MOST, len(tokens)), 0, -1):
-        ranges = spread(len(tokens), size, 0)
-        longest = max(sum(tokens[each.start : each.stop]) for each in ranges)
-        held = per_token * (longest if on_disk else sum(tokens))
-        if base + longest <= _room(vlm, held, memory):
-            first, cache = tokens[0] / sum(tokens), per_token * sum(tokens)
-            return Fit(dpi, len(ranges[0]), len(ranges), base + longest, first, cache, held)
+    """The first choice that fits, with the largest window or the given one.
+
+    Args:
+        vlm: See `fit_pages`.
+        heads: See `fit_pages`.
+        choices: Each a resolution, and the tokens of each page at it.
+        questions: See `fit_pages`.
+        window: See `fit_pages`.
+        memory: See `fit_pages`.
+        on_disk: See `fit_pages`.
+
+    Raises:
+        ValueError: No choice fits; the message is about the last one.
+    """
+    memory = memory or free_memory(vlm)
+    base = max(_tokens(vlm, ("Text.",), question) for question in questions)
+    per_token = _cache_bytes(vlm, heads)
+    for dpi, tokens in choices:
+        total = sum(tokens)
+        for size in (window,) if window else range(min(MOST, len(tokens)), 0, -1):
+            ranges = spread(len(tokens), size, 0)
+            longest = max(sum(tokens[each.start : each.stop]) for each in ranges)
+            held = per_token * (longest if on_disk else total)
+            if base + longest <= _room(vlm, held, memory):
+                first, cache = tokens[0] / total, per_token * total
+                return Fit(dpi, len(ranges[0]), len(ranges), base + longest, first, cache, held)
     where = f" at {dpi} dpi" if dpi else ""
     takes = f"{vlm} takes {vlm.positions} tokens" if vlm.positions else f"{vlm} takes any length"
     raise ValueError(
@@ -172,13 +177,10 @@ def _cache_bytes(vlm: VLM, heads: HeadSet) -> int:
     return int(2 * layers * vlm.geometry.kv_groups * width * vlm.model.dtype.itemsize)
 
 
-def _base(vlm: VLM, questions: Sequence[str]) -> int:
-    """Tokens of the longest question with the chat template."""
-    return max(_tokens(vlm, ("Text.",), question) for question in questions)
-
-
-def _rounded(pixels: float) -> int:
-    return STEP * math.ceil(pixels / STEP)
+def _page_tokens(vlm: VLM, sizes: Sequence[tuple[float, float]], dpi: int) -> list[int]:
+    """Tokens of the image of each page, whose sizes are given in points, at a resolution."""
+    pixels = STEP * np.ceil(np.multiply(sizes, dpi) / 72 / STEP).astype(int)
+    return [_image_tokens(vlm, (width, height)) for width, height in pixels.tolist()]
 
 
 @functools.lru_cache(maxsize=4096)

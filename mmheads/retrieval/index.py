@@ -8,9 +8,9 @@ gets from a null question: mean over selected heads and question tokens, sum ove
 from __future__ import annotations
 
 import dataclasses
-import functools
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from mmheads.attention.hook import check_heads
 from mmheads.checks import expect_one_of
-from mmheads.heads import HeadSet
+from mmheads.heads import Head, HeadSet
 from mmheads.models import VLM
 from mmheads.prompts import null_question
 from mmheads.retrieval.candidates import (
@@ -31,7 +31,7 @@ from mmheads.retrieval.candidates import (
     spread,
 )
 from mmheads.retrieval.ranking import Heat, Ranking, rank
-from mmheads.retrieval.saved import put_window, read_folder, read_index, write_index
+from mmheads.retrieval.saved import put_window, read_index, write_index
 from mmheads.retrieval.windows import (
     NULL_QUESTION,
     IndexedDocument,
@@ -66,6 +66,11 @@ class DocumentIndex:
     Attributes:
         vlm: The model.
         document: The candidates after they have run through the model.
+        heads: The heads whose attention ranks.
+        count: Number of candidates.
+        window: Number of candidates per forward pass.
+        overlap: Least number of candidates that two neighbouring windows share.
+        bytes: Bytes of the cache in memory and of the null question's attention.
     """
 
     def __init__(
@@ -122,9 +127,9 @@ class DocumentIndex:
             chosen = _checked_heads(vlm, heads)
             begun = IndexedDocument(chosen, (), overlap, instruction, max_tokens, count, about)
             if path and (Path(path).is_file() or any(Path(path).glob("*.safetensors"))):
-                begun = _continued(Path(path), begun, _read(path, vlm, keep), ranges)
-            write = functools.partial(write_index, Path(path), vlm)
-            put = functools.partial(put_window, Path(path), vlm)
+                kept = read_index(Path(path), vlm, keep=keep)
+                begun = _continued(Path(path), begun, kept, ranges)
+            on_disk = keep == "disk"
             self.document = index_candidates(
                 vlm,
                 begun,
@@ -132,12 +137,16 @@ class DocumentIndex:
                 ranges,
                 keep=keep,
                 progress=progress,
-                save=write if path and keep != "disk" else None,
-                put=put if keep == "disk" else None,
+                save=partial(write_index, Path(path), vlm) if path and not on_disk else None,
+                put=partial(put_window, Path(path), vlm) if on_disk else None,
             )
-        self._null: dict[str, list[Attention]] = {
-            NULL_QUESTION: [each.null_attention for each in self.document.windows]
-        }
+        windows = self.document.windows
+        self.heads = self.document.heads
+        self.count = self.document.count
+        self.window = len(windows[0].parts)
+        self.overlap = self.document.overlap
+        self.bytes = sum(each.prefix.bytes + each.null_attention.nbytes for each in windows)
+        self._null = {NULL_QUESTION: [each.null_attention for each in windows]}
 
     @classmethod
     def load(cls, path: str | Path, vlm: VLM, *, keep: str = "device") -> DocumentIndex:
@@ -149,7 +158,7 @@ class DocumentIndex:
                 other settings.
         """
         _check_keep(keep, path)
-        document = _read(path, vlm, keep)
+        document = read_index(Path(path), vlm, keep=keep)
         if document.done < document.count:
             raise ValueError(
                 f"{path} holds only the first {document.done} of {document.count} candidates; "
@@ -165,31 +174,6 @@ class DocumentIndex:
             OSError: The file cannot be written.
         """
         write_index(Path(path), self.vlm, self.document)
-
-    @property
-    def heads(self) -> HeadSet:
-        """The heads whose attention ranks."""
-        return self.document.heads
-
-    @property
-    def count(self) -> int:
-        """Number of candidates."""
-        return self.document.count
-
-    @property
-    def window(self) -> int:
-        """Number of candidates per forward pass."""
-        return len(self.document.windows[0].parts)
-
-    @property
-    def overlap(self) -> int:
-        """Least number of candidates that two neighbouring windows share."""
-        return self.document.overlap
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of the cache in memory and of the null question's attention."""
-        return self.document.bytes
 
     def masses(
         self,
@@ -309,11 +293,6 @@ class DocumentIndex:
         return self._null[null]
 
 
-def _read(path: str | Path, vlm: VLM, keep: str) -> IndexedDocument:
-    on_disk = keep == "disk"
-    return read_folder(Path(path), vlm) if on_disk else read_index(Path(path), vlm, keep=keep)
-
-
 def _check_keep(keep: str, path: str | Path) -> None:
     expect_one_of("keep", keep, KEEP)
     if keep == "disk" and (not path or Path(path).is_file()):
@@ -326,11 +305,9 @@ def _continued(
     path: Path, begun: IndexedDocument, kept: IndexedDocument, ranges: Sequence[range]
 ) -> IndexedDocument:
     """The windows of a file, if they are the first ones of an index that has begun."""
-    names = ("heads", "overlap", "instruction", "max_tokens", "count", "about")
-    before, now = ({name: getattr(each, name) for name in names} for each in (kept, begun))
-    before["heads"], now["heads"] = str(kept.heads), str(begun.heads)
-    before["windows"] = [range(w.first, w.first + len(w.parts)) for w in kept.windows]
-    now["windows"] = list(ranges[: len(kept.windows)])
+    done = [range(w.first, w.first + len(w.parts)) for w in kept.windows]
+    before = {"heads": str(kept.heads), **kept.settings, "windows": done}
+    now = {"heads": str(begun.heads), **begun.settings, "windows": list(ranges[: len(done)])}
     different = [
         f"{name} {value!r}, now {now[name]!r}"
         for name, value in before.items()
@@ -360,10 +337,9 @@ def _sums(
             total[:, number] += mass / span.weights.sum() if normalize else mass
             windows[number] += 1
             covered[number] = span.weights.sum()
-    if not windows.all():
-        first = int(windows.argmin())
-        name = f"candidate {first}" if regions is None else str(regions[first])
-        raise ValueError(f"{name} covers no token of the {document.count} candidates")
+    if regions is not None and not windows.all():
+        missed = regions[int(windows.argmin())]
+        raise ValueError(f"{missed} covers no token of the {document.count} candidates")
     if regions is not None and (covered < SMALL_REGION).any():
         small = np.flatnonzero(covered < SMALL_REGION)
         warnings.warn(
@@ -391,9 +367,8 @@ def _heat(document: IndexedDocument, attentions: Sequence[Attention]) -> Heat:
 def _checked_heads(vlm: VLM, heads: HeadSet | None) -> HeadSet:
     """Heads of this model, at least one; all eligible ones for None."""
     if heads is None:
-        eligible = vlm.geometry.eligible
-        chosen = tuple(head for head in vlm.every_head if eligible[head])
-        return HeadSet(chosen, vlm.geometry, vlm.model_id)
+        eligible = np.argwhere(vlm.geometry.eligible).tolist()
+        return HeadSet(tuple(Head(*head) for head in eligible), vlm.geometry, vlm.model_id)
     if not isinstance(heads, HeadSet):
         raise TypeError(
             f"heads are {heads!r}; expected a HeadSet, as `HeadScores.top` gives, or None for all"

@@ -87,17 +87,15 @@ def rank_documents(
                 for name, draws in several.items()
                 for draw, heads in enumerate(draws)
             ]
-            missing = {key: (way, how, heads) for key, way, how, _, heads in asked}
-            missing = {key: row for key, row in missing.items() if key not in results}
+            missing = {row[0]: row for row in asked if row[0] not in results}
             if missing:
                 index = DocumentIndex(vlm, None, list[Any](example.context), window=window)
-                needed = {way: ways[way] for way, *_ in missing.values()}
+                needed = {way: ways[way] for _, way, *_ in missing.values()}
                 masses = {way: _masses(index, example, how) for way, how in needed.items()}
                 place = {head: row for row, head in enumerate(index.heads)}
-            for key, (way, how, heads) in missing.items():
+            for key, way, how, _, heads in missing.values():
                 rows = [place[head] for head in heads]
-                each = {n: rank(of_all[rows].mean(axis=0)) for n, of_all in masses[way].items()}
-                order = {level: ranked[:best] for level, ranked in each.items()}
+                order = {n: rank(mass[rows].mean(axis=0))[:best] for n, mass in masses[way].items()}
                 said = {"heads": json.dumps(sorted(heads)), "settings": json.dumps(how)}
                 results.add(key, {**example.labels(), **said, **order})
             table += [

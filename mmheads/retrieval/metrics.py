@@ -40,16 +40,11 @@ def page_recall(
             f"recall at {tuple(cuts)}, gold pages {gold_pages}: expected cuts of 1 or more, and "
             "a page for every question"
         )
-    relevant = [
-        ir_measures.Qrel(str(number), str(page), 1)
-        for number, pages in enumerate(gold_pages)
-        for page in pages
-    ]
-    ranked = [
-        ir_measures.ScoredDoc(str(number), str(page), -place)
-        for number, ranking in enumerate(rankings)
-        for place, page in enumerate(ranking)
-    ]
+    relevant = {str(n): {str(page): 1 for page in pages} for n, pages in enumerate(gold_pages)}
+    ranked = {
+        str(n): {str(page): -float(place) for place, page in enumerate(ranking)}
+        for n, ranking in enumerate(rankings)
+    }
     measures = {ir_measures.R @ cut: column for column, cut in enumerate(cuts)}
     recall = np.zeros((len(gold_pages), len(cuts)))
     for metric in ir_measures.iter_calc(list(measures), relevant, ranked):
@@ -84,33 +79,25 @@ def box_area(ranking: Sequence[PageBox], k: int) -> float:
     return sum(_area([_points(box)]) / (box.size[0] * box.size[1]) for box in ranking[:k])
 
 
-def _points(
-    box: PageBox, size: tuple[float, float] | None = None
-) -> tuple[float, float, float, float]:
+def _points(box: PageBox, size: tuple[float, float] | None = None) -> NDArray[np.float64]:
     """A box with its corners in order and inside its page, in units of a page of `size`."""
-    (left, top, right, bottom), (width, height) = box.box, box.size
-    wide, high = np.divide(size or box.size, box.size)
-    across = np.clip(sorted((left, right)), 0, width) * wide
-    down = np.clip(sorted((top, bottom)), 0, height) * high
-    return float(across[0]), float(down[0]), float(across[1]), float(down[1])
+    corners = np.sort(np.reshape(box.box, (2, 2)), axis=0)  # left and top, right and bottom
+    return np.ravel(np.clip(corners, 0, box.size) * np.divide(size or box.size, box.size))
 
 
 def _area(
-    boxes: Sequence[tuple[float, ...]], inside: Sequence[tuple[float, ...]] | None = None
+    boxes: Sequence[NDArray[np.float64]], inside: Sequence[NDArray[np.float64]] | None = None
 ) -> float:
     """Area that boxes cover, once; with `inside`, that of it which these cover too."""
-    if not boxes or inside == []:
-        return 0.0
     corners = np.array([*boxes, *(inside or [])])
     x, y = np.unique(corners[:, [0, 2]]), np.unique(corners[:, [1, 3]])
     cells = np.outer(np.diff(y), np.diff(x))
 
-    def covered(some: Sequence[tuple[float, ...]]) -> NDArray[np.bool_]:
+    def covered(some: Sequence[NDArray[np.float64]]) -> NDArray[np.bool_]:
         mask = np.zeros(cells.shape, dtype=bool)
         for left, top, right, bottom in some:
-            mask[
-                np.ix_((y[:-1] >= top) & (y[1:] <= bottom), (x[:-1] >= left) & (x[1:] <= right))
-            ] = True
+            rows, columns = np.searchsorted(y, (top, bottom)), np.searchsorted(x, (left, right))
+            mask[slice(*rows), slice(*columns)] = True
         return mask
 
     mask = covered(boxes) if inside is None else covered(boxes) & covered(inside)
@@ -122,10 +109,9 @@ def summarise(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
 
     Micro is the mean over questions, macro the mean of the domains' means (MMDocIR).
     """
-    domains = table.groupby("domain")[list(columns)].mean()
-    domains["n"] = table.groupby("domain").size()
-    summary = pd.DataFrame(
-        [domains[list(columns)].mean(), table[list(columns)].mean()], index=["macro", "micro"]
-    )
-    summary["n"] = [len(domains), len(table)]
-    return pd.concat([domains, summary]).rename_axis("domain").reset_index()
+    names = list(columns)
+    domains = table.groupby("domain")[names].mean()
+    means = {"macro": domains.mean(), "micro": table[names].mean()}
+    summary = pd.concat([domains, pd.DataFrame(means).T])
+    summary["n"] = [*table.groupby("domain").size(), len(domains), len(table)]
+    return summary.rename_axis("domain").reset_index()

@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
+from mmheads.checks import expect, expect_one_of
 from mmheads.families import Boxes
-from mmheads.pdfs import PageBox
+from mmheads.pdfs import PageBox, page_title
 from mmheads.retrieval.candidates import Place
 
 Heat = Mapping[int, tuple[Boxes, NDArray[np.float32]]]
@@ -58,20 +59,13 @@ class Ranking:
         Columns: rank (from 1), candidate (from 0), region (its index) and box (None where it is not
         a `PageBox`) if regions were ranked, score, window.
         """
-        table = pd.DataFrame(
-            {
-                "rank": range(1, len(self.order) + 1),
-                "candidate": self.order,
-                "score": self.scores[self.order],
-                "window": self.window,
-            }
-        )
+        columns: dict[str, Any] = {"rank": range(1, len(self.order) + 1), "candidate": self.order}
         if self.regions is not None:
             ranked = [self.regions[index] for index in self.order]
-            table["candidate"] = [region.page for region in ranked]
-            table.insert(2, "region", self.order)
-            table.insert(3, "box", [getattr(region, "box", None) for region in ranked])
-        return table
+            columns["candidate"] = [region.page for region in ranked]
+            columns["region"] = self.order
+            columns["box"] = [getattr(region, "box", None) for region in ranked]
+        return pd.DataFrame({**columns, "score": self.scores[self.order], "window": self.window})
 
     def picture(
         self,
@@ -99,10 +93,8 @@ class Ranking:
             ValueError: `top` is below 1, `heat` is unknown, images or labels are missing, or no
                 candidate has an image whose tokens have a place on it.
         """
-        if top < 1 or heat not in HEATS:
-            raise ValueError(
-                f"top is {top} and heat is {heat!r}; expected at least 1, and one of {HEATS}"
-            )
+        expect(top >= 1, "top", top, "at least 1")
+        expect_one_of("heat", heat, HEATS)
         heats = self.heat if heat == "calibrated" else self.raw_heat
         table = self.table().drop_duplicates("candidate")
         shown = table[table["candidate"].isin(list(heats))].head(top).to_dict("records")
@@ -135,16 +127,10 @@ class Ranking:
                 if isinstance(region, PageBox) and region.page == row["candidate"]:
                     _outline(axis, region, number, image.size)
             axis.set_axis_off()
-            name = _page_name(row["candidate"], labels)
-            axis.set_title(f"{row['rank']}: {name}, {row['score']:+.4f}", parse_math=False)
+            label = str(labels[row["candidate"]]).strip() if labels else ""
+            name = page_title(row["candidate"] + 1, label)
+            axis.set_title(f"{row['rank']}: page {name}, {row['score']:+.4f}", parse_math=False)
         return figure
-
-
-def _page_name(candidate: int, labels: Sequence[str]) -> str:
-    """The page's number from 1, with its printed label if that is another."""
-    number = f"{candidate + 1}"
-    label = str(labels[candidate]).strip() if labels else number
-    return f"page {number}" if label in ("", number) else f"page {label} ({number})"
 
 
 def _outline(axis: Axes, region: PageBox, number: int, size: tuple[int, int]) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,7 +40,7 @@ _KEY = "mmheads"
 """Key of our text in the metadata."""
 
 _BROKEN = (
-    *(AttributeError, IndexError, KeyError, OverflowError, RecursionError, RuntimeError),
+    *(AttributeError, LookupError, OSError, OverflowError, RuntimeError),
     *(SafetensorError, TypeError, ValueError),
 )
 """What Python and its libraries raise when a file does not hold what it should."""
@@ -100,11 +100,7 @@ def write_index(path: Path, vlm: VLM, document: IndexedDocument) -> None:
         provenance=_provenance(vlm),
         heads=list(document.heads),
         heads_revision=document.heads.origin.revision,
-        overlap=document.overlap,
-        instruction=document.instruction,
-        max_tokens=document.max_tokens,
-        count=document.count,
-        about=document.about,
+        **document.settings,
         windows=[_described(window) for window in document.windows],
     )
     content = json.loads(json.dumps(asdict(about)))  # names of images sort as they do when read
@@ -117,35 +113,42 @@ def write_index(path: Path, vlm: VLM, document: IndexedDocument) -> None:
 
 
 def read_index(path: Path, vlm: VLM, *, keep: str, alone: bool = False) -> IndexedDocument:
-    """Read an index that `write_index` wrote.
+    """Read an index that `write_index` wrote, or one on disk that `put_window` wrote.
 
     Args:
-        path: The file.
+        path: The file, or the folder on disk.
         vlm: The model that made it.
-        keep: Where the cache is kept, "device" or "cpu".
+        keep: Where the cache is kept, "device", "cpu" or "disk".
         alone: It holds any one window of the index.
 
     Raises:
         ValueError: There is no such file, it is damaged or of another kind, or it was made with
             another model, other weights, another version or other settings.
     """
+    if keep == "disk":
+        return _read_folder(path, vlm)
     if not path.is_file():
         raise ValueError(f"{path} is not a file; expected one that DocumentIndex.save wrote")
     try:
-        content, tensors = _load(path)
-        made = parse(Provenance, content["provenance"])
-        different = made.differences(_provenance(vlm))
+        with safe_open(path, framework="pt") as file:
+            content = json.loads((file.metadata() or {})[_KEY])
+            names = list(file.keys())
+            tensors = {name: file.get_tensor(name) for name in names}
+        different = parse(Provenance, content["provenance"]).differences(_provenance(vlm))
         document = None if different else _document(vlm, content, tensors)
         if document is not None and not alone:
             _check_windows(document)
-    except (*_BROKEN, OSError) as error:
+    except _BROKEN as error:
         raise ValueError(
             f"{path} is not a whole index that DocumentIndex.save wrote "
             f"({type(error).__name__}: {error}); index the document again"
         ) from error
     if document is None:
         raise ValueError(f"{path} was indexed differently: {different}; index the document again")
-    return document if keep == "cpu" else _on_device(document)
+    if keep == "cpu":
+        return document
+    windows = [replace(each, prefix=each.prefix.alone(each.prompt)) for each in document.windows]
+    return replace(document, windows=tuple(windows))
 
 
 def put_window(folder: Path, vlm: VLM, document: IndexedDocument, window: Window) -> Window:
@@ -159,8 +162,8 @@ def put_window(folder: Path, vlm: VLM, document: IndexedDocument, window: Window
     return _on_disk(path, vlm, window)
 
 
-def read_folder(folder: Path, vlm: VLM) -> IndexedDocument:
-    """Read an index that `put_window` wrote, window by window, without the caches.
+def _read_folder(folder: Path, vlm: VLM) -> IndexedDocument:
+    """An index that `put_window` wrote, read window by window, without the caches.
 
     Raises:
         ValueError: As `read_index` does for each file; or the files are not of one index.
@@ -175,13 +178,8 @@ def read_folder(folder: Path, vlm: VLM) -> IndexedDocument:
         documents.append(replace(document, windows=windows))
     whole = replace(documents[0], windows=tuple(w for each in documents for w in each.windows))
     try:
-        for document in documents:
-            same = replace(whole, windows=document.windows, heads=document.heads)
-            _expect(
-                set(document.heads) == set(whole.heads)
-                and all(getattr(document, f.name) == getattr(same, f.name) for f in fields(same)),
-                "its files are of several indexes",
-            )
+        kinds = [(each.heads, each.settings) for each in documents]
+        _expect(kinds.count(kinds[0]) == len(kinds), "its files are of several indexes")
         _check_windows(whole)
     except ValueError as error:
         raise ValueError(f"{folder} is not a whole index ({error}); delete it") from error
@@ -209,29 +207,15 @@ def what_is_indexed(path: Path) -> tuple[str, int]:
         with safe_open(path, framework="pt") as file:
             about = parse(_About, json.loads((file.metadata() or {})[_KEY]))
         return about.about, len(about.windows[0].parts)
-    except (*_BROKEN, OSError) as error:
+    except _BROKEN as error:
         raise ValueError(
             f"{path} is not an index that this version can read ({type(error).__name__}); name "
             "another file, or delete it"
         ) from error
 
 
-def _on_device(document: IndexedDocument) -> IndexedDocument:
-    windows = [
-        replace(window, prefix=window.prefix.alone(window.prompt)) for window in document.windows
-    ]
-    return replace(document, windows=tuple(windows))
-
-
 def _provenance(vlm: VLM) -> Provenance:
     return vlm.provenance("mmheads.retrieval", NULL_QUESTION, format=FORMAT)
-
-
-def _load(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    with safe_open(path, framework="pt") as file:
-        content = json.loads((file.metadata() or {})[_KEY])
-        names = list(file.keys())
-        return content, {name: file.get_tensor(name) for name in names}
 
 
 def _checksum(about: Mapping[str, Any], tensors: _Tensors) -> str:
@@ -253,8 +237,7 @@ def _tensors(window: Window) -> Iterator[tuple[str, torch.Tensor]]:
     for part, boxes in prompt.boxes.items():
         yield f"boxes.{part}", torch.from_numpy(boxes)
     assert window.prefix.cache is not None, "Prefix.alone refuses a context that is not cached"
-    layers: list[Any] = window.prefix.cache.layers
-    for number, layer in enumerate(layers):
+    for number, layer in enumerate(window.prefix.cache.layers):
         for name, tensor in compat.layer_tensors(layer).items():
             kind, *state = name.split(".")
             yield ".".join([kind, str(number), *state]), tensor
@@ -286,18 +269,10 @@ def _document(vlm: VLM, content: Mapping[str, Any], tensors: _Tensors) -> Indexe
         vlm.model_id,
         origin=Origin(revision=about.heads_revision),
     )
-    pieces: list[dict[str, torch.Tensor]] = [{} for _ in about.windows]
-    for name, tensor in tensors.items():
-        number, _, rest = name.partition(".")
-        pieces[int(number)][rest] = tensor
+    pieces = [_under(tensors, f"{number}.") for number in range(len(about.windows))]
+    _expect(sum(map(len, pieces)) == len(tensors), "it holds tensors of no window")
     windows = [
-        Window(
-            window.first,
-            tuple(window.parts),
-            window.sizes,
-            _prefix(vlm, heads, about, window, piece),
-            _null_attention(piece["null"], (len(heads), window.length)),
-        )
+        _window(vlm, heads, about, window, piece)
         for window, piece in zip(about.windows, pieces, strict=True)
     ]
     return IndexedDocument(
@@ -317,8 +292,8 @@ def _check_windows(document: IndexedDocument) -> None:
     _expect(document.done <= document.count, "it has more windows than candidates")
 
 
-def _prefix(vlm: VLM, heads: HeadSet, about: _About, window: _Window, tensors: _Tensors) -> Prefix:
-    """The window's candidates with the null question, as the model reads them now."""
+def _window(vlm: VLM, heads: HeadSet, about: _About, window: _Window, tensors: _Tensors) -> Window:
+    """A window's candidates with the null question, as the model reads them now."""
     blank = Image.new("L", (1, 1))
     example = Example(
         context=tuple(blank if part is None else part for part in window.context),
@@ -326,9 +301,8 @@ def _prefix(vlm: VLM, heads: HeadSet, about: _About, window: _Window, tensors: _
         instruction=about.instruction,
     )
     boxes = {int(part): tensor.numpy() for part, tensor in _under(tensors, "boxes.").items()}
-    replacements = tuple(window.replacements)
     inputs = _under(tensors, "inputs.")
-    prompt = restore(vlm, example, inputs, replacements, boxes, about.max_tokens)
+    prompt = restore(vlm, example, inputs, window.replacements, boxes, about.max_tokens)
     for part, grid in boxes.items():
         span = prompt.parts[part]
         _expect(
@@ -340,30 +314,26 @@ def _prefix(vlm: VLM, heads: HeadSet, about: _About, window: _Window, tensors: _
     _expect(flat == list(range(len(prompt.parts))), "its candidates are not in order")
     _expect(sorted(window.sizes) == images, "its images have no sizes")
     _expect(window.length <= int(prompt.question[0]), "its context ends elsewhere")
-    cache = _cache(vlm, heads.layers[-1] + 1, window.length, tensors)
-    return Prefix(vlm, prompt, window.length, cache, masked=window.masked)
-
-
-def _null_attention(attention: torch.Tensor, shape: Sequence[int]) -> np.ndarray:
+    null = tensors["null"]
     _expect(
-        tuple(attention.shape) == shape and bool(attention.isfinite().all()),
+        null.shape == (len(heads), window.length) and null.isfinite().all(),
         "the null question's attention has another shape, or is not finite",
     )
-    return attention.float().numpy()
+    cache = _cache(vlm, heads.layers[-1] + 1, window.length, tensors)
+    prefix = Prefix(vlm, prompt, window.length, cache, masked=window.masked)
+    return Window(window.first, tuple(window.parts), window.sizes, prefix, null.float().numpy())
 
 
 def _cache(vlm: VLM, depth: int, length: int, tensors: _Tensors) -> DynamicCache:
     """The cache of the first layers."""
     by_layer: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
-        kind, _, rest = name.partition(".")
+        kind, *rest = name.split(".")
         if kind in compat.CACHE_TENSORS:
-            layer, *state = rest.split(".")
-            by_layer.setdefault(int(layer), {})[".".join([kind, *state])] = tensor
+            by_layer.setdefault(int(rest[0]), {})[".".join([kind, *rest[1:]])] = tensor
     cache = compat.empty_cache(vlm.text_config)
-    layers: list[Any] = cache.layers
     _expect(by_layer.keys() <= set(range(depth)), "its cache has other layers")
-    for number, empty in enumerate(layers[:depth]):
+    for number, empty in enumerate(cache.layers[:depth]):
         states = by_layer.get(number, {})
         keys = states.get("keys")
         shape = () if keys is None else (1, keys.shape[1], length)
@@ -371,7 +341,7 @@ def _cache(vlm: VLM, depth: int, length: int, tensors: _Tensors) -> DynamicCache
             all(
                 each.shape[: len(shape)] == shape
                 and each.is_floating_point()
-                and bool(each.isfinite().all())
+                and each.isfinite().all()
                 for each in states.values()
             ),
             f"the cache of layer {number} has another shape or type, or is not finite",

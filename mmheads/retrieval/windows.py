@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,38 +58,36 @@ class Window:
         """Candidates by number, each with its tokens."""
         for number, parts in enumerate(self.parts, self.first):
             spans = [span for part in parts if (span := self.prompt.parts[part]) is not None]
-            if spans:
-                tokens = np.concatenate([span.tokens for span in spans])
-                yield number, Span(tokens, np.concatenate([span.weights for span in spans]))
+            tokens = np.concatenate([span.tokens for span in spans])
+            yield number, Span(tokens, np.concatenate([span.weights for span in spans]))
 
     def region_spans(self, regions: Sequence[Place]) -> Iterator[tuple[int, Span]]:
         """Regions by number, each with the shares of the tokens that it covers in this window."""
         for number, region in enumerate(regions):
-            if not 0 <= region.page - self.first < len(self.parts):
-                continue
-            if isinstance(region, PagePart):
-                parts = self.parts[region.page - self.first]
-                found = (
-                    self.prompt.parts[parts[region.part]] if 0 <= region.part < len(parts) else None
-                )
-                if found is not None:
-                    yield number, found
-                continue
-            images = self.image_parts(region.page)
-            if len(images) > 1:
-                raise ValueError(
-                    f"candidate {region.page} has {len(images)} images; regions need one each"
-                )
-            span = self.prompt.parts[images[0]] if images else None
-            if span is None:
-                continue
-            wide, high = np.divide(self.sizes[images[0]], region.size)
-            left, top, right, bottom = region.box
-            box = (left * wide, top * high, right * wide, bottom * high)
-            weights = box_shares(self.prompt.boxes[images[0]], box).astype(np.float32)
-            inside = weights > 0
-            if inside.any():
-                yield number, Span(span.tokens[inside], weights[inside])
+            if 0 <= region.page - self.first < len(self.parts):
+                span = self._region_span(region)
+                if span is not None:
+                    yield number, span
+
+    def _region_span(self, region: Place) -> Span | None:
+        """The shares of the tokens that a region of this window covers; None if it covers none."""
+        if isinstance(region, PagePart):
+            parts = self.parts[region.page - self.first]
+            return self.prompt.parts[parts[region.part]] if 0 <= region.part < len(parts) else None
+        images = self.image_parts(region.page)
+        if len(images) > 1:
+            raise ValueError(
+                f"candidate {region.page} has {len(images)} images; regions need one each"
+            )
+        span = self.prompt.parts[images[0]] if images else None
+        if span is None:
+            return None
+        wide, high = np.divide(self.sizes[images[0]], region.size)
+        left, top, right, bottom = region.box
+        box = (left * wide, top * high, right * wide, bottom * high)
+        weights = box_shares(self.prompt.boxes[images[0]], box).astype(np.float32)
+        inside = weights > 0
+        return Span(span.tokens[inside], weights[inside]) if inside.any() else None
 
     def image_parts(self, candidate: int) -> list[int]:
         """Parts of a candidate that are images whose tokens have a place on them."""
@@ -123,9 +122,10 @@ class IndexedDocument:
         return self.windows[-1].first + len(self.windows[-1].parts) if self.windows else 0
 
     @property
-    def bytes(self) -> int:
-        """Bytes of the cache in memory and of the null question's attention."""
-        return sum(w.prefix.bytes + w.null_attention.nbytes for w in self.windows)
+    def settings(self) -> dict[str, Any]:
+        """All fields but the heads and the windows, by name."""
+        names = (field.name for field in dataclasses.fields(self))
+        return {name: getattr(self, name) for name in names if name not in ("heads", "windows")}
 
 
 def index_candidates(
@@ -156,7 +156,7 @@ def index_candidates(
     bar = tqdm(ranges, "index", unit="window", initial=done, disable=not progress, leave=False)
     try:
         for numbers in ranges[done:]:
-            window = _indexed(vlm, document, candidates, numbers, keep)
+            window = _run_window(vlm, document, candidates, numbers, keep)
             window = put(document, window) if put else window
             document = dataclasses.replace(document, windows=(*document.windows, window))
             bar.update()
@@ -170,13 +170,14 @@ def index_candidates(
     return document
 
 
-def _indexed(
+def _run_window(
     vlm: VLM,
     document: IndexedDocument,
     candidates: Sequence[Candidate],
     numbers: range,
     keep: str,
 ) -> Window:
+    """Run a window's candidates up to the deepest head, then the null question."""
     made = [candidate_parts(candidates[number], number) for number in numbers]
     example = Example(
         context=tuple(part for parts in made for part in parts),
@@ -189,27 +190,12 @@ def _indexed(
     for number, of_candidate in zip(numbers, parts, strict=True):
         if all(prompt.parts[part] is None for part in of_candidate):
             raise ValueError(f"candidate {number} has no token: it is blank")
-    return _run_window(vlm, document.heads, prompt, numbers[0], parts, keep)
-
-
-def _run_window(
-    vlm: VLM,
-    heads: HeadSet,
-    prompt: Prompt,
-    first: int,
-    parts: tuple[tuple[int, ...], ...],
-    keep: str,
-) -> Window:
-    """Run a window's candidates up to the deepest head, then the null question."""
-    prefix = prefill(vlm, prompt, layers=heads.layers[-1] + 1)
-    null_attention = _attention(heads, prefix, prompt.own)
-    sizes = {
-        number: part.size
-        for number, part in enumerate(prompt.example.context)
-        if isinstance(part, Image.Image)
-    }
+    prefix = prefill(vlm, prompt, layers=document.heads.layers[-1] + 1)
+    null_attention = _attention(document.heads, prefix, prompt.own)
+    context = enumerate(prompt.example.context)
+    sizes = {number: part.size for number, part in context if isinstance(part, Image.Image)}
     light = prefix.alone(without_pixels(prompt), device="" if keep == "device" else "cpu")
-    return Window(first, parts, sizes, light, null_attention)
+    return Window(numbers[0], parts, sizes, light, null_attention)
 
 
 def question_attention(

@@ -22,9 +22,6 @@ from mmheads.models import VLM
 from mmheads.streaming.cache import CompactLayer
 from mmheads.streaming.kernels import Pair, banded, causal, select_groups
 
-CROSSOVER = 4
-"""Multiple of sinks + window below which the banded kernel does not pay on a CPU."""
-
 
 class _LayerPlan(NamedTuple):
     """What the heads of one layer see.
@@ -51,14 +48,12 @@ class Streaming:
         dense: The heads that see everything.
         sinks: Number of first tokens that the window heads see.
         window: Number of last tokens that the window heads see, the query itself included.
-        fallback: See `stream`.
     """
 
     vlm: VLM
     dense: HeadSet
     sinks: int
     window: int
-    fallback: str = ""
     _compact: dict[int, CompactLayer] = field(default_factory=dict, repr=False)
     """By layer: the compact cache of the call that runs now, if it has one."""
 
@@ -181,9 +176,7 @@ class Streaming:
                 f"{self.sinks} sinks are more sinks than the {total} tokens of the prompt; give "
                 "fewer, or a longer prompt"
             )
-        reach = self.sinks + self.window
-        short = total < CROSSOVER * reach and rows > 1
-        if compact is None and (total <= reach or (short and self.fallback == "dense")):
+        if compact is None and total <= self.sinks + self.window:
             return call.output
         return self._attend(call, allowed, first, compact)
 
@@ -296,9 +289,7 @@ def _select_pair(pair: Pair, groups: list[int]) -> Pair:
 
 
 @contextmanager
-def stream(
-    vlm: VLM, dense: HeadSet, sinks: int = 4, window: int = 512, *, fallback: str = ""
-) -> Iterator[Streaming]:
+def stream(vlm: VLM, dense: HeadSet, sinks: int = 4, window: int = 512) -> Iterator[Streaming]:
     """Let all heads but the dense ones see only the first tokens and a window (paper B, Sec. 5).
 
     The mask is the same in prefill and in decoding, for batches, padding, `generate`, dynamic and
@@ -311,23 +302,21 @@ def stream(
         dense: Heads that see everything. Choose whole KV groups to read and keep fewer keys.
         sinks: Number of first tokens that every head sees.
         window: Number of last tokens that the other heads see, the query itself included.
-        fallback: "dense" runs the stock attention on prompts shorter than `CROSSOVER` x (sinks +
-            window). Use it only to measure times: the prefill is then that of another model.
 
     Yields:
         What is streamed: shares of dense heads and KV groups, and a cache that evicts keys.
 
     Raises:
-        ValueError: A window below 1, negative sinks, an unknown fallback, or heads of another
-            model; in a call, also an attention that is not known here.
+        ValueError: A window below 1, negative sinks, or heads of another model; in a call, also
+            an attention that is not known here.
     """
-    if not _is_count(window, 1) or not _is_count(sinks, 0) or fallback not in ("", "dense"):
+    if not _is_count(window, 1) or not _is_count(sinks, 0):
         raise ValueError(
-            f"sinks {sinks!r}, window {window!r}, fallback {fallback!r}: expected a whole number "
-            "of sinks of 0 or more, a window of 1 or more, and the fallback '' or 'dense'"
+            f"sinks {sinks!r}, window {window!r}: expected a whole number of sinks of 0 or more, "
+            "and a window of 1 or more"
         )
     check_heads(vlm, [dense], "dense")
-    streaming = Streaming(vlm, dense, sinks, window, fallback)
+    streaming = Streaming(vlm, dense, sinks, window)
     with streaming.again():
         yield streaming
 

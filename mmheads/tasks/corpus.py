@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -136,7 +136,11 @@ _Content = tuple[list[Paragraph], list[Callable[[], Image.Image]], list[str]]
 def _read(file: Path, dpi: int) -> _Content:
     suffix = file.suffix.lower()
     if suffix in TEXT_SUFFIXES:
-        paragraphs = list(_paragraphs(file.read_bytes(), file))
+        try:
+            blocks = re.split(r"\r?\n\s*\n", file.read_bytes().decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not text in UTF-8 ({error.reason})") from error
+        paragraphs = [tuple(sentences(block)) for block in blocks if block.strip()]
         if not paragraphs:
             raise ValueError(f"{file} holds no text")
         return paragraphs, [], []
@@ -149,16 +153,6 @@ def _read(file: Path, dpi: int) -> _Content:
         frames = range(len(open_frames(file)))
         return [], [partial(_frame, file, index) for index in frames], []
     return [], [], []
-
-
-def _paragraphs(content: bytes, file: Path) -> Iterator[Paragraph]:
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not text in UTF-8 ({error.reason})") from error
-    for block in re.split(r"\r?\n\s*\n", text):
-        if block.strip():
-            yield tuple(sentences(block))
 
 
 def _frame(file: Path, index: int) -> Image.Image:

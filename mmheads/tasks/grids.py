@@ -92,13 +92,9 @@ class Grid:
         Raises:
             ValueError: As `make` does.
         """
-        conditions = product(
-            tasks or self.tasks,
-            lengths or self.lengths,
-            depths or self.depths,
-            range(haystacks),
-        )
-        for task, length, depth, haystack in conditions:
+        tasks, lengths = tasks or self.tasks, lengths or self.lengths
+        grid = product(tasks, lengths, depths or self.depths, range(haystacks))
+        for task, length, depth, haystack in grid:
             both = both_answers and task == "identical_image"
             for present in (True, False) if both else (needle,):
                 yield self.make(task, length, depth, haystack=haystack, split=split, needle=present)
@@ -111,13 +107,14 @@ def check_answer(
 
     Args:
         answer: The answer that was asked for; None for the one that the seed decides.
-        allowed: All answers of the task; None where any text is one.
+        allowed: All answers that can be asked for; None where any text can.
         task: The task.
         needle: Whether the example has a needle.
     """
     if allowed is None:
         expect(answer is None or answer.strip(), "answer", answer, "a text")
-    else:
-        expect(answer in (None, *allowed), "answer", answer, f"one of {tuple(allowed)}")
+    elif answer is not None:
+        known = f"one of {tuple(allowed)}" if allowed else "None, as it cannot be changed here"
+        expect(answer in allowed, "answer", answer, known)
     fits = answer is None or needle or (task, answer) == ("identical_image", "no")
     expect(fits, "answer", answer, "None where the needle cannot change it")

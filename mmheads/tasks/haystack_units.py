@@ -135,19 +135,14 @@ def fill(
     steps, used = least, tokens(_first(units, least))
     if used > length:
         raise ValueError(f"length is {length}; expected at least {used} tokens for this needle")
-    while True:
-        more = 0
-        while used + cost_of(steps + more) <= length:
-            used += cost_of(steps + more)
-            more += 1
-        if not more:
-            return _first(units, steps)
-        steps += more
+    while used + cost_of(steps) <= length:
+        while used + cost_of(steps) <= length:  # by their costs, so that few prompts are counted
+            used += cost_of(steps)
+            steps += 1
         used = tokens(_first(units, steps))
-        if used > length:
-            break
-    while tokens(_first(units, steps)) > length:
+    while used > length:
         steps -= 1
+        used = tokens(_first(units, steps))
     return _first(units, steps)
 
 

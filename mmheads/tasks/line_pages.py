@@ -209,27 +209,21 @@ def _icon(color: str, shape: str) -> Pixels:
     low, high, width = 38, 73, 7  # edges of bars and holes, and width of the outline
     fill = COLORS[color]
     line: dict[str, Any] = {"outline": _OUTLINE, "width": width}
-    match shape:
-        case "disc":
-            pen.ellipse((a, a, b, b), fill=fill, **line)
-        case "square":
-            pen.rectangle((a, a, b, b), fill=fill, **line)
-        case "triangle":
-            pen.polygon([(middle, a), (b, b), (a, b)], fill=fill, **line)
-        case "diamond":
-            pen.polygon([(middle, a), (b, middle), (middle, b), (a, middle)], fill=fill, **line)
-        case "cross":
-            plus = [(low, a), (high, a), (high, low), (b, low), (b, high), (high, high)]
-            plus += [(high, b), (low, b), (low, high), (a, high), (a, low), (low, low)]
-            pen.polygon(plus, fill=fill, **line)
-        case "ring":
-            pen.ellipse((a, a, b, b), fill=fill, **line)
-            pen.ellipse((low - 2, low - 2, high + 2, high + 2), fill="white", **line)
-        case "wedge":
-            pen.polygon([(a, a), (b, a), (middle, b)], fill=fill, **line)
-        case "frame":
-            pen.rectangle((a, a, b, b), fill=fill, **line)
-            pen.rectangle((low - 2, low - 2, high + 2, high + 2), fill="white", **line)
+    plus = [(low, a), (high, a), (high, low), (b, low), (b, high), (high, high)]
+    plus += [(high, b), (low, b), (low, high), (a, high), (a, low), (low, low)]
+    corners = {
+        "triangle": [(middle, a), (b, b), (a, b)],
+        "diamond": [(middle, a), (b, middle), (middle, b), (a, middle)],
+        "cross": plus,
+        "wedge": [(a, a), (b, a), (middle, b)],
+    }
+    if shape in corners:
+        pen.polygon(corners[shape], fill=fill, **line)
+    else:
+        outline = pen.ellipse if shape in ("disc", "ring") else pen.rectangle
+        outline((a, a, b, b), fill=fill, **line)
+        if shape in ("ring", "frame"):
+            outline((low - 2, low - 2, high + 2, high + 2), fill="white", **line)
     return np.asarray(image.resize((SPRITE, SPRITE), Image.Resampling.LANCZOS))
 
 

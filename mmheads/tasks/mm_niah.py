@@ -32,7 +32,7 @@ from mmheads.checks import expect, expect_one_of
 from mmheads.examples import Example, Part, Region
 from mmheads.metrics import normalised
 from mmheads.tasks import mm_niah_records
-from mmheads.tasks.grids import HAYSTACKS, SPLITS, TASKS, Grid
+from mmheads.tasks.grids import HAYSTACKS, SPLITS, TASKS, Grid, check_answer
 from mmheads.tasks.mm_niah_records import ImageNeedle, TextNeedle
 from mmheads.tasks.records import Record, check_record, parse_line
 
@@ -52,19 +52,15 @@ INSTRUCTIONS = {
     "identical_image": "\nAnswer with yes or no alone.",
 }
 
-_COLUMNS: Mapping[str, type[TextNeedle] | type[ImageNeedle]] = {
-    "retrieval-text": TextNeedle,
-    "retrieval-image": ImageNeedle,
-}
+_COLUMNS = {"retrieval-text": TextNeedle, "retrieval-image": ImageNeedle}
 
 
 @dataclass(frozen=True, eq=False)
 class _File:
-    """The records of a kind and length; one is read when it is asked for."""
+    """The records of one kind and length; a record is read when it is asked for."""
 
     path: Path
     kind: str
-    length: int
     images: Path
 
     def parse(self, line: bytes, where: str) -> Record[Any]:
@@ -128,7 +124,8 @@ class PublishedNeedles(Grid):
     @cached_property
     def depths(self) -> tuple[float, ...]:
         """Depths of the needle, from a file of the shortest length."""
-        return tuple(min(self.opened.values(), key=lambda file: file.length).places)
+        shortest = min(self.opened, key=lambda key: key[1])
+        return tuple(self.opened[shortest].places)
 
     def count(self, task: str, length: int, split: str = "detection") -> int:
         """Number of haystacks.
@@ -185,12 +182,8 @@ class PublishedNeedles(Grid):
                 f"haystack is {haystack}; {file.path.name} has {len(numbers)} haystacks in the "
                 f"split {split} at depth {near[0]:g}: expected 0 to {len(numbers) - 1}"
             )
-        allowed = (None, "yes", "no") if task == "identical_image" else (None,)
-        if answer not in allowed or (answer == "yes" and not needle):
-            raise ValueError(
-                f"answer is {answer!r}; expected one of {allowed}, and no needle for no: published "
-                "needles cannot be changed"
-            )
+        allowed = ("yes", "no") if task == "identical_image" else ()  # published needles stay
+        check_answer(answer, allowed, task, needle=needle)
         record = file.read(near[0], numbers[haystack])
         units = mm_niah_records.units_of(record)
         needle = needle and answer != "no"
@@ -253,7 +246,7 @@ def read_mm_niah(folder: str | Path) -> PublishedNeedles:
     for kind, length in product(dict.fromkeys(KINDS.values()), LENGTHS):
         path = folder / DATA / "NIAH" / f"{kind}_test_K{length // 1024}_dep6.jsonl"
         if path.is_file():
-            opened[kind, length] = _File(path, kind, length, images)
+            opened[kind, length] = _File(path, kind, images)
             opened[kind, length].first()
     if not opened:
         raise ValueError(

@@ -33,17 +33,14 @@ _LAYOUT_COLUMNS = {"doc_name", "type", "page_id", "image_binary", "bbox", "page_
 
 
 class _Place(BaseModel):
-    """A box as the annotations and the table of layouts have it."""
+    """A box on a page, as the annotations and the table of layouts have it."""
 
+    page: int
     bbox: tuple[FiniteFloat, FiniteFloat, FiniteFloat, FiniteFloat]
     page_size: tuple[FiniteFloat, FiniteFloat]
 
-    def on(self, page: int) -> PageBox:
-        return PageBox(page, self.bbox, self.page_size)
-
-
-class _Gold(_Place):
-    page: int
+    def box(self) -> PageBox:
+        return PageBox(self.page, self.bbox, self.page_size)
 
 
 class _Question(BaseModel):
@@ -51,7 +48,7 @@ class _Question(BaseModel):
     A: Any
     page_id: Annotated[list[int], Field(min_length=1)]
     type: str
-    layout_mapping: list[_Gold]
+    layout_mapping: list[_Place]
 
 
 class _Line(BaseModel):
@@ -158,11 +155,9 @@ def read_mmdocir(folder: str | Path, *, dpi: int = DPI) -> Collection:
         if not line.strip():
             continue
         try:
-            document = _document(parse(_Line, line), folder, tables, dpi)
+            documents.append(_document(parse(_Line, line), folder, tables, dpi))
         except (ValueError, OSError) as error:
             problems.append(f"{ANNOTATIONS}, line {number}: {error}")
-        else:
-            documents.append(document)
     return Collection(tuple(documents), tuple(problems))
 
 
@@ -189,7 +184,7 @@ def _document(
 
 
 def _question(entry: _Question, pages: int) -> Question:
-    boxes = tuple(gold.on(gold.page) for gold in entry.layout_mapping)
+    boxes = tuple(place.box() for place in entry.layout_mapping)
     named = {*entry.page_id, *(box.page for box in boxes)}
     if wrong := sorted(page for page in named if not 0 <= page < pages):
         raise ValueError(
@@ -237,9 +232,7 @@ class _Table:
         self.path = path
         with self._errors_named():
             self.file = pq.ParquetFile(path)
-            types = dict(
-                zip(self.file.schema_arrow.names, self.file.schema_arrow.types, strict=True)
-            )
+            types = {column.name: column.type for column in self.file.schema_arrow}
             if missing := columns - set(types):
                 raise ValueError(f"lacks the columns {sorted(missing)}; it has {list(types)}")
             if not pa.types.is_binary(kind := types["image_binary"]) and kind != pa.large_binary():
@@ -276,10 +269,8 @@ class _Table:
 
     def layout(self, row: int) -> Layout:
         values = self.rows[row]
-        where = parse(_Place, {name: values[name] for name in ("bbox", "page_size")}).on(
-            values["page_id"]
-        )
-        return Layout(where, values["type"], lambda: self._image(row))
+        place = {"page": values["page_id"], **{n: values[n] for n in ("bbox", "page_size")}}
+        return Layout(parse(_Place, place).box(), values["type"], lambda: self._image(row))
 
     def _image(self, row: int) -> Image.Image:
         group = int(np.searchsorted(self.ends, row, side="right"))

@@ -18,12 +18,10 @@ hub here:
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
@@ -67,17 +65,6 @@ class _Columns(Columns):
 
 
 @dataclass(frozen=True, eq=False)
-class _File:
-    path: Path
-    images: Path
-
-    @cached_property
-    def records(self) -> list[Record[_Columns]]:
-        records = read_records(self.path.parent, _Columns, files=self.path.name)
-        return [dataclasses.replace(record, folder=self.images) for record in records]
-
-
-@dataclass(frozen=True, eq=False)
 class DocumentQuestions:
     """Questions about long documents.
 
@@ -87,7 +74,8 @@ class DocumentQuestions:
     """
 
     folder: Path
-    opened: Mapping[tuple[str, int], _File]
+    opened: Mapping[tuple[str, int], Path]
+    _read: dict[Path, list[Record[_Columns]]] = field(default_factory=dict, repr=False, init=False)
 
     @property
     def subsets(self) -> tuple[str, ...]:
@@ -163,14 +151,12 @@ class DocumentQuestions:
 
     def generate(
         self,
-        subsets: Sequence[str] | None = None,
-        lengths: Sequence[int] | None = None,
+        subsets: Sequence[str] = (),
+        lengths: Sequence[int] = (),
         questions: int = QUESTIONS,
     ) -> Iterator[Example]:
         """Make the first questions of each subset and length, all where there are fewer."""
-        subsets = self.subsets if subsets is None else subsets
-        lengths = self.lengths if lengths is None else lengths
-        for subset, length in product(subsets, lengths):
+        for subset, length in product(subsets or self.subsets, lengths or self.lengths):
             for index in range(min(questions, self.count(subset, length))):
                 yield self.make(subset, length, index=index)
 
@@ -180,7 +166,12 @@ class DocumentQuestions:
                 f"{self.folder} holds no questions of {subset!r} at length {length!r}; it has the "
                 f"subsets {self.subsets} and the lengths {self.lengths}"
             )
-        return self.opened[subset, length].records
+        path = self.opened[subset, length]
+        if path not in self._read:
+            records = read_records(path.parent, _Columns, files=path.name)
+            images = image_folder(self.folder)
+            self._read[path] = [replace(record, folder=images) for record in records]
+        return self._read[path]
 
 
 def read_document_questions(folder: str | Path) -> DocumentQuestions:
@@ -192,15 +183,13 @@ def read_document_questions(folder: str | Path) -> DocumentQuestions:
         ValueError: The folder holds no such records, or no images.
     """
     folder = Path(folder)
-    images = image_folder(folder)
-    opened = {}
-    for subset, length in product(SUBSETS, LENGTHS):
-        path = folder / DATA / "documentQA" / f"{subset}_K{length // 1024}.jsonl"
-        if path.is_file():
-            opened[subset, length] = _File(path, images)
+    image_folder(folder)  # an error now if there is none
+    place = folder / DATA / "documentQA"
+    files = {(of, n): place / f"{of}_K{n // 1024}.jsonl" for of, n in product(SUBSETS, LENGTHS)}
+    opened = {key: path for key, path in files.items() if path.is_file()}
     if not opened:
         raise ValueError(
-            f"{folder / DATA / 'documentQA'} holds no file such as mmlongdoc_K128.jsonl; expected "
+            f"{place} holds no file such as mmlongdoc_K128.jsonl; expected "
             "the unpacked 0_mmlb_data.tar.gz of MMLongBench"
         )
     return DocumentQuestions(folder, opened)

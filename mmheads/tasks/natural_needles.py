@@ -27,14 +27,7 @@ from mmheads.models import VLM
 from mmheads.prompts import encode
 from mmheads.tasks import corpus, inventions
 from mmheads.tasks.grids import SPLITS, TASKS, Grid, check_answer
-from mmheads.tasks.haystack_units import (
-    Unit,
-    endless,
-    fill,
-    make_room,
-    page_texts,
-    text_part,
-)
+from mmheads.tasks.haystack_units import Unit, endless, fill, make_room, page_texts, text_part
 from mmheads.tasks.mm_niah import needle_answer
 from mmheads.tasks.rendered_pages import PICTURES, PageStyle, PictureName, draw_picture
 
@@ -49,8 +42,6 @@ INSTRUCTIONS = {
     "rendered_text": "\nAnswer in a few words.",
     "identical_image": "\nAnswer with yes or no.",
 }
-
-_WITH_PICTURES = ("image", "identical_image")
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,7 +208,7 @@ class NaturalNeedles(Grid):
         expect(0 <= haystack <= most, "haystack", haystack, f"a number from 0 to {most}")
 
     def _ask(self, task: str, haystack: int, split: str, answer: str | None) -> _Needle:
-        if task not in _WITH_PICTURES:
+        if task in ("text", "rendered_text"):
             fact = inventions.fact(haystack, split, seed=self.seed, answer=answer)
             return _Needle((fact.question,), fact.answer, sentence=fact.sentence)
         part = SPLITS.index(split)
@@ -352,12 +343,12 @@ def _place_sentence(
     ends = np.cumsum([0, *costs])
     before = int(np.abs(ends - depth * ends[-1]).argmin())
     if before and not units[steps[before - 1][0]].is_page:
-        target, position = steps[before - 1][0], steps[before - 1][1] + 1
-    elif before < len(steps) and not units[steps[before][0]].is_page:
-        target, position = steps[before][0], 0
-    else:  # Between pages: a text of its own.
-        target, position = steps[before][0] if before < len(steps) else len(units), 0
-        units = [*units[:target], Unit(is_page=False), *units[target:]]
+        target, last = steps[before - 1]
+        position = last + 1
+    else:
+        target, position = steps[before] if before < len(steps) else (len(units), 0)
+        if target == len(units) or units[target].is_page:  # Between pages: a text of its own.
+            units = [*units[:target], Unit(is_page=False), *units[target:]]
     context: list[Part] = []
     region = None
     for index, unit in enumerate(units):

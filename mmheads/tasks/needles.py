@@ -25,7 +25,6 @@ from mmheads.checks import expect, expect_one_of
 from mmheads.examples import Example, Part, Region
 from mmheads.tasks.grids import SPLITS, TASKS, Grid, check_answer
 from mmheads.tasks.line_pages import (
-    CELL,
     CODES,
     ICONS,
     LINES,
@@ -70,17 +69,13 @@ class Needles(Grid):
     """
 
     image_ratio: float = 0.5
+    name: ClassVar[str] = "generated"
     one_depth_each: ClassVar[bool] = True
     lengths: ClassVar[Sequence[int]] = LENGTHS
 
     def __post_init__(self) -> None:
         ratio = self.image_ratio
         expect(0 <= ratio <= 1, "image_ratio", ratio, "a number from 0 to 1")
-
-    @property
-    def name(self) -> str:
-        """Name of the haystacks in the results store and in the names of files."""
-        return "generated"
 
     @property
     def about(self) -> dict[str, Any]:
@@ -123,7 +118,6 @@ class Needles(Grid):
         """
         _check(task, length, depth, haystack, split)
         check_answer(answer, ANSWERS[task], task, needle=needle and task != CONTROL)
-        seed = _seed(task, split, length, haystack, self.image_ratio)
         shared = _haystack(task, split, length, haystack, self.image_ratio, answer)
         asked, is_page = shared.asked, shared.is_page.copy()
         position = round(depth * (len(is_page) - 1))
@@ -137,22 +131,20 @@ class Needles(Grid):
         needle = needle and task != CONTROL and (task, asked.answer) != ("identical_image", "no")
         if needle:
             unit = unit.replace(slot, asked.record)
-            context[position] = unit.part(np.random.default_rng((*seed, position)))
-        region = unit.region(position, slot)
-        if needle and region.box and task == "identical_image":
-            context[position] = _pasted(context[position], asked.icons[asked.record.key], region)
+            context[position] = unit.part(np.random.default_rng((*shared.seed, position)))
+            if task == "identical_image":
+                _paste_icon(context[position], asked.icons[asked.record.key], slot)
         right = "no" if task == "identical_image" and not needle else asked.answer
         return Example(
             context=tuple(context),
             question=asked.question,
             answer=right,
             choices=ANSWERS[task],
-            evidence=(region,) if needle else None,
+            evidence=(unit.region(position, slot),) if needle else None,
             task=task,
             length=length,
             depth=None if task == CONTROL else float(depth),
-            haystack=seed,
-            tokens=tokens(context, (region,)) if needle else (),
+            haystack=shared.seed,
         )
 
 
@@ -201,7 +193,6 @@ def document(
     units = _pages(pages, record, slot, distractors, rng)
     units[page_index] = units[page_index].replace(slot, record)
     context = tuple(unit.part(rng) for unit in units)
-    evidence = units[page_index].region(page_index, slot)
     asked: tuple[Part, ...] = (f"? {key}",)
     if question == "icon":
         asked = ("?", Image.fromarray(option(key, rng)))
@@ -210,7 +201,7 @@ def document(
         question=asked,
         answer=record.value,
         choices=VALUES,
-        evidence=(evidence,),
+        evidence=(units[page_index].region(page_index, slot),),
         candidates={
             "page": tuple(Region(part=part) for part in range(pages)),
             "layout": tuple(
@@ -222,7 +213,6 @@ def document(
         length=pages * UNIT_TOKENS,
         depth=page_index / max(1, pages - 1),
         haystack=seed,
-        tokens=tokens(context, (evidence,)),
     )
 
 
@@ -252,46 +242,6 @@ def _pages(
     keys, values = rng.choice(near, pages), rng.choice(VALUES, pages)
     records = (Record(str(k), str(v)) for k, v in zip(keys, values, strict=True))
     return [template.replace(slot, other) for other in records]
-
-
-def count_tokens(parts: Sequence[Part]) -> int:
-    """Number of tokens of these parts in the prompt of the tiny Qwen models."""
-    return sum(
-        len(part.split())
-        if isinstance(part, str)
-        else (_image(part).width // CELL) * (_image(part).height // CELL) + 2
-        for part in parts
-    )
-
-
-def tokens(context: Sequence[Part], regions: Sequence[Region]) -> tuple[tuple[int, int], ...]:
-    """Token intervals [first, last + 1) of regions in the prompt of the tiny Qwen models.
-
-    There the prompt starts with one token, a word is one token, and an image has one token for each
-    cell of 16 x 16 px, between two wrappers. This is how the task itself counts; encoding an
-    example finds the same tokens in the prompt of any model.
-    """
-    starts = [1]
-    for part in context:
-        starts.append(starts[-1] + count_tokens([part]))
-    intervals = []
-    for region in regions:
-        part, start = context[region.part], starts[region.part]
-        if isinstance(part, str):
-            first, last = region.chars or (0, len(part))
-            before = len(part[:first].split())
-            intervals.append((start + before, start + before + len(part[first:last].split())))
-        else:
-            image = _image(part)
-            columns = image.width // CELL
-            box = (int(edge) // CELL for edge in region.box or (0, 0, *image.size))
-            left, top, right, bottom = box
-            cell = start + 1 + columns * top
-            intervals += [
-                (cell + columns * row + left, cell + columns * row + right)
-                for row in range(bottom - top)
-            ]
-    return tuple(intervals)
 
 
 @dataclass(frozen=True)
@@ -338,17 +288,13 @@ class _Haystack:
         return self.drawn[place, on_page]
 
 
-def _seed(task: str, split: str, length: int, haystack: int, image_ratio: float) -> tuple[int, ...]:
-    share = round(1000 * image_ratio)
-    return (SEED, KINDS.index(task), SPLITS.index(split), length, haystack, share)
-
-
 @lru_cache(maxsize=32)
 def _haystack(
     task: str, split: str, length: int, haystack: int, image_ratio: float, answer: str | None
 ) -> _Haystack:
     """The haystack of a question; those of a condition are kept for its next depth."""
-    seed = _seed(task, split, length, haystack, image_ratio)
+    share = round(1000 * image_ratio)
+    seed = (SEED, KINDS.index(task), SPLITS.index(split), length, haystack, share)
     rng = np.random.default_rng(seed)
     asked = _ask(task, key_of(task, split, length, haystack), answer, rng)
     count = ceil((length - 1 - _QUESTION_TOKENS[task]) / UNIT_TOKENS)
@@ -394,18 +340,10 @@ def key_of(task: str, split: str, length: int, haystack: int) -> str:
     return str(order[haystack % len(order)])
 
 
-def _pasted(part: Part, icon: Pixels, region: Region) -> Image.Image:
-    """The page with this very image in the first cell of a line."""
-    image = _image(part)
-    left, top, *_ = region.box or (0, 0)
-    image.paste(Image.fromarray(icon), (int(left), int(top)))
-    return image
-
-
-def _image(part: Part) -> Image.Image:
-    if not isinstance(part, Image.Image):
-        raise TypeError(f"a part is a {type(part).__name__}; expected text or an image")
-    return part
+def _paste_icon(page: Part, icon: Pixels, line: int) -> None:
+    """Put this very image into the first cell of a line of a page."""
+    assert isinstance(page, Image.Image)
+    page.paste(Image.fromarray(icon), line_box(line)[:2])
 
 
 def _make_room(is_page: np.ndarray, position: int, wants_page: bool) -> None:

@@ -133,7 +133,6 @@ def vidstg(
         ValueError: A setting is unknown, a record is not as described, VidOR lacks its video or
             has it in another size, or a frame is missing, unreadable, or turned or cropped.
     """
-    videos.check_count(count)
     records = read_records(annotations, _VidStg, files=f"{split}_annotations.json")
     for record, tracks in _with_tracks(records, Path(vidor)):
         yield from _questions(record, tracks, Path(frames), count, first)

@@ -13,7 +13,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-Box = tuple[float, float, float, float]
+Box = tuple[int, int, int, int]
 """Left, top, right and bottom in pixels."""
 
 PictureName = tuple[str, str, str, str]
@@ -135,10 +135,7 @@ def text_height(paragraphs: Sequence[str], style: PageStyle) -> int:
 
 
 def draw_page(
-    paragraphs: Sequence[str],
-    style: PageStyle,
-    picture: Image.Image,
-    place: tuple[float, float],
+    paragraphs: Sequence[str], style: PageStyle, picture: Image.Image, place: tuple[float, float]
 ) -> DrawnPage:
     """A page of paragraphs from top to bottom, with a picture between two of them.
 
@@ -164,14 +161,14 @@ def draw_page(
     boxes: list[Box] = []
     for paragraph in paragraphs[:before]:
         boxes.append(_draw_lines(image, paragraph, y, style))
-        y = int(boxes[-1][3]) + style.paragraph_gap
+        y = boxes[-1][3] + style.paragraph_gap
     x = style.margin + round(place[1] * (style.width - 2 * style.margin - picture.width))
     image.paste(picture, (x, y))
     picture_box = (x, y, x + picture.width, y + picture.height)
     y += picture.height + style.paragraph_gap
     for paragraph in paragraphs[before:]:
         boxes.append(_draw_lines(image, paragraph, y, style))
-        y = int(boxes[-1][3]) + style.paragraph_gap
+        y = boxes[-1][3] + style.paragraph_gap
     return DrawnPage(image, tuple(boxes), picture_box)
 
 
@@ -179,8 +176,7 @@ def draw_strip(text: str, style: PageStyle) -> Image.Image:
     """A text as black lines on white, cropped to its lines, to be pasted on a page."""
     height = text_height([text], style)
     image = Image.new("RGB", (style.width, height), "white")
-    left, top, right, bottom = _draw_lines(image, text, 0, style)
-    return image.crop((int(left), int(top), int(right), int(bottom)))
+    return image.crop(_draw_lines(image, text, 0, style))
 
 
 def _draw_lines(image: Image.Image, text: str, y: int, style: PageStyle) -> Box:

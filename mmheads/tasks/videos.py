@@ -21,7 +21,7 @@ _IMAGES = (".jpg", ".jpeg", ".png")
 
 def spread(first: int, last: int, count: int) -> list[int]:
     """Return the middles of `count` equal parts of [first, last); every number if it has fewer."""
-    check_count(count)
+    expect(count >= 1, "count", count, "1 frame or more")
     size = last - first
     count = min(count, size)
     return [first + (2 * i + 1) * size // (2 * count) for i in range(count)]
@@ -84,7 +84,12 @@ def clip(frames: Path, *names: str, first: int = 0) -> Clip:
             "or a video file"
         )
     if path.is_file():
-        return Clip(path, range(_frame_count(path)), {})
+        _, count = _decoded(path, [0])
+        if not count:
+            raise ValueError(
+                f"{path} does not say how many frames it has; give a folder of its frames"
+            )
+        return Clip(path, range(count), {})
     files = {
         int(number[0]) - first: file
         for file in path.iterdir()
@@ -93,18 +98,6 @@ def clip(frames: Path, *names: str, first: int = 0) -> Clip:
     if not files:
         raise ValueError(f"{path} holds no image whose name ends with a number, such as 12.jpg")
     return Clip(path, sorted(files), files)
-
-
-def check_count(count: int) -> None:
-    """Raise a ValueError unless it is a number of frames."""
-    expect(count >= 1, "count", count, "1 frame or more")
-
-
-def _frame_count(path: Path) -> int:
-    _, count = _decoded(path, [0])
-    if not count:
-        raise ValueError(f"{path} does not say how many frames it has; give a folder of its frames")
-    return count
 
 
 def _decoded(path: Path, numbers: Sequence[int]) -> tuple[tuple[Image.Image, ...], int]:

@@ -216,7 +216,7 @@ def test_a_pdf_is_ranked_by_the_shipped_heads_and_its_index_answers_later_questi
         assert "5 pages as texts in windows of 5" in printed.err
         (answer,) = json.loads(printed.out)["questions"]
         assert answer["pages"][0]["page"] == place
-        monkeypatch.setattr(windows, "_indexed", None)  # all that follows is in the file
+        monkeypatch.setattr(windows, "_run_window", None)  # all that follows is in the file
     assert "going on with report.index" in printed.err
 
 

@@ -11,7 +11,7 @@ PACKAGE = paths.ROOT / "mmheads"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MOST_LINES_OF_A_FILE = 450
 MOST_LINES_OF_A_CLASS = 250
-MOST_LINES_OF_CODE = 11_949
+MOST_LINES_OF_CODE = 11_698
 """The package only shrinks from here: lower this number with every change that makes it thinner."""
 
 

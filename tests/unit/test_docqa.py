@@ -160,7 +160,7 @@ def test_the_first_questions_are_those_that_mmlongbench_draws(tmp_path):
     write(tmp_path, [record("slidevqa")], "slidevqa", 131072)
     opened = mmlongbench_docs.read_document_questions(tmp_path)
     assert (opened.subsets, opened.lengths) == (("mmlongdoc", "slidevqa"), (8192, 131072))
-    assert [file.path.name for file in opened.opened.values()] == [
+    assert [path.name for path in opened.opened.values()] == [
         "mmlongdoc_K8.jsonl",
         "slidevqa_K128.jsonl",
     ]

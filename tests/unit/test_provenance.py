@@ -12,6 +12,7 @@ from PIL import Image
 
 from mmheads import provenance
 from mmheads.attention import check_heads
+from mmheads.checks import parse
 from mmheads.examples import Example, Region, Video
 from mmheads.heads import Head, HeadSet, Origin
 from mmheads.provenance import Provenance, code_version, file_sha256, folder_revision
@@ -151,7 +152,7 @@ def test_differences_name_the_entry_and_both_values():
     assert first.differences(second, ignore=["settings", "code"]) == ""
     assert first.differences(dataclasses.replace(first, settings={})).count("now None") == 2
     assert first.key != second.key
-    assert Provenance.parse(dataclasses.asdict(first)) == first
+    assert parse(Provenance, dataclasses.asdict(first)) == first
 
 
 def used(vlm, revision: str) -> HeadSet:

@@ -1,5 +1,6 @@
 """`mmheads rank`: documents, questions, what it chooses, and the index that it keeps."""
 
+import dataclasses
 import io
 import json
 import math
@@ -265,6 +266,10 @@ def test_a_model_of_text_ranks_the_texts_of_pages(tmp_path, capsys, monkeypatch)
         (["here", "--question", "? B7"], "here is a folder; expected the name of a PDF file"),
         (["--question", "? B7", "--index", "here"], "here is a folder; give the name of a file"),
         (["a.pdf", "--question", "? B7"], "two of the documents have one name"),
+        (
+            ["--question", "? B7", "--heads", "none.json"],
+            "none.json holds no head; if",
+        ),
         (["--question", "? B7", "--memory", "0.001"], "beside its forward passes, of 0.001 GB; gi"),
     ],
 )
@@ -274,6 +279,7 @@ def test_questions_and_limits_that_do_not_fit_are_refused_in_one_sentence(
     (here / "latin.txt").write_bytes("Größe?".encode("latin-1"))
     (here / "empty.txt").write_text("\n\n")
     (here / "here").mkdir()
+    dataclasses.replace(HeadSet.load("tiny-qwen3-vl-m"), heads=(), scores={}).save("none.json")
     assert rank("a.pdf", *words) == 1
     (error,) = capsys.readouterr().err.splitlines()
     assert message in error

@@ -418,17 +418,6 @@ def test_flex_attention_sees_what_the_banded_kernel_sees():
         assert torch.equal(mask.to_dense()[0, 0], some)
 
 
-def test_a_dense_fallback_is_for_short_prompts_alone():
-    vlm = example_prompts.vlm("qwen3")
-    ids = torch.randint(10, 60, (1, 60), generator=torch.Generator().manual_seed(0))
-    none = HeadSet((), vlm.geometry, vlm.model_id)
-    stock = logits(vlm, {"input_ids": ids})
-    with stream(vlm, none, 4, 12, fallback="dense"):
-        assert torch.equal(logits(vlm, {"input_ids": ids}), stock)
-    with stream(vlm, none, 4, 11, fallback="dense"):
-        assert not torch.allclose(logits(vlm, {"input_ids": ids}), stock)
-
-
 def test_settings_that_make_no_sense_are_refused():
     vlm = example_prompts.vlm("qwen3")
     dense = chosen(vlm)
@@ -438,7 +427,6 @@ def test_settings_that_make_no_sense_are_refused():
         ({"window": "4"}, "window '4'"),
         ({"sinks": None}, "sinks None"),
         ({"sinks": -1}, "sinks -1"),
-        ({"fallback": "sparse"}, "fallback 'sparse'"),
     ):
         with pytest.raises(ValueError, match=message), stream(vlm, dense, **settings):
             pass

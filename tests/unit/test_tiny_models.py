@@ -13,6 +13,7 @@ import scipy.stats
 import torch
 import transformers
 from PIL import Image
+from tiny_tokens import evidence_tokens
 
 from mmheads import paths
 from mmheads.examples import Example
@@ -156,7 +157,7 @@ def test_the_stock_processor_counts_tokens_as_the_task_does(task):
     given = {"images": [example.images()]} if example.images() else {}
     ids = processor(text=[text], return_tensors="pt", **given)["input_ids"][0].tolist()
     assert 128 <= len(ids) < 128 + line_pages.UNIT_TOKENS
-    covered = [ids[token] for first, last in example.tokens for token in range(first, last)]
+    covered = [ids[token] for token in evidence_tokens(example)]
     if task == "text":
         assert processor.tokenizer.convert_ids_to_tokens(covered)[1] == example.answer
     elif task != CONTROL:
