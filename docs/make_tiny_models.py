@@ -109,6 +109,21 @@ def losses(ablation: Tables) -> Iterator[str]:
             yield f"| {model} | {TASKS[task]} | {cells} |"
 
 
+def again(structure: Tables) -> Iterator[str]:
+    """Yields, for each model that was trained with another seed, what it shares with the first."""
+    for model, table in structure.items():
+        if not (table["measure"] == "seeds").any():
+            continue
+        rows = {name: compared(table, "seeds", task, "seed 0") for task, name in TASKS.items()}
+        shares = [f"{r['value']:.2f} ({name}; {r['ceiling']:.2f})" for name, r in rows.items()]
+        yield ""
+        yield (
+            f"`{model}` went through the same stages with another seed. It shares these parts of "
+            f"its top {FRACTION:.0%} with the first run, with the ceiling behind the task: "
+            f"{', '.join(shares)}. The text model, from which both start, was trained once."
+        )
+
+
 def text() -> str:
     """Returns the comparison as the page shows it."""
     accuracy, structure = tables("accuracy"), tables("structure")
@@ -146,6 +161,7 @@ def text() -> str:
         f"Text shares more of these heads with rendered text than with images in {more} of the "
         f"{len(seeing)} models, and as many in {equal}. The models start from one text model, so "
         "they are not independent of each other.",
+        *again(structure),
     ]
     return "\n".join(lines)
 

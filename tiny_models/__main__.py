@@ -29,9 +29,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if args.command == "report":
             folder = args.folder or train.CHECKPOINTS / args.name
-            start = RECIPES[args.name].start if args.name in RECIPES else ""
+            recipe = RECIPES.get(args.name)
+            start, seed = (recipe.start, recipe.seed) if recipe else ("", 0)
             predecessor = train.CHECKPOINTS / start if start else ""
-            print(card.report(folder, predecessor, args.haystacks, args.threads))
+            twin = train.CHECKPOINTS / args.name.removesuffix(f"-seed{seed}") if seed else ""
+            print(card.report(folder, predecessor, twin, args.haystacks, args.threads))
             return 0
         settings = (args.out, args.work, args.threads, args.stop_after, args.go_on_from)
         print(train.train(args.name, *settings))

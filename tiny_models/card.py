@@ -25,6 +25,7 @@ TABLES = ("accuracy", "structure", "ablation")
 def report(
     folder: str | Path,
     predecessor: str | Path = "",
+    twin: str | Path = "",
     haystacks: int = 20,
     threads: int = 2,
     lengths: Sequence[int] = LENGTHS,
@@ -36,6 +37,7 @@ def report(
         folder: A checkpoint that `tiny_models` trained.
         predecessor: Checkpoint of the text model that it was trained from, to see which heads are
             kept.
+        twin: Checkpoint of the model that was trained in the same way with seed 0, if any.
         haystacks: Examples per depth.
         threads: Threads of PyTorch.
         lengths: Lengths in tokens at which accuracy is measured.
@@ -55,12 +57,12 @@ def report(
     torch.set_num_threads(threads)
     vlm = load(folder, dtype=torch.float32)
     by_task = measure.scores(vlm, length, haystacks)
-    before = None
-    if predecessor:
-        earlier = load(predecessor, dtype=torch.float32)
-        before = measure.scores(earlier, length, haystacks)["text"]
+    before, same = (
+        measure.scores(load(other, dtype=torch.float32), length, haystacks) if other else {}
+        for other in (predecessor, twin)
+    )
     tables = {
-        "structure": measure.structure(by_task, before),
+        "structure": measure.structure(by_task, before.get("text"), same),
         "ablation": measure.ablation(vlm, by_task, length=length, haystacks=max(2, haystacks // 4)),
         "accuracy": measure.accuracy(vlm, haystacks, lengths),
     }
@@ -81,6 +83,8 @@ def text(folder: Path, facts: dict[str, Any], length: int = 512) -> str:
     vision = "vision_config" in config
     name = facts["name"]
     start = f"the weights of {facts['start']}" if facts["start"] else "random weights"
+    seeds = (structure["measure"] == "seeds").any()
+    other = '; "seeds" compares with the same task of the model of seed 0' if seeds else ""
     left = f"\n\n**Not finished.** These stages are left: {'; '.join(facts['left'])}."
     loader = "AutoModelForImageTextToText" if vision else "AutoModelForCausalLM"
     return f"""---
@@ -148,7 +152,7 @@ Calibrated retrieval scores of paper A at {
     } tokens, on the detection split. "rho" is the share of
 heads that hold half of the positive score. Overlaps are shares of top sets in common, beside their
 chance level and the ceiling that random halves of the haystacks reach ("halves"); "kept" compares
-with the text heads of the model that this one was trained from.
+with the text heads of the model that this one was trained from{other}.
 
 {_structure_table(structure).to_markdown(index=False)}
 

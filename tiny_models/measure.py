@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations, groupby, product
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -130,21 +131,25 @@ def scores(vlm: VLM, length: int = 512, haystacks: int = 20) -> dict[str, HeadSc
 
 
 def structure(
-    by_task: dict[str, HeadScores], predecessor: HeadScores | None = None, seed: int = 0
+    by_task: dict[str, HeadScores],
+    predecessor: HeadScores | None = None,
+    twin: Mapping[str, HeadScores] = MappingProxyType({}),
+    seed: int = 0,
 ) -> pd.DataFrame:
     """How concentrated the heads of each task are, and how far two tasks share them.
 
     Args:
         by_task: What `scores` gives.
         predecessor: Scores of the text model that the model was trained from, on its text task.
+        twin: Scores by task of the model that was trained in the same way with seed 0.
         seed: Seed of the split halves.
 
     Returns:
         Rows with the columns measure, a, b, fraction, value, chance and ceiling. "rho" is the
         share of heads that hold half of the positive score; "overlap" is the share of a top set
-        that two tasks have in common, "kept" the same with the predecessor's text heads, "halves"
-        the mean overlap of the top sets of random halves of a task's haystacks. The ceiling is the
-        lower "halves" of the two tasks.
+        that two tasks have in common, "kept" the same with the predecessor's text heads, "seeds"
+        with the same task of the twin, "halves" the mean overlap of the top sets of random halves
+        of a task's haystacks. The ceiling is the lower "halves" of the two tasks.
     """
     rows: list[dict[str, Any]] = [
         {"measure": "rho", "a": task, "value": _rho(given)} for task, given in by_task.items()
@@ -170,6 +175,11 @@ def structure(
             | {"ceiling": halves[task][fraction]}
             for (task, given), fraction in product(by_task.items(), FRACTIONS)
         ]
+    rows += [
+        _overlap("seeds", task, "seed 0", by_task[task], given, fraction)
+        | {"ceiling": halves[task][fraction]}
+        for (task, given), fraction in product(twin.items(), FRACTIONS)
+    ]
     columns = ["measure", "a", "b", "fraction", "value", "chance", "ceiling"]
     return pd.DataFrame(rows, columns=columns)
 

@@ -31,7 +31,12 @@ NAMES = {index: word for word, index in architectures.VOCABULARY.items()}
 MIX = dict.fromkeys((*TASKS, "icon", CONTROL, "nothing"), 1.0)
 FAMILIES = ("qwen3_vl", "internvl", "llava_onevision")
 IMAGE = architectures.VOCABULARY["<|image_pad|>"]
-STAGES = [(name, index) for name, recipe in RECIPES.items() for index in range(len(recipe.stages))]
+STAGES = [
+    (name, index)
+    for name, recipe in RECIPES.items()
+    for index in range(len(recipe.stages))
+    if not recipe.seed  # other seeds go through the same stages
+]
 
 
 @pytest.fixture(autouse=True)
@@ -418,14 +423,15 @@ def test_a_card_reports_what_was_measured(monkeypatch, tmp_path):
     few = functools.partial(measure.ablation, random_sets=3, selections=2)
     monkeypatch.setattr(measure, "ablation", few)
     folder = train.train("tiny-qwen3-vl-m", tmp_path / "model", tmp_path / "work", threads=1)
-    path = card.report(folder, haystacks=2, threads=1, lengths=(128,), length=128)
+    path = card.report(folder, "", folder, haystacks=2, threads=1, lengths=(128,), length=128)
     accuracy, structure, ablation = (pd.read_csv(folder / f"{name}.csv") for name in card.TABLES)
     conditions = accuracy.groupby(["task", "needle"]).n.sum()
     assert conditions["text", "present"] == conditions["image", "removed"] == 12
     assert ("identical_image", "changed") not in conditions
     assert accuracy.right.le(accuracy.n).all()
     rows = structure.measure.value_counts().to_dict()
-    assert rows == {"overlap": 12, "halves": 8, "spearman": 6, "rho": 4}
+    assert rows == {"overlap": 12, "halves": 8, "seeds": 8, "spearman": 6, "rho": 4}
+    assert structure.value[structure.measure == "seeds"].eq(1).all(), "the model is its own twin"
     assert structure.value[structure.measure == "overlap"].between(0, 1).all()
     counts = ablation.groupby("ablation").size() / (4 * 2)
     assert counts.to_dict() == {"full model": 1, "top": 1, "bootstrap": 2, "random": 3}
@@ -433,6 +439,7 @@ def test_a_card_reports_what_was_measured(monkeypatch, tmp_path):
     text = path.read_text()
     assert "**It is missed here**" in text
     assert "does not replicate" in text
+    assert '"seeds" compares with' in " ".join(text.split())
 
 
 def test_a_folder_that_this_code_did_not_train_is_left_alone(tmp_path):
