@@ -9,7 +9,7 @@ Needles in natural language are hidden in the shipped corpus. Steps, in this ord
 - ablation: test prompts, answered by the whole model and without the strongest heads.
 - again: the search for heads repeated with other needles and haystacks.
 - random: the same prompts without random heads of the same layers.
-- bands: the first prompts without heads of other ranks.
+- bands: the same prompts without heads of other ranks.
 
 Results are kept in `runs` prompt by prompt. What is interrupted goes on from there and from what is
 shipped; only the step heads scores anew what is not kept. `--prompts 0 24` asks only these prompts,
@@ -64,7 +64,6 @@ PART = 6
 BANDS = {f"rank {a:.0%} to {b:.0%}": (a, b) for a, b in pairwise((0.05, 0.1, 0.2, 0.5, 1))}
 """Bands of rank below the strongest heads: the shares of the heads between which they lie."""
 BOTTOM = f"bottom {MAIN:.0%}"
-PROMPTS_OF_BANDS = 12
 NEW_TOKENS = 24
 BATCH_TOKENS = 10_240
 """Room for all sets of a prompt, which share the layers below their first head."""
@@ -238,9 +237,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "random" in options.only:
             say_right(answered(vlm, numbers, sets_of_prompt(scores)))
         if "bands" in options.only:
-            shown = [number for number in numbers if number < PROMPTS_OF_BANDS]
             ranks = bands(scores)
-            say_right(answered(vlm, shown, lambda _: ranks))
+            say_right(answered(vlm, numbers, lambda _: ranks))
     except (ValueError, OSError) as error:
         print(f"cluster.real_model: {error}", file=sys.stderr)
         return 1
