@@ -384,4 +384,4 @@ def test_evidence_outside_the_context_is_refused(region):
     example = GENERATED.make("text", 128, 0.4)
     context = ("some text", Image.new("RGB", (16, 16)))
     with pytest.raises(ValueError, match="not"):
-        dataclasses.replace(example, context=context, evidence=(region,), tokens=())
+        dataclasses.replace(example, context=context, evidence=(region,))

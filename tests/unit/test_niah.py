@@ -204,7 +204,7 @@ def test_a_grid_has_the_haystacks_innermost(folder):
         ({"split": "train"}, "split is 'train'; expected one of"),
         ({"haystack": 20}, "has 20 haystacks in the split detection at depth 0: expected 0 to 19"),
         ({"split": "test", "haystack": 2}, "has 2 haystacks in the split test"),
-        ({"answer": "no"}, "answer is 'no'; expected one of"),
+        ({"answer": "no"}, "answer is 'no'; expected None, as it cannot be changed here"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(folder, setting, message):
