@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -319,15 +320,15 @@ def fill(prefix: Prefix, *, layers: int = 0) -> Prefix:
         return prefix
     assert prefix._inputs is not None
     deepest = next((layer for layer in vlm.attentions if layer >= layers - 1), vlm.geometry.layers)
+
+    def run(arguments: dict[str, Any]) -> None:
+        with torch.no_grad():
+            vlm.decoder(**arguments, **compat.continuing(vlm.decoder, prefix.cache))
+
     for first, last in prefix._inputs.pieces(length):
-        arguments = prefix._inputs.call(first, last)
-
-        def run(arguments: dict[str, Any] = arguments) -> None:
-            with torch.no_grad():
-                vlm.decoder(**arguments, **compat.continuing(vlm.decoder, prefix.cache))
-
+        piece = partial(run, prefix._inputs.call(first, last))
         if layers and deepest < vlm.geometry.layers - 1:
-            stop_after(vlm, {deepest: lambda call: call.query}, run)
+            stop_after(vlm, {deepest: lambda call: call.query}, piece)
         else:
-            run()
+            piece()
     return prefix

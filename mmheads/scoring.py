@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mmheads import store
-from mmheads.checks import parse
+from mmheads.checks import expect_one_of, parse
 from mmheads.examples import Example
 from mmheads.heads import HeadGeometry, format_heads
 from mmheads.models import VLM
@@ -197,8 +197,7 @@ def open_results(
     seed: int = 0,
 ) -> store.Results:
     """The store of a model's scores, for `score_into`; see `score_heads` for the settings."""
-    if null_images not in NULL_IMAGES:
-        raise ValueError(f"null_images is {null_images!r}; expected one of {NULL_IMAGES}")
+    expect_one_of("null_images", null_images, NULL_IMAGES)
     settings = {"null_images": null_images, "shuffle_seed": seed}
     code = code_version(MODULES)
     return store.open(

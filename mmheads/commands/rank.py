@@ -124,7 +124,7 @@ def run(options: argparse.Namespace) -> Outcome:
         fit = fit_texts(vlm, heads, ["\n".join(texts) for texts in ranked], questions, **asked)
     else:
         fit = fit_pages(vlm, heads, [page.size for page in pages], questions, dpi=dpi, **asked)
-        pages = pages if dpi else _pages(options, fit.dpi, warn=False)
+        pages = pages if fit.dpi == (dpi or DPIS[-1]) else _pages(options, fit.dpi, warn=False)
         ranked = [page.image for page in pages]
     regions = _regions(pages, vlm.is_text_only) if options.regions else []
     _say(vlm, heads, ranked, fit, options, going_on=kept_window > 0)
