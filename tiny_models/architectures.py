@@ -1,202 +1,47 @@
-"""Stock architectures of the tiny models, their tokenizer and their processor."""
+"""Stock architectures of the tiny models."""
 
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
-    GotOcr2ImageProcessorPil,
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
     InternVLConfig,
     InternVLForConditionalGeneration,
-    InternVLProcessor,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
-    LlavaOnevisionImageProcessorPil,
-    LlavaOnevisionProcessor,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2VLImageProcessorPil,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
-    Qwen3VLProcessor,
 )
 
-from mmheads import paths
-from mmheads.compat import without_video
-from mmheads.tasks.line_pages import (
-    BLANK,
-    CELL,
-    CODES,
-    ICONS,
-    NOUNS,
-    PAGE,
-    STOP,
-    VALUES,
-    VERBS,
-)
-from mmheads.tasks.needles import OPTIONS
+from mmheads.tasks.line_pages import CELL, CODES, ICONS, PAGE
+from tiny_models.processors import MERGE, PAGE_CELLS, PATCH, RECORD_WORDS, VOCABULARY, Family
 
+TextModel = Qwen3ForCausalLM | Gemma3ForCausalLM
 TinyModel = (
-    Qwen3ForCausalLM
+    TextModel
     | Qwen3VLForConditionalGeneration
     | InternVLForConditionalGeneration
     | LlavaOnevisionForConditionalGeneration
+    | Gemma3ForConditionalGeneration
 )
 MODEL_CLASSES: dict[str, Any] = {
     "qwen3": Qwen3ForCausalLM,
+    "gemma3_text": Gemma3ForCausalLM,
     "qwen3_vl": Qwen3VLForConditionalGeneration,
     "internvl": InternVLForConditionalGeneration,
     "llava_onevision": LlavaOnevisionForConditionalGeneration,
+    "gemma3": Gemma3ForConditionalGeneration,
 }
-Family = Literal["qwen3_vl", "internvl", "llava_onevision"]
-"""Model type of a vision-language model."""
-PATCH, MERGE = 8, 2
-PAGE_CELLS = (PAGE // CELL) ** 2
-SPECIAL = (
-    "<pad>",
-    "<unk>",
-    "<bos>",
-    "<eos>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
-WORDS = (STOP, "?", "which", "seen", "after", "N/A", "yes", "no", BLANK, *OPTIONS)
-_RECORDS = (*SPECIAL, *WORDS, *CODES, *VALUES, *ICONS)
-VOCABULARY = {word: index for index, word in enumerate((*_RECORDS, *NOUNS, *VERBS))}
-"""A word is a token. Icons are named only where training asks what a cell of a page shows."""
-RECORD_WORDS = len(_RECORDS)
-"""The words of records and questions, without those of prose, come first."""
-
-_IMAGES: dict[Family, str] = {
-    "qwen3_vl": "<|vision_start|><|image_pad|><|vision_end|>",
-    "internvl": "<|image_pad|>",  # its processor adds the wrappers
-    "llava_onevision": "<|vision_start|><|image_pad|>",  # the model ends an image by itself
-}
-"""What the chat template writes for an image."""
-
-
-def chat_template(family: Family = "qwen3_vl") -> str:
-    """The parts, one after the other: an answer follows the question's last word."""
-    parts = (
-        "{% for c in m['content'] %}{% if c['type'] == 'image' %}"
-        + _IMAGES[family]
-        + "{% else %}{{ c['text'] }}{% endif %}{% if not loop.last %} {% endif %}{% endfor %}"
-    )
-    return (
-        "<bos>{% for m in messages %}{% if not loop.first %} {% endif %}"
-        "{% if m['content'] is string %}{{ m['content'] }}{% else %}" + parts + "{% endif %}"
-        "{% endfor %}"
-    )
-
-
-def tokenizer(family: Family = "qwen3_vl") -> PreTrainedTokenizerFast:
-    """The word tokenizer of all tiny models; families know its special tokens by other names."""
-    qwen = {
-        "image_token": "<|image_pad|>",
-        "video_token": "<|video_pad|>",
-        "vision_bos_token": "<|vision_start|>",
-        "vision_eos_token": "<|vision_end|>",
-    }
-    internvl = {
-        "context_image_token": "<|image_pad|>",
-        "video_token": "<|video_pad|>",
-        "start_image_token": "<|vision_start|>",
-        "end_image_token": "<|vision_end|>",
-    }
-    words = Tokenizer(models.WordLevel(VOCABULARY, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        extra_special_tokens=internvl if family == "internvl" else qwen,
-        chat_template=chat_template(family),
-    )
-
-
-def image_processor(family: Family = "qwen3_vl") -> Any:
-    """Stock image processor, which leaves a page as it is: a visual token is 16 x 16 px of it.
-
-    That of Qwen3-VL keeps the size of other images too, up to 1,024 tokens. That of InternVL cuts
-    an image into at most 16 tiles of one token each and adds a thumbnail. That of LLaVA-OneVision
-    gives every image the size and the 16 tokens of a page: a single icon is enlarged to it.
-    """
-    colors: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    if family == "qwen3_vl":
-        return Qwen2VLImageProcessorPil(
-            patch_size=PATCH,
-            merge_size=MERGE,
-            temporal_patch_size=2,
-            size={"shortest_edge": CELL**2, "longest_edge": 1024 * CELL**2},
-            **colors,
-        )
-    if family == "internvl":
-        size = {"height": CELL, "width": CELL}
-        return GotOcr2ImageProcessorPil(
-            size=size, crop_to_patches=True, max_patches=PAGE_CELLS, **colors
-        )
-    size = {"height": PAGE, "width": PAGE}
-    return LlavaOnevisionImageProcessorPil(size=size, image_grid_pinpoints=[[PAGE] * 2], **colors)
-
-
-def processor(family: Family = "qwen3_vl") -> Any:
-    """The stock processor of a family's tiny models."""
-    kind: Any = Qwen3VLProcessor
-    settings: dict[str, Any] = {}
-    if family == "internvl":
-        kind, settings = InternVLProcessor, {"image_seq_length": 1}
-    elif family == "llava_onevision":
-        kind = LlavaOnevisionProcessor
-        settings = {"num_image_tokens": PAGE_CELLS, "vision_feature_select_strategy": "full"}
-    template = chat_template(family)
-    return without_video(kind)(
-        image_processor(family), tokenizer(family), chat_template=template, **settings
-    )
-
-
-_VIDEO = {
-    "qwen3_vl": "Qwen3VLVideoProcessor",
-    "internvl": "InternVLVideoProcessor",
-    "llava_onevision": "LlavaOnevisionVideoProcessor",
-}
-_ONLY_IMAGES = (
-    *("image_processor_type", "crop_to_patches", "min_patches", "max_patches"),
-    *("image_grid_pinpoints", "do_pad"),
-)
-"""Settings of image processors that video processors do not have."""
-
-
-def save_processor(model: PreTrainedModel, folder: Path) -> None:
-    """Save a tiny model's processor, or the tokenizer of a text-only one.
-
-    The settings of the video part are written too, so that the stock `AutoProcessor` finds them
-    where torchvision is installed.
-    """
-    if not hasattr(model.config, "vision_config"):
-        tokenizer().save_pretrained(folder)
-        return
-    family: Any = model.config.model_type
-    processor(family).save_pretrained(folder)
-    path = folder / "processor_config.json"
-    settings = json.loads(path.read_text())
-    images = settings["image_processor"]
-    video = {name: value for name, value in images.items() if name not in _ONLY_IMAGES}
-    settings["video_processor"] = {**video, "video_processor_type": _VIDEO[family]}
-    with paths.write_whole(path) as whole:
-        whole.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def qwen3(layers: int, heads: int = 16, kv_heads: int = 4, width: int = 128) -> Qwen3ForCausalLM:
@@ -205,48 +50,85 @@ def qwen3(layers: int, heads: int = 16, kv_heads: int = 4, width: int = 128) -> 
     return Qwen3ForCausalLM(Qwen3Config(**text, rope_parameters=dict(_ROPE)))
 
 
-def widen(model: Qwen3ForCausalLM) -> Qwen3ForCausalLM:
+def gemma3(
+    layers: int, heads: int = 12, kv_heads: int = 6, width: int = 144, window: int = 16
+) -> Gemma3ForCausalLM:
+    """A text-only Gemma 3 with random weights, which knows the words of records alone.
+
+    The last layer of either half sees everything, the others a sliding window. With twelve layers
+    that is Gemma 3's own pattern of five sliding layers and one global layer.
+    """
+    config = Gemma3TextConfig(
+        **{**_text(layers, heads, kv_heads, width), "vocab_size": RECORD_WORDS},
+        query_pre_attn_scalar=_HEAD,
+        sliding_window=window,
+        layer_types=[
+            "full_attention" if i in (layers // 2 - 1, layers - 1) else "sliding_attention"
+            for i in range(layers)
+        ],
+        rope_parameters={"sliding_attention": dict(_ROPE), "full_attention": dict(_ROPE)},
+    )
+    return Gemma3ForCausalLM(config)
+
+
+def widen(model: TextModel) -> TextModel:
     """The same model with all words, the new ones with random embeddings."""
     widened = copy.deepcopy(model)
     widened.resize_token_embeddings(len(VOCABULARY), mean_resizing=False)
     return widened
 
 
-def grow(model: Qwen3ForCausalLM, after: Iterable[int]) -> Qwen3ForCausalLM:
-    """Insert a new layer after each of these layers.
+def grow(model: TextModel, after: Collection[int]) -> TextModel:
+    """Insert a new layer after each of these layers; in Gemma 3 its attention has a window.
 
     A new layer has random weights but adds nothing yet, so the model computes what it did.
     """
-    after = set(after)
-    old = model.config
-    config = Qwen3Config.from_dict(
-        {
-            **old.to_dict(),
-            "num_hidden_layers": old.num_hidden_layers + len(after),
-            "layer_types": None,
+    old: list[int | None] = []  # by new layer: the old one, or None
+    for index in range(model.config.num_hidden_layers):
+        old += [index, None] if index in after else [index]
+    settings = {**model.config.to_dict(), "num_hidden_layers": len(old), "layer_types": None}
+    if isinstance(model, Gemma3ForCausalLM):
+        types = model.config.layer_types or []
+        settings["layer_types"] = [
+            "sliding_attention" if index is None else types[index] for index in old
+        ]
+    grown: TextModel = _like(model, settings)
+    given = model.state_dict()
+    weights = {name: value for name, value in given.items() if ".layers." not in name}
+    new = []
+    for at, source in enumerate(old):
+        if source is None:
+            new.append(at)
+            _add_nothing(grown.model.layers[at])
+        prefix = f"model.layers.{source}."
+        weights |= {
+            name.replace(prefix, f"model.layers.{at}."): value
+            for name, value in given.items()
+            if name.startswith(prefix)
         }
-    )
-    grown = Qwen3ForCausalLM(config)
-    weights = {k: v for k, v in model.state_dict().items() if ".layers." not in k}
-    at = 0
-    for index in range(old.num_hidden_layers):
-        prefix = f"model.layers.{index}."
-        for name, value in model.state_dict().items():
-            if name.startswith(prefix):
-                weights[name.replace(prefix, f"model.layers.{at}.")] = value
-        at += 1
-        if index in after:
-            layer = grown.model.layers[at]
-            nn.init.zeros_(layer.self_attn.o_proj.weight)
-            nn.init.zeros_(layer.mlp.down_proj.weight)
-            at += 1
     missing, unexpected = grown.load_state_dict(weights, strict=False)
-    if unexpected or len({name.split(".")[2] for name in missing}) != len(after):
+    if unexpected or sorted({int(name.split(".")[2]) for name in missing}) != new:
         raise RuntimeError(f"growing went wrong: missing {missing}, unexpected {unexpected}")
     return grown
 
 
-def icons_like_codes(model: Qwen3ForCausalLM, seed: int = 0) -> None:
+def _like(model: TextModel, settings: Mapping[str, Any]) -> Any:
+    """A model of the same class with random weights and these settings."""
+    kind: Any = type(model)
+    return kind(kind.config_class.from_dict(dict(settings)))
+
+
+def _add_nothing(layer: Any) -> None:
+    """Let a layer add zeros: by its last matrices or, in Gemma 3, by the norms after these."""
+    if hasattr(layer, "post_feedforward_layernorm"):
+        for norm in (layer.post_attention_layernorm, layer.post_feedforward_layernorm):
+            nn.init.constant_(norm.weight, -1.0)  # its factor is 1 + weight
+    else:
+        nn.init.zeros_(layer.self_attn.o_proj.weight)
+        nn.init.zeros_(layer.mlp.down_proj.weight)
+
+
+def icons_like_codes(model: TextModel, seed: int = 0) -> None:
     """Draw the input embeddings of all icons anew, like those of the codes.
 
     They get the mean and the covariance of the codes' embeddings, so that the heads that match
@@ -260,25 +142,30 @@ def icons_like_codes(model: Qwen3ForCausalLM, seed: int = 0) -> None:
     embeddings[[VOCABULARY[icon] for icon in ICONS]] = icons
 
 
-def stretch(model: Qwen3ForCausalLM, rope_theta: float) -> Qwen3ForCausalLM:
+def stretch(model: TextModel, rope_theta: float, window: int = 0) -> TextModel:
     """The same weights with another base of the rotary position embedding.
 
     A head of 32 channels turns 16 pairs of them with the position; the larger the base, the more
-    pairs turn so slowly that they can match content over the whole context.
+    pairs turn so slowly that they can match content over the whole context. In Gemma 3 this is for
+    its global layers; the others get another window.
     """
-    rope = {**_ROPE, "rope_theta": rope_theta}
-    config = Qwen3Config.from_dict({**model.config.to_dict(), "rope_parameters": rope})
-    stretched = Qwen3ForCausalLM(config)
+    rope: dict[str, Any] = {**_ROPE, "rope_theta": rope_theta}
+    changes: dict[str, Any] = {"rope_parameters": rope}
+    if isinstance(model, Gemma3ForCausalLM):
+        ropes = {"sliding_attention": dict(_ROPE), "full_attention": rope}
+        changes = {"rope_parameters": ropes, "sliding_window": window}
+    stretched: TextModel = _like(model, {**model.config.to_dict(), **changes})
     stretched.load_state_dict(model.state_dict())
     return stretched
 
 
-def adapt(text: Qwen3ForCausalLM, family: Family = "qwen3_vl") -> Any:
+def adapt(text: Any, family: Family = "qwen3_vl") -> Any:
     """A vision-language model that starts from a text model, with a vision tower of its own."""
     builders: dict[Family, Any] = {
         "qwen3_vl": _qwen3_vl,
         "internvl": _internvl,
         "llava_onevision": _llava,
+        "gemma3": _gemma3,
     }
     model = builders[family](text)
     language: Any = model.model.language_model
@@ -371,16 +258,7 @@ def _llava(text: Qwen3ForCausalLM) -> LlavaOnevisionForConditionalGeneration:
     return LlavaOnevisionForConditionalGeneration(
         LlavaOnevisionConfig(
             text_config=_text_of(text),
-            vision_config={
-                "model_type": "siglip_vision_model",
-                "num_hidden_layers": 3,
-                "num_attention_heads": 4,
-                "hidden_size": 128,
-                "intermediate_size": 256,
-                "image_size": PAGE,
-                "patch_size": CELL,
-                "vision_use_head": False,
-            },
+            vision_config=_siglip(),
             image_token_index=VOCABULARY["<|image_pad|>"],
             video_token_index=VOCABULARY["<|video_pad|>"],
             image_grid_pinpoints=[[PAGE] * 2],
@@ -389,7 +267,39 @@ def _llava(text: Qwen3ForCausalLM) -> LlavaOnevisionForConditionalGeneration:
     )
 
 
-def _text_of(text: Qwen3ForCausalLM) -> dict[str, Any]:
+def _gemma3(text: Gemma3ForCausalLM) -> Gemma3ForConditionalGeneration:
+    """A tower of three layers, in which a patch is a token; the tokens of a page see each other."""
+    model = Gemma3ForConditionalGeneration(
+        Gemma3Config(
+            text_config=_text_of(text),
+            vision_config=_siglip(),
+            mm_tokens_per_image=PAGE_CELLS,
+            image_token_index=VOCABULARY["<|image_pad|>"],
+            boi_token_index=VOCABULARY["<|vision_start|>"],
+            eoi_token_index=VOCABULARY["<|vision_end|>"],
+            tie_word_embeddings=False,
+        )
+    )
+    projection = model.model.multi_modal_projector.mm_input_projection_weight
+    nn.init.normal_(projection, std=projection.shape[0] ** -0.5)  # else it is zero
+    return model
+
+
+def _siglip() -> dict[str, Any]:
+    """A tower of three layers that gives each cell of a page a token."""
+    return {
+        "model_type": "siglip_vision_model",
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "image_size": PAGE,
+        "patch_size": CELL,
+        "vision_use_head": False,
+    }
+
+
+def _text_of(text: TextModel) -> dict[str, Any]:
     """The text model's own configuration, as a part of another."""
     settings = text.config.to_dict()
     for name in ("_name_or_path", "architectures", "dtype", "transformers_version"):

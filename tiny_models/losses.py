@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from tiny_models.architectures import VOCABULARY, TinyModel
+from tiny_models.architectures import TinyModel
+from tiny_models.processors import VOCABULARY
 from tiny_models.samples import KINDS, NO_LABEL, WEIGHTS, Batch
 
 _WEIGHTS = torch.tensor(list(WEIGHTS.values()))
@@ -39,29 +40,42 @@ def loss_and_accuracy(
 
 def _hidden(model: Any, batch: Batch) -> torch.Tensor:
     """Last hidden states, with pages shown as the batch shows them."""
-    if batch.places is not None and "pixel_values" in batch.pictures:
-        types = {"mm_token_type_ids": batch.types} if hasattr(model.model, "visual") else {}
-        output = model.model(input_ids=batch.places, **types, **batch.pictures, use_cache=False)
-    elif batch.places is not None:
-        positions, _ = model.model.get_rope_index(
+    network = model.model
+    if batch.places is None:
+        output = network(input_ids=batch.words, use_cache=False)
+    elif "pixel_values" in batch.pictures:
+        output = network(
+            input_ids=batch.places, **_types(model, batch), **batch.pictures, use_cache=False
+        )
+    elif hasattr(network, "get_rope_index"):
+        positions, _ = network.get_rope_index(
             batch.places, mm_token_type_ids=batch.types, **batch.pictures
         )
-        output = model.model.language_model(
+        output = network.language_model(
             inputs_embeds=model.get_input_embeddings()(batch.words),
             position_ids=positions,
             use_cache=False,
         )
     else:
-        output = model.model(input_ids=batch.words, use_cache=False)
+        words = model.get_input_embeddings()(batch.words)
+        output = network(inputs_embeds=words, **_types(model, batch), use_cache=False)
     hidden: torch.Tensor = output.last_hidden_state
     return hidden
+
+
+def _types(model: Any, batch: Batch) -> dict[str, Any]:
+    """The input that says which tokens are images, where a family has one."""
+    names = {"qwen3_vl": "mm_token_type_ids", "gemma3": "token_type_ids"}
+    name = names.get(model.config.model_type)
+    return {name: batch.types} if name else {}
 
 
 def _alignment(model: Any, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
     """Distance of the vision tower's output to word embeddings, and its contrast with all words."""
     if "pixel_values" not in batch.pictures or batch.places is None:
         raise ValueError("the batch is not drawn; expected one that shows pages as pixels")
-    embeddings = model.get_input_embeddings().weight.detach()
+    table = model.get_input_embeddings()
+    embeddings = table(torch.arange(table.num_embeddings)).detach()  # Gemma 3 scales its weights
     targets = batch.words[batch.places == _IMAGE]
     given = model.get_image_features(**batch.pictures).pooler_output
     parts = given if isinstance(given, list | tuple) else [given]

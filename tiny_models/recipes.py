@@ -1,12 +1,12 @@
 """How each tiny model is trained: where it starts, and its stages."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from mmheads.tasks.line_pages import PROSE, UNIT_TOKENS
-from tiny_models.architectures import Family
-from tiny_models.samples import Sampler, Show, ask, look, recall
+from tiny_models.processors import Family
+from tiny_models.samples import ENLARGED, Sampler, Show, ask, look, recall
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Stage:
             embedding of what each cell shows, or only the language model.
         grow: Layers after which a new one is inserted before the stage.
         rope_theta: New base of the rotary position embedding from this stage on; 0 keeps it.
+        window: New window of Gemma 3's sliding layers, together with `rope_theta`.
         widen: Add the words of prose to the vocabulary before the stage.
         icons_like_codes: Draw the embeddings of icons anew before the stage, with the mean and
             covariance of the codes' embeddings: heads that match codes then match icons too.
@@ -56,6 +57,7 @@ class Stage:
     trains: Literal["all", "vision", "language"] = "all"
     grow: tuple[int, ...] = ()
     rope_theta: float = 0.0
+    window: int = 0
     widen: bool = False
     icons_like_codes: bool = False
     restart: bool = False
@@ -69,7 +71,7 @@ class Recipe:
 
     Attributes:
         start: Name of the text-only model it is adapted from; "" for random weights.
-        family: Model type of a vision-language model.
+        family: Model type of a vision-language model; a text model has the decoder of one.
         layers: Layers at the start, where the weights are random.
         stages: In order.
         seed: Seed of weights and samples.
@@ -111,7 +113,7 @@ def _prose(share: float, tokens: int, lengths: Sequence[int] = _UNITS) -> tuple[
     )
 
 
-_TEXT_STAGES = (
+_FROM_NOTHING = (
     Stage(
         name="4 of 8 codes",
         sources=_recall(128, 4, 8, 4, 12),
@@ -123,18 +125,20 @@ _TEXT_STAGES = (
     Stage(name="6 of 32", sources=_recall(128, 6, 32, 4, 4), goals={"text": 0.93}),
     Stage(name="8 of 64", sources=_recall(96, 8, 64, 6, 2), goals={"text": 0.93}),
     Stage(name="16 records", sources=_recall(64, 16, 64, 12), goals={"text": 0.93}),
-    Stage(
-        name="32 records, two layers more",
-        sources=_recall(40, 32, 64, 16),
-        goals={"text": 0.93},
-        grow=(1, 3),
-    ),
-    Stage(
-        name="256 tokens, larger RoPE base",
-        sources=(Source(1, 20, _text(14, 24)),),
-        steps=250,
-        rope_theta=5e6,
-    ),
+)
+_RECORDS = Stage(
+    name="32 records, two layers more",
+    sources=_recall(40, 32, 64, 16),
+    goals={"text": 0.93},
+    grow=(1, 3),
+)
+_LARGER_BASE = Stage(
+    name="256 tokens, larger RoPE base",
+    sources=(Source(1, 20, _text(14, 24)),),
+    steps=250,
+    rope_theta=5e6,
+)
+_LONGER = (
     Stage(name="512 tokens", sources=(Source(1, 10, _text(28, 28)),), steps=250),
     Stage(name="1024 tokens", sources=(Source(1, 5, _text(57, 32)),), steps=125, rate=1.5e-3),
     Stage(
@@ -168,7 +172,15 @@ _TEXT_STAGES = (
         decay=True,
     ),
 )
+_TEXT_STAGES = (*_FROM_NOTHING, _RECORDS, _LARGER_BASE, *_LONGER)
 """Finding a record in text. Everything below is learned by a model that can do this."""
+_GEMMA_TEXT_STAGES = (
+    *_FROM_NOTHING,
+    replace(_RECORDS, grow=(0, 3)),
+    replace(_LARGER_BASE, name="256 tokens, larger RoPE base and window", window=128),
+    *_LONGER,
+)
+"""Until a window is longer than the first texts, only global layers can find a record."""
 
 _MIX = {
     "text": 1.0,
@@ -200,7 +212,7 @@ def _mixed(
     family: Family = "qwen3_vl",
 ) -> tuple[Source, ...]:
     """Haystacks of text and pages in any ratio; a step has about `tokens` tokens."""
-    per_question = 18 if family == "llava_onevision" else 9
+    per_question = 18 if family in ENLARGED else 9
     return tuple(
         Source(
             share / len(units),
@@ -242,16 +254,16 @@ def _cells(sampler: Sampler) -> Stage:
     )
 
 
+_PAGES = Stage(
+    name="pages as words, two layers more",
+    sources=_mixed((2, 3, 4, 6, 8), 2400, icon_sentences=0.4, cues=False),
+    steps=120,
+    rate=1.5e-3,
+    grow=(3, 5),
+    icons_like_codes=True,
+    restart=True,
+)
 _WORD_STAGES = (
-    Stage(
-        name="pages as words, two layers more",
-        sources=_mixed((2, 3, 4, 6, 8), 2400, icon_sentences=0.4, cues=False),
-        steps=120,
-        rate=1.5e-3,
-        grow=(3, 5),
-        icons_like_codes=True,
-        restart=True,
-    ),
     Stage(
         name="icons as keys",
         sources=_mixed((1, 2, 3, 4, 6), 1500, mix=_ICONS, icon_sentences=0.4),
@@ -347,7 +359,7 @@ def _at_any_length(family: Family, mix: Mapping[str, float], steps: int) -> Stag
         sources=some((2, 4, 6, 9, 14), 0.2)
         + some((22, 28, 36, 45, 57), 0.3)
         + some((72, 90, 114), 0.3)
-        + some((9, 22, 36, 57, 90, 114), 0.2, "words"),
+        + some((9, 22, 36, 57, 90, 114), 0.2, "places" if family == "gemma3" else "words"),
         steps=steps,
         rate=6e-4,
         decay=True,
@@ -359,27 +371,52 @@ def _at_any_length(family: Family, mix: Mapping[str, float], steps: int) -> Stag
 _INTERNVL_STAGES = (_cells(look(32, 32, "internvl")), _at_any_length("internvl", _READ, 600))
 """Positions have one dimension, so pages are known as words from the text model."""
 
-_LLAVA_STAGES = (
-    Stage(
+
+def _large_icons(family: Family, show: Show) -> Stage:
+    """Icons of the size of a page, where the text model knows them as single words."""
+    return Stage(
         name="icons of the size of a page",
-        sources=_mixed((1, 2, 3, 4, 6), 1800, mix={**_MIX, "text": 0.3}, family="llava_onevision"),
+        sources=_mixed((1, 2, 3, 4, 6), 1800, mix={**_MIX, "text": 0.3}, show=show, family=family),
         goals=_ANSWERED,
         steps=300,
         rate=1e-3,
         trains="language",
-    ),
+    )
+
+
+_LLAVA_STAGES = (
+    _large_icons("llava_onevision", "words"),
     _cells(look(32, 32, "llava_onevision")),
     _at_any_length("llava_onevision", _FEWER_ICONS, 400),
 )
 """An icon in a question takes 16 tokens, the last of which is its word; pages are as before."""
+_GEMMA_STAGES = (
+    _large_icons("gemma3", "places"),
+    _cells(look(32, 32, "gemma3")),
+    _at_any_length("gemma3", _FEWER_ICONS, 500),
+)
+"""As with LLaVA-OneVision, but the cells of a page, and those of an icon, see each other."""
 
 RECIPES = {
-    "tiny-qwen3-m": Recipe(stages=_TEXT_STAGES + _WORD_STAGES),
+    "tiny-qwen3-m": Recipe(stages=(*_TEXT_STAGES, _PAGES, *_WORD_STAGES)),
     "tiny-qwen3-vl-m": Recipe(start="tiny-qwen3-m", stages=_VISION_STAGES),
     "tiny-qwen3-vl-m-seed1": Recipe(start="tiny-qwen3-m", stages=_VISION_STAGES, seed=1),
     "tiny-internvl-m": Recipe(start="tiny-qwen3-m", family="internvl", stages=_INTERNVL_STAGES),
     "tiny-llava-onevision-m": Recipe(
         start="tiny-qwen3-m", family="llava_onevision", stages=_LLAVA_STAGES
     ),
+    "tiny-gemma3-text-m": Recipe(
+        family="gemma3",
+        layers=6,
+        stages=(
+            *_GEMMA_TEXT_STAGES,
+            replace(_PAGES, name="pages as words, four layers more", grow=(0, 1, 4, 5)),
+            *_WORD_STAGES,
+        ),
+    ),
+    "tiny-gemma3-m": Recipe(start="tiny-gemma3-text-m", family="gemma3", stages=_GEMMA_STAGES),
 }
 """By name of the model."""
+
+NOT_SHIPPED = ("tiny-gemma3-text-m", "tiny-gemma3-m")
+"""Models whose training is not done yet."""

@@ -36,12 +36,14 @@ from mmheads.tasks.line_pages import (
     fill,
 )
 from mmheads.tasks.needles import OPTIONS
-from tiny_models.architectures import MERGE, PAGE_CELLS, PATCH, VOCABULARY, Family
+from tiny_models.processors import MERGE, PAGE_CELLS, PATCH, VOCABULARY, Family
 
 Generator = np.random.Generator
 Show = Literal["words", "places", "pixels"]
 """How a batch shows pages: as words one after the other, as words at a page's positions, drawn."""
 NO_LABEL = -100
+ENLARGED = ("llava_onevision", "gemma3")
+"""Families that give every image the size of a page."""
 
 WEIGHTS = {
     "text": 1.0,
@@ -83,8 +85,9 @@ class Sample:
     """Token ids, with a label and its kind for each, and the pictures in order.
 
     What pictures look like in tokens depends on the family. With InternVL, a page ends in the
-    token of a thumbnail, which is blank. With LLaVA-OneVision, a single icon is enlarged to the
-    size of a page: its last token is the icon's word, and those before it are blank.
+    token of a thumbnail, which is blank. With LLaVA-OneVision and Gemma 3, a single icon is
+    enlarged to the size of a page: its last token is the icon's word, and those before it are
+    blank.
     """
 
     ids: list[int] = field(default_factory=lambda: [VOCABULARY["<bos>"]])
@@ -107,7 +110,7 @@ class Sample:
         words = [*names]
         if self.family == "internvl" and len(names) > 1:
             words.append(BLANK)
-        if self.family == "llava_onevision" and len(names) == 1:
+        if self.family in ENLARGED and len(names) == 1:
             words = [BLANK] * (PAGE_CELLS - 1) + words
         self.pictures.append(Picture(len(self.ids), tuple(names), columns, len(words)))
         return self.say(*words, "<|vision_end|>")
@@ -358,7 +361,7 @@ def batch(
 
 def _sizes(pictures: Sequence[Picture], family: Family) -> dict[str, torch.Tensor]:
     """What a model must know of the pictures beside their pixels."""
-    if family == "internvl":
+    if family in ("internvl", "gemma3"):
         return {}
     if family == "llava_onevision":
         sizes = [[CELL * (len(p.names) // p.columns), CELL * p.columns] for p in pictures]
@@ -377,16 +380,18 @@ def pixels(
     """An image as a family's stock image processor gives it; `rng` adds noise.
 
     For Qwen3-VL its patches, shape [patch, 384]; for InternVL its tiles of one cell each and, if
-    there are several, a thumbnail, shape [tile, 3, 16, 16]; for LLaVA-OneVision the image in the
-    size of a page, shape [1, 1, 3, 64, 64].
+    there are several, a thumbnail, shape [tile, 3, 16, 16]; for Gemma 3 the image in the size of a
+    page, shape [1, 3, 64, 64], and for LLaVA-OneVision the same as the only tile of each image,
+    shape [1, 1, 3, 64, 64].
     """
-    if family == "llava_onevision":
+    if family in ENLARGED:
         image = _resized(image, PAGE)
     scaled = image.astype(np.float32) / 127.5 - 1
     if rng is not None:
         scaled += rng.normal(0, 0.06, scaled.shape).astype(np.float32)
-    if family == "llava_onevision":
-        return scaled.transpose(2, 0, 1)[None, None]
+    if family in ENLARGED:
+        page = scaled.transpose(2, 0, 1)[None]
+        return page if family == "gemma3" else page[None]
     rows, columns = image.shape[0] // CELL, image.shape[1] // CELL
     if family == "internvl":
         tiles = scaled.reshape(rows, CELL, columns, CELL, 3).transpose(0, 2, 4, 1, 3)

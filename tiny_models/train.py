@@ -16,12 +16,13 @@ import pandas as pd
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import AutoConfig, Qwen3ForCausalLM
+from transformers import AutoConfig
 
 from mmheads import paths
 from tiny_models import architectures
-from tiny_models.architectures import VOCABULARY, TinyModel
+from tiny_models.architectures import TinyModel
 from tiny_models.losses import loss_and_accuracy
+from tiny_models.processors import VOCABULARY, save_processor
 from tiny_models.recipes import RECIPES, Recipe, Stage
 from tiny_models.samples import KINDS, Batch, batch
 
@@ -167,7 +168,7 @@ def _run_stage(state: State, name: str, folder: Path) -> None:
 def _begin(state: State, stage: Stage, seed: int) -> None:
     """Change the model as a stage begins, and give it a new optimizer where it must have one."""
     changes = stage.grow or stage.rope_theta or stage.widen or stage.icons_like_codes
-    if changes and not isinstance(state.model, Qwen3ForCausalLM):
+    if changes and not isinstance(state.model, architectures.TextModel):
         raise TypeError(f"only text models are changed, not {type(state.model).__name__}")
     if stage.restart:
         with torch.no_grad():
@@ -178,7 +179,7 @@ def _begin(state: State, stage: Stage, seed: int) -> None:
     if stage.grow:
         model = architectures.grow(model, stage.grow)
     if stage.rope_theta:
-        model = architectures.stretch(model, stage.rope_theta)
+        model = architectures.stretch(model, stage.rope_theta, stage.window)
     if stage.widen:
         model = architectures.widen(model)
     if stage.icons_like_codes:
@@ -244,11 +245,18 @@ def _start(recipe: Recipe) -> State:
                 f"{source} does not exist, and training starts from it; make it with "
                 f"python -m tiny_models train {recipe.start}"
             )
-        text = Qwen3ForCausalLM.from_pretrained(source, dtype=torch.float32)
-        model: TinyModel = architectures.adapt(text, recipe.family)
+        model: TinyModel = architectures.adapt(_loaded(source), recipe.family)
+    elif recipe.family == "gemma3":
+        model = architectures.gemma3(recipe.layers)
     else:
         model = architectures.qwen3(recipe.layers)
     return State(model, _optimizer(model, recipe.stages[0]))
+
+
+def _loaded(folder: Path) -> Any:
+    """The model of a checkpoint, in 32 bits."""
+    model_class = architectures.MODEL_CLASSES[AutoConfig.from_pretrained(folder).model_type]
+    return model_class.from_pretrained(folder, dtype=torch.float32)
 
 
 def _from_checkpoint(name: str, folder: Path) -> State:
@@ -268,9 +276,7 @@ def _from_checkpoint(name: str, folder: Path) -> State:
             f"{folder} holds {facts['name']}, seed {facts['seed']}, after the stages {done}; "
             f"expected {name}, seed {recipe.seed}, before a stage that restarts, of {names}"
         )
-    config = AutoConfig.from_pretrained(folder)
-    model_class = architectures.MODEL_CLASSES[config.model_type]
-    model = model_class.from_pretrained(folder, dtype=torch.float32)
+    model = _loaded(folder)
     log = pd.read_csv(folder / "training.csv", dtype=str, keep_default_na=False)
     return State(
         model.train(),
@@ -294,7 +300,7 @@ def _export(state: State, name: str, target: Path) -> None:
     half.generation_config.eos_token_id = VOCABULARY["<eos>"]
     half.generation_config.pad_token_id = VOCABULARY["<pad>"]
     half.save_pretrained(target)
-    architectures.save_processor(half, target)
+    save_processor(half, target)
     _write_log(state, target)
     done = [stage.name for stage in recipe.stages[: state.stage]]
     facts = {

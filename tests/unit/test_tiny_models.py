@@ -23,14 +23,15 @@ from mmheads.prompts import encode
 from mmheads.tasks import line_pages
 from mmheads.tasks.grids import DEPTHS, TASKS
 from mmheads.tasks.needles import CONTROL, LENGTHS, Needles
-from tiny_models import architectures, card, losses, measure, samples, train
+from tiny_models import architectures, card, losses, measure, processors, samples, train
 from tiny_models.__main__ import main
-from tiny_models.recipes import RECIPES, Recipe, Source, Stage
+from tiny_models.recipes import NOT_SHIPPED, RECIPES, Recipe, Source, Stage
 
-NAMES = {index: word for word, index in architectures.VOCABULARY.items()}
+SHIPPED = [name for name in RECIPES if name not in NOT_SHIPPED]
+NAMES = {index: word for word, index in processors.VOCABULARY.items()}
 MIX = dict.fromkeys((*TASKS, "icon", CONTROL, "nothing"), 1.0)
-FAMILIES = ("qwen3_vl", "internvl", "llava_onevision")
-IMAGE = architectures.VOCABULARY["<|image_pad|>"]
+FAMILIES = ("qwen3_vl", "internvl", "llava_onevision", "gemma3")
+IMAGE = processors.VOCABULARY["<|image_pad|>"]
 STAGES = [
     (name, index)
     for name, recipe in RECIPES.items()
@@ -80,7 +81,7 @@ def test_pixels_are_those_of_the_stock_image_processor(family):
     rng = np.random.default_rng(0)
     page = line_pages.draw(("B7", "K", ".", "blank") * 4, 4, rng)
     icon = line_pages.option("red-disc", rng)
-    stock = architectures.image_processor(family)
+    stock = processors.image_processor(family)
     pair = [Image.fromarray(page), Image.fromarray(icon)]
     expected = stock(images=[pair], return_tensors="np")["pixel_values"]
     drawn = np.concatenate([samples.pixels(image, family) for image in (page, icon)])
@@ -98,7 +99,7 @@ def test_a_batch_is_what_the_stock_processor_makes_of_the_same_prompt(family):
     first, second = map(Image.fromarray, images)
     context = ("rain falls .", first)
     example = Example(context=context, question=("?", second, "?"), answer="L")
-    processor = architectures.processor(family)
+    processor = processors.processor(family)
     text = processor.apply_chat_template(example.messages(), tokenize=False)
     made = processor(text=[text], images=[[first, second]], return_tensors="pt")
     assert made["input_ids"].tolist() == batch.places.tolist()
@@ -157,7 +158,7 @@ def test_words_places_and_pixels_show_the_same_sample(family):
 @pytest.mark.parametrize("task", [*TASKS, CONTROL])
 def test_the_stock_processor_counts_tokens_as_the_task_does(task):
     example = Needles().make(task, 128, 0.6, haystack=4)
-    processor = architectures.processor()
+    processor = processors.processor()
     text = processor.apply_chat_template(example.messages(), tokenize=False)
     given = {"images": [example.images()]} if example.images() else {}
     ids = processor(text=[text], return_tensors="pt", **given)["input_ids"][0].tolist()
@@ -172,21 +173,63 @@ def test_the_stock_processor_counts_tokens_as_the_task_does(task):
 # --- parts of the architectures
 
 
-def test_growing_changes_nothing_yet():
+def small_one(family: str, layers: int) -> architectures.TextModel:
+    """A small text model of a vision-language model's family, with random weights and norms."""
     torch.manual_seed(0)
-    small = architectures.qwen3(2, heads=4, kv_heads=2, width=32).eval()
+    build = architectures.gemma3 if family == "gemma3" else architectures.qwen3
+    model = build(layers, heads=4, kv_heads=2, width=32).eval()
+    for weight in model.parameters():
+        if weight.ndim == 1:
+            torch.nn.init.normal_(weight, mean=weight[0].item(), std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3"])
+def test_growing_changes_nothing_yet(family):
+    small = small_one(family, 2)
     grown = architectures.grow(small, (0, 1)).eval()
     ids = torch.arange(20)[None]
     assert grown.config.num_hidden_layers == 4
     torch.testing.assert_close(grown(ids).logits, small(ids).logits)
+    grown(ids).logits.square().mean().backward()
+    learned = {
+        int(name.split(".")[2])
+        for name, weight in grown.named_parameters()
+        if ".layers." in name and weight.grad is not None and weight.grad.any()
+    }
+    assert learned == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3"])
+def test_more_words_and_another_base_change_nothing_else(family):
+    small = small_one(family, 4)
+    ids = torch.arange(20)[None]
+    widened = architectures.widen(small).eval()
+    known = small(ids).logits
+    torch.testing.assert_close(widened(ids).logits[..., : known.shape[-1]], known)
+    same = architectures.stretch(small, 10_000.0, window=16).eval()
+    torch.testing.assert_close(same(ids).logits, known)
+    for rope_theta, window in ((5e6, 16), (10_000.0, 17)):
+        other = architectures.stretch(small, rope_theta, window).eval()
+        changed = not torch.allclose(other(ids).logits, known)
+        assert changed == (family == "gemma3" or rope_theta > 10_000)
+
+
+def test_the_layers_of_gemma_3_have_its_own_pattern():
+    stages = [stage for stage in RECIPES["tiny-gemma3-text-m"].stages if stage.grow]
+    model = architectures.gemma3(RECIPES["tiny-gemma3-text-m"].layers)
+    for stage in stages:
+        model = architectures.grow(model, stage.grow)
+    stock = transformers.Gemma3TextConfig(num_hidden_layers=model.config.num_hidden_layers)
+    assert model.config.layer_types == stock.layer_types
 
 
 def test_icons_like_codes_changes_only_the_embeddings_of_icons():
     torch.manual_seed(0)
     model = architectures.widen(architectures.qwen3(1, heads=4, kv_heads=2, width=32))
     table = model.get_input_embeddings().weight
-    codes = [architectures.VOCABULARY[code] for code in line_pages.CODES]
-    icons = [architectures.VOCABULARY[icon] for icon in line_pages.ICONS]
+    codes = [processors.VOCABULARY[code] for code in line_pages.CODES]
+    icons = [processors.VOCABULARY[icon] for icon in line_pages.ICONS]
     torch.nn.init.normal_(table[codes[0] : codes[-1] + 1].data, mean=1.0, std=2.0)
     before = weights_of(model)
     architectures.icons_like_codes(model)
@@ -201,7 +244,8 @@ def test_icons_like_codes_changes_only_the_embeddings_of_icons():
 
 def from_text(family: str):
     torch.manual_seed(0)
-    text = architectures.widen(architectures.qwen3(2)).eval()
+    build = architectures.gemma3 if family == "gemma3" else architectures.qwen3
+    text = architectures.widen(build(2)).eval()
     return text, architectures.adapt(text, family).eval()
 
 
@@ -234,17 +278,21 @@ def test_words_at_places_use_the_positions_of_the_drawn_page():
         )
 
 
-@pytest.mark.parametrize(("family", "tokens"), [("internvl", 1), ("llava_onevision", 16)])
-def test_words_are_where_the_tokens_of_drawn_pages_are(family, tokens):
+@pytest.mark.parametrize(
+    ("family", "tokens", "show"),
+    [("internvl", 1, "words"), ("llava_onevision", 16, "words"), ("gemma3", 16, "places")],
+)
+def test_words_are_where_the_tokens_of_drawn_pages_are(family, tokens, show):
     """With a vision tower that gave the words' embeddings, pixels and words would agree."""
     _, model = from_text(family)
     drawn = some_samples(2, family=family)
     words, pixels = (
-        samples.batch(drawn, np.random.default_rng(0), show, family) for show in ("words", "pixels")
+        samples.batch(drawn, np.random.default_rng(0), each, family) for each in (show, "pixels")
     )
     shown = words.words[pixels.places == IMAGE]
-    shown = shown[shown != architectures.VOCABULARY["<|vision_end|>"]]  # LLaVA-OneVision's own
-    embeddings = model.get_input_embeddings()(shown).reshape(-1, tokens, 128)
+    shown = shown[shown != processors.VOCABULARY["<|vision_end|>"]]  # LLaVA-OneVision's own
+    embeddings = model.get_input_embeddings()(shown)
+    embeddings = embeddings.reshape(-1, tokens, embeddings.shape[-1])
     model.model.multi_modal_projector.forward = lambda _: embeddings
     with torch.no_grad():
         torch.testing.assert_close(
@@ -267,17 +315,18 @@ def short(recipe: Recipe, stage: Stage, steps: int = 4) -> Recipe:
 
 def small_text(monkeypatch, tmp_path, widened: bool) -> None:
     """Make models small, and give those that start from a text model one to start from."""
-    qwen3 = architectures.qwen3
-    monkeypatch.setattr(
-        architectures,
-        "qwen3",
-        lambda layers: (
-            architectures.widen(qwen3(layers, 4, 2, 32)) if widened else qwen3(layers, 4, 2, 32)
-        ),
-    )
     monkeypatch.setattr(train, "CHECKPOINTS", tmp_path / "checkpoints")
-    torch.manual_seed(0)
-    architectures.widen(qwen3(1, 4, 2, 32)).save_pretrained(tmp_path / "checkpoints/tiny-qwen3-m")
+    starts = {"qwen3": "tiny-qwen3-m", "gemma3": "tiny-gemma3-text-m"}
+    for family, name in starts.items():
+        build = getattr(architectures, family)
+
+        def small(layers: int, build=build) -> architectures.TextModel:
+            model = build(layers, 4, 2, 32)
+            return architectures.widen(model) if widened else model
+
+        monkeypatch.setattr(architectures, family, small)
+        torch.manual_seed(0)
+        architectures.widen(build(1, 4, 2, 32)).save_pretrained(tmp_path / "checkpoints" / name)
 
 
 @pytest.mark.parametrize(("name", "index"), STAGES)
@@ -316,7 +365,7 @@ def test_every_stage_runs_and_a_resumed_run_is_the_same(name, index, monkeypatch
     assert (whole / "model.safetensors").read_bytes() == (parts / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["tiny-qwen3-vl-m", "tiny-llava-onevision-m"])
+@pytest.mark.parametrize("name", ["tiny-qwen3-vl-m", "tiny-llava-onevision-m", "tiny-gemma3-m"])
 @pytest.mark.parametrize("index", [0, 1], ids=["language", "vision"])
 def test_only_the_part_that_a_stage_trains_changes(name, index, monkeypatch, tmp_path):
     small_text(monkeypatch, tmp_path, widened=True)
@@ -340,8 +389,7 @@ def test_only_the_part_that_a_stage_trains_changes(name, index, monkeypatch, tmp
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_alignment_moves_the_vision_tower_towards_the_words(family):
-    torch.manual_seed(0)
-    model = architectures.adapt(architectures.widen(architectures.qwen3(1, 4, 2, 32)), family)
+    model = architectures.adapt(architectures.widen(small_one(family, 2)), family)
     sampler = samples.look(4, 8, family)
     rng = np.random.default_rng(0)
     batch = samples.batch([sampler(rng)], rng, "pixels", family)
@@ -477,7 +525,7 @@ def test_shortfalls_name_what_misses_its_aim():
 # --- the shipped models
 
 
-@pytest.fixture(scope="module", params=RECIPES)
+@pytest.fixture(scope="module", params=SHIPPED)
 def shipped(request):
     """A shipped model, and its folder."""
     return train.CHECKPOINTS / request.param, load(request.param, dtype=torch.float32)
@@ -497,8 +545,9 @@ def count_right(vlm: VLM, examples: list[Example]) -> int:
 
 
 def test_every_recipe_has_its_model_whose_stages_are_done():
-    assert {path.parent.name for path in paths.MODELS.glob("*/config.json")} == RECIPES.keys()
-    for name, recipe in RECIPES.items():
+    assert {path.parent.name for path in paths.MODELS.glob("*/config.json")} == set(SHIPPED)
+    for name in SHIPPED:
+        recipe = RECIPES[name]
         facts = train.training_facts(train.CHECKPOINTS / name)
         assert facts["stages"] == [stage.name for stage in recipe.stages]
         with pytest.raises(ValueError, match="before a stage that restarts"):
@@ -610,7 +659,7 @@ def test_a_saved_processor_has_the_video_part_that_stock_loading_wants(name, kin
         assert settings["video_processor"][setting] == settings["image_processor"][setting]
 
 
-@pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if recipe.start])
+@pytest.mark.parametrize("name", [name for name in SHIPPED if RECIPES[name].start])
 def test_the_evidence_is_where_the_vision_tower_sees_the_needle(name):
     """What the tower gives for the tokens of the evidence is nearest to the needle's words."""
     vlm = load(name, dtype=torch.float32)
