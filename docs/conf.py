@@ -16,6 +16,7 @@ import make_claims  # noqa: E402
 import make_figures_page  # noqa: E402
 import make_findings  # noqa: E402
 import make_real_page  # noqa: E402
+import make_reviews  # noqa: E402
 import make_tiny_models  # noqa: E402
 
 import mmheads  # noqa: E402
@@ -24,6 +25,7 @@ make_claims.write()
 make_figures_page.write()
 make_findings.write()
 make_real_page.write()
+make_reviews.write()
 make_tiny_models.write()
 
 project = "mmheads"

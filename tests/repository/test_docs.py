@@ -3,6 +3,7 @@
 import html
 import importlib.util
 import re
+import string
 import subprocess
 import sys
 import tomllib
@@ -120,6 +121,13 @@ def test_the_findings_of_the_readme_are_those_of_the_committed_data():
     )
     with pytest.raises(ValueError, match="0 blocks of findings"):
         script("make_findings").with_findings("# mmheads")
+
+
+def test_the_page_of_reviews_is_that_of_the_committed_data():
+    made = script("make_reviews")
+    assert made.text() == read(DOCS / "reviews.md"), "run python docs/make_reviews.py"
+    fields = {name for _, name, *_ in string.Formatter().parse(made.WORDS.read_text()) if name}
+    assert fields == made.facts().keys()
 
 
 def test_the_comparison_of_the_tiny_models_is_that_of_their_cards():
