@@ -40,11 +40,11 @@ LENGTHS = {
     "batches": [128, 256, 512, 2048],
 }
 BRIEF = {
-    "scoring": [1024],
-    "retrieval": [8192],
-    "prefill": [512, 1024, 2048, 8192],
-    "decode": [4096],
-    "batches": [128, 512, 2048],
+    "scoring": [1024, 4096],
+    "retrieval": [2048, 8192, 32768],
+    "prefill": [512, 1024, 2048, 8192, 16384],
+    "decode": [4096, 16384],
+    "batches": [128, 256, 512, 2048],
 }
 """Lengths of all benchmarks in one run, which measures the memory of scoring alone."""
 STREAMING = ("prefill", "decode")

@@ -107,6 +107,7 @@ def score() -> Facts:
         "strongest": of_tasks(f"{scores.max():.2f}" for scores in of.values()),
         "median": span(median, ".2f"),
         "kept": count(min(len(mass[t].index.intersection(calibrated[t].index)) for t in TASKS)),
+        "few_lengths": count(left["haystacks"] / settings(nulls)["haystacks"]),
         "haystacks": count(left["haystacks"]),
         "image_pixels": count(kept["image", "pixels"]),
         "identical_pixels": count(kept["identical_image", "pixels"]),

@@ -52,12 +52,13 @@ def real() -> list[str]:
         f"It answers {whole['value']:.0%} of {whole['n']:.0f} questions about needles in 512 "
         f"tokens, {', and '.join(losses)}.",
         f"On the same prompts, {same['value']:.0f} of {same['n']:.0f} random sets of the same "
-        f"layers {'does' if same['value'] == 1 else 'do'} as much harm as the strongest 5% (ranked "
-        f"on the least favourable six prompts, {among['value']:.0f} do: exact p = "
-        f"{among['p']:.1g}). On plain prose, its loss rises by "
-        f"{added[0]} nats per token without the strongest, and by {added[1]} without random heads.",
-        f"{share['value']:.1%} of its 336 heads hold half of the retrieval score, and two halves "
-        f"of the needles share {halves['value']:.0f} of their {halves['n']:.0f} strongest.",
+        f"layers {'does' if same['value'] == 1 else 'do'} as much harm as the strongest 5% "
+        f"({among['value']:.0f} by the rank test, on its least favourable six prompts: p = "
+        f"{among['p']:.1g}). On plain prose, its loss rises by {added[0]} nats per token without "
+        f"the strongest 5%, and by {added[1]} without random heads.",
+        f"{share['value']:.1%} of its 336 heads hold half of the retrieval score, and "
+        f"{halves['value']:.0f} of the {halves['n']:.0f} strongest are the same on both halves of "
+        "the needles.",
         dense(by_name["right answers, dense heads"], by_name["points gained by dense heads"]),
         documents(by_name),
         ranking(),
@@ -72,13 +73,13 @@ def dense(right: pd.DataFrame, gained: pd.DataFrame) -> str:
         kept = right.loc[f"{share}, retrieval score, {where}"]
         random = right.loc[f"{share}, random, same layers, {where}", "value"]
         few.append(
-            f"{share} dense, {kept['value']:.0%} [{kept['low']:.0%}, {kept['high']:.0%}] of "
-            f"{kept['n']:.0f} answers are right (random dense heads of the same layers: "
+            f"{share} keep {kept['value']:.0%} [{kept['low']:.0%}, {kept['high']:.0%}] of "
+            f"{kept['n']:.0f} answers right (random heads of the same layers: "
             f"{random:.0%}, {_p(gained.loc[share, 'p'])})"
         )
     return (
-        "Where all but a few heads see only the first 4 tokens and a window of 60, and the needle "
-        f"is outside the window: with the strongest {', and with the strongest '.join(few)}."
+        "With all other heads limited to the first 4 tokens and a window of 60 without the needle, "
+        f"the strongest {', and the strongest '.join(few)}."
     )
 
 
@@ -88,8 +89,8 @@ def documents(by_name: dict[str, pd.DataFrame]) -> str:
     beside = by_name["lost to the selected heads on real questions"].iloc[0]
     whole, top = score.loc["full model"], lost.loc["top 5%"]
     return (
-        f"On {whole['n']:.0f} questions on real documents whose answer stands in the text, it "
-        f"scores {whole['value']:.0%} whole and {score.loc['top 5%', 'value']:.0%} without the "
+        f"On {whole['n']:.0f} questions whose answer is in the text of a real document, it "
+        f"scores {whole['value']:.0%}, and {score.loc['top 5%', 'value']:.0%} without the "
         f"strongest 5% of its heads (points lost: {100 * top['value']:.0f} "
         f"[{100 * top['low']:.0f}, {100 * top['high']:.0f}], {_p(top['p'])}; "
         f"{100 * beside['value']:.0f} more than without random heads of the same layers, "
@@ -169,13 +170,14 @@ def live() -> list[str]:
         f"{ablated['n']['selected'].min()} prompts per task. Other random heads of the same layers "
         f"leave {score[control].min():.0%} or more (means of {draws[control].min()} sets). Among "
         f"{among['draws'].max()} random sets "
-        f"of the same layers that may contain selected heads, {span(as_low, '.0f')} do as much "
-        "harm in the least favourable part of the prompts, depending on the task: the rank of the "
+        "of the same layers that may contain selected heads, "
+        f"{span(as_low, '.0f')}, by task, do as much harm "
+        "on the fifth of the prompts that favours them most: the rank of the "
         f"selected heads is not significant after correction (p = {span(p_rank, '.2f')}).",
         f"Of the strongest {top:.0%} of the heads for text, {shared['rendered_text']:.0%} are "
         f"among the strongest for rendered text and {shared['image']:.0%} for images (mean of "
-        f"{count(lengths)} lengths; chance {head_count(top, heads) / heads:.0%}). The order in "
-        "which we train the model produces much of this.",
+        f"{count(lengths)} lengths; chance {head_count(top, heads) / heads:.0%}). The order of "
+        "training probably produces much of this.",
         families(share),
         "Heads chosen on needles put the right one of the pages of a generated document first for "
         f"{found['selected heads']:.0%} of {questions:,.0f} questions, all heads together for "

@@ -90,6 +90,7 @@ def real() -> dict[str, str]:
     right = "right answers"
     whole = row(fig6, quantity=right, ablation="full model")
     left = row(fig6, quantity=right, ablation="top", percent=5)["value"]
+    ranked = row(fig6, quantity="random sets that do as much harm", percent=5)
     random = row(fig6, quantity=right, ablation=SAME_LAYERS, percent=5)["value"]
     results = pd.read_csv(paths.DATA / "results" / "real_model.csv", dtype={"about": str})
     of_sets = "random sets that do as much harm on the same prompts"
@@ -107,6 +108,8 @@ def real() -> dict[str, str]:
         "real_random": f"{random:.0%}",
         "real_same": count(same["value"]),
         "real_draws": count(same["n"]),
+        "real_as_low": count(ranked["value"]),
+        "real_p": f"{ranked['p']:.2f}",
         "prose": f"{added['top 5%']:.3f}",
         "prose_random": f"{added['random 5%, same layers']:.3f}",
         "real_n": count(whole["n"]),

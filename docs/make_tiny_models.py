@@ -119,8 +119,8 @@ def again(structure: Tables) -> Iterator[str]:
         yield ""
         yield (
             f"`{model}` went through the same stages with another seed. It shares these parts of "
-            f"its top {FRACTION:.0%} with the first run, with the ceiling behind the task: "
-            f"{', '.join(shares)}. The text model, from which both start, was trained once."
+            f"its top {FRACTION:.0%} with the first run (after each task, what random halves "
+            f"share): {', '.join(shares)}. The text model, from which both start, was trained once."
         )
 
 
@@ -147,8 +147,8 @@ def text() -> str:
         *sparsity(structure),
         "",
         "Share of the strongest 5% of the heads that two tasks have in common, or that a task has "
-        "in common with text in the text model; in brackets the ceiling that random halves of the "
-        f"haystacks reach. Chance is {chance:.2f}.",
+        "in common with text in the text model; in brackets, what random halves of the "
+        f"haystacks have in common, a rough ceiling. Chance is {chance:.2f}.",
         "",
         *sharing(seeing),
         "",

@@ -309,7 +309,7 @@ def check_words(
 
 
 def on_device(vlm: VLM, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Model inputs where the model is, images in its precision."""
+    """Model inputs on the model's device, images in its precision."""
     return {
         name: value.to(vlm.device, vlm.model.dtype if value.is_floating_point() else None)
         for name, value in inputs.items()

@@ -130,7 +130,7 @@ def search_for(
         if folder:
             raise ValueError(
                 f"{unknown:.0%} of the words of {folder} are unknown to the tokenizer of {vlm}; "
-                "leave the folder away, and generated needles are used"
+                "leave out the folder to use generated needles"
             )
         needles = Needles(image_ratio=0.0 if vlm.is_text_only else 0.5)
     limit = vlm.positions or LENGTH
@@ -175,7 +175,7 @@ def detect(
 
     Args:
         vlm: The model.
-        search: What is scored; `search_for` gives one.
+        search: What is scored, from `search_for`.
         folder: Folder of the results store, where scores are kept; empty: `runs/scores`.
         progress: Show a progress bar.
 

@@ -90,8 +90,8 @@ def write_whole(path: Path) -> Iterator[Path]:
     """Yields a temporary path that becomes `path` when the block ends without an exception.
 
     Readers see the old file or the new one, never a half-written one. The temporary file keeps the
-    suffix of `path`, since savers choose their format by it. A new file has the permissions that
-    the user's umask gives, another those that it had; behind a symbolic link, the file that it
+    suffix of `path`, since savers choose their format by it. A new file gets the permissions
+    of the user's umask, an existing one keeps its own; behind a symbolic link, the file that it
     points to is replaced. What killed processes have left in the folder is removed.
 
     Args:

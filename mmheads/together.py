@@ -79,7 +79,7 @@ def ask_all(
 
 
 def _one_mask(vlm: VLM) -> bool:
-    """Whether all layers of a model see all tokens before, so that one mask serves them."""
+    """Whether all layers of a model see all earlier tokens, so that one mask serves them."""
     whole = vlm.geometry.global_layers is None and is_causal(vlm)
     return whole and compat.attention_name(vlm.text_config) == "sdpa"
 

@@ -113,9 +113,9 @@ large models where attention heads are studied on a laptop; it knows nothing els
 
 Training follows the order in which large models are trained: the language model has its skills
 first, with pages written as the words that they show; then the vision tower learns to give these
-words' embeddings; then everything is trained together. **This order produces much of the sharing of
-heads between text and pages that is measured below.** The model illustrates the finding of the
-papers and explains one cause of it; it does not replicate it.
+words' embeddings; then everything is trained together. **This order probably produces much of the
+sharing of heads between text and pages that is measured below.** The model illustrates the finding
+of the papers and explains one cause of it; it does not replicate it.
 
 ```sh
 python -m tiny_models train {name}

@@ -290,7 +290,7 @@ def _from_checkpoint(name: str, folder: Path) -> State:
 
 
 def _export(state: State, name: str, target: Path) -> None:
-    """Write weights in 16 bits, processor, log, and how they were made."""
+    """Write 16-bit weights, processor and log, and how they were made."""
     recipe = RECIPES[name]
     target.mkdir(parents=True, exist_ok=True)
     half: Any = copy.deepcopy(state.model)

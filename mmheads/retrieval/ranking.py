@@ -82,7 +82,7 @@ class Ranking:
         outlined, each with its rank.
 
         Args:
-            images: By candidate, a function that gives its image.
+            images: For each candidate, a function that returns its image.
             top: Number of candidates to show.
             heat: "calibrated" shows what the scores consist of, "raw" the attention from the
                 question before the null question's is subtracted.

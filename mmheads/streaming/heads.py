@@ -173,7 +173,7 @@ class Streaming:
         total = first + rows
         if self.sinks > total and rows > 1:
             raise ValueError(
-                f"{self.sinks} sinks are more sinks than the {total} tokens of the prompt; give "
+                f"{self.sinks} sinks are more than the {total} tokens of the prompt; give "
                 "fewer, or a longer prompt"
             )
         if compact is None and total <= self.sinks + self.window:
