@@ -44,14 +44,14 @@ MODEL_CLASSES: dict[str, Any] = {
 }
 
 
-def qwen3(layers: int, heads: int = 16, kv_heads: int = 4, width: int = 128) -> Qwen3ForCausalLM:
+def qwen3(layers: int, heads: int, kv_heads: int, width: int) -> Qwen3ForCausalLM:
     """A text-only model with random weights, which knows the words of records alone."""
     text = {**_text(layers, heads, kv_heads, width), "vocab_size": RECORD_WORDS}
     return Qwen3ForCausalLM(Qwen3Config(**text, rope_parameters=dict(_ROPE)))
 
 
 def gemma3(
-    layers: int, heads: int = 12, kv_heads: int = 6, width: int = 144, window: int = 16
+    layers: int, heads: int, kv_heads: int, width: int, window: int = 16
 ) -> Gemma3ForCausalLM:
     """A text-only Gemma 3 with random weights, which knows the words of records alone.
 

@@ -73,6 +73,9 @@ class Recipe:
         start: Name of the text-only model it is adapted from; "" for random weights.
         family: Model type of a vision-language model; a text model has the decoder of one.
         layers: Layers at the start, where the weights are random.
+        heads: Heads per layer there.
+        kv_heads: KV groups per layer there.
+        width: Channels of the hidden states there.
         stages: In order.
         seed: Seed of weights and samples.
     """
@@ -80,6 +83,9 @@ class Recipe:
     start: str = ""
     family: Family = "qwen3_vl"
     layers: int = 4
+    heads: int = 16
+    kv_heads: int = 4
+    width: int = 128
     stages: tuple[Stage, ...]
     seed: int = 0
 
@@ -408,6 +414,9 @@ RECIPES = {
     "tiny-gemma3-text-m": Recipe(
         family="gemma3",
         layers=6,
+        heads=12,
+        kv_heads=6,
+        width=144,
         stages=(
             *_GEMMA_TEXT_STAGES,
             replace(_PAGES, name="pages as words, four layers more", grow=(0, 1, 4, 5)),
@@ -415,8 +424,22 @@ RECIPES = {
         ),
     ),
     "tiny-gemma3-m": Recipe(start="tiny-gemma3-text-m", family="gemma3", stages=_GEMMA_STAGES),
+    "tiny-qwen3-s": Recipe(
+        layers=3,
+        heads=8,
+        kv_heads=2,
+        stages=(
+            *_FROM_NOTHING,
+            replace(_RECORDS, name="32 records", grow=()),
+            _LARGER_BASE,
+            *_LONGER,
+            replace(_PAGES, name="pages as words, one layer more", grow=(1,)),
+            *_WORD_STAGES,
+        ),
+    ),
+    "tiny-qwen3-vl-s": Recipe(start="tiny-qwen3-s", stages=_VISION_STAGES),
 }
 """By name of the model."""
 
-NOT_SHIPPED = ("tiny-gemma3-text-m", "tiny-gemma3-m")
+NOT_SHIPPED = ("tiny-gemma3-text-m", "tiny-gemma3-m", "tiny-qwen3-s", "tiny-qwen3-vl-s")
 """Models whose training is not done yet."""

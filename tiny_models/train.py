@@ -246,10 +246,9 @@ def _start(recipe: Recipe) -> State:
                 f"python -m tiny_models train {recipe.start}"
             )
         model: TinyModel = architectures.adapt(_loaded(source), recipe.family)
-    elif recipe.family == "gemma3":
-        model = architectures.gemma3(recipe.layers)
     else:
-        model = architectures.qwen3(recipe.layers)
+        build = architectures.gemma3 if recipe.family == "gemma3" else architectures.qwen3
+        model = build(recipe.layers, recipe.heads, recipe.kv_heads, recipe.width)
     return State(model, _optimizer(model, recipe.stages[0]))
 
 

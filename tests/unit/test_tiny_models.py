@@ -32,12 +32,12 @@ NAMES = {index: word for word, index in processors.VOCABULARY.items()}
 MIX = dict.fromkeys((*TASKS, "icon", CONTROL, "nothing"), 1.0)
 FAMILIES = ("qwen3_vl", "internvl", "llava_onevision", "gemma3")
 IMAGE = processors.VOCABULARY["<|image_pad|>"]
-STAGES = [
-    (name, index)
-    for name, recipe in RECIPES.items()
-    for index in range(len(recipe.stages))
-    if not recipe.seed  # other seeds go through the same stages
-]
+STAGES = {
+    id(stage): (name, index)
+    for name, recipe in reversed(RECIPES.items())
+    for index, stage in enumerate(recipe.stages)
+}
+"""A recipe's name and the index of each stage; several recipes go through the same one."""
 
 
 @pytest.fixture(autouse=True)
@@ -177,7 +177,7 @@ def small_one(family: str, layers: int) -> architectures.TextModel:
     """A small text model of a vision-language model's family, with random weights and norms."""
     torch.manual_seed(0)
     build = architectures.gemma3 if family == "gemma3" else architectures.qwen3
-    model = build(layers, heads=4, kv_heads=2, width=32).eval()
+    model = build(layers, 4, 2, 32).eval()
     for weight in model.parameters():
         if weight.ndim == 1:
             torch.nn.init.normal_(weight, mean=weight[0].item(), std=0.2)
@@ -216,17 +216,17 @@ def test_more_words_and_another_base_change_nothing_else(family):
 
 
 def test_the_layers_of_gemma_3_have_its_own_pattern():
-    stages = [stage for stage in RECIPES["tiny-gemma3-text-m"].stages if stage.grow]
-    model = architectures.gemma3(RECIPES["tiny-gemma3-text-m"].layers)
-    for stage in stages:
-        model = architectures.grow(model, stage.grow)
+    recipe = RECIPES["tiny-gemma3-text-m"]
+    model = architectures.gemma3(recipe.layers, recipe.heads, recipe.kv_heads, recipe.width)
+    for stage in recipe.stages:
+        model = architectures.grow(model, stage.grow) if stage.grow else model
     stock = transformers.Gemma3TextConfig(num_hidden_layers=model.config.num_hidden_layers)
     assert model.config.layer_types == stock.layer_types
 
 
 def test_icons_like_codes_changes_only_the_embeddings_of_icons():
     torch.manual_seed(0)
-    model = architectures.widen(architectures.qwen3(1, heads=4, kv_heads=2, width=32))
+    model = architectures.widen(architectures.qwen3(1, 4, 2, 32))
     table = model.get_input_embeddings().weight
     codes = [processors.VOCABULARY[code] for code in line_pages.CODES]
     icons = [processors.VOCABULARY[icon] for icon in line_pages.ICONS]
@@ -245,7 +245,7 @@ def test_icons_like_codes_changes_only_the_embeddings_of_icons():
 def from_text(family: str):
     torch.manual_seed(0)
     build = architectures.gemma3 if family == "gemma3" else architectures.qwen3
-    text = architectures.widen(build(2)).eval()
+    text = architectures.widen(build(2, 16, 4, 128)).eval()
     return text, architectures.adapt(text, family).eval()
 
 
@@ -316,20 +316,26 @@ def short(recipe: Recipe, stage: Stage, steps: int = 4) -> Recipe:
 def small_text(monkeypatch, tmp_path, widened: bool) -> None:
     """Make models small, and give those that start from a text model one to start from."""
     monkeypatch.setattr(train, "CHECKPOINTS", tmp_path / "checkpoints")
-    starts = {"qwen3": "tiny-qwen3-m", "gemma3": "tiny-gemma3-text-m"}
-    for family, name in starts.items():
+    starts = {
+        recipe.start: "gemma3" if recipe.family == "gemma3" else "qwen3"
+        for recipe in RECIPES.values()
+        if recipe.start
+    }
+    for name, family in starts.items():
+        torch.manual_seed(0)
+        model = architectures.widen(getattr(architectures, family)(1, 4, 2, 32))
+        model.save_pretrained(tmp_path / "checkpoints" / name)
+    for family in set(starts.values()):
         build = getattr(architectures, family)
 
-        def small(layers: int, build=build) -> architectures.TextModel:
+        def small(layers: int, *_: int, build=build) -> architectures.TextModel:
             model = build(layers, 4, 2, 32)
             return architectures.widen(model) if widened else model
 
         monkeypatch.setattr(architectures, family, small)
-        torch.manual_seed(0)
-        architectures.widen(build(1, 4, 2, 32)).save_pretrained(tmp_path / "checkpoints" / name)
 
 
-@pytest.mark.parametrize(("name", "index"), STAGES)
+@pytest.mark.parametrize(("name", "index"), [*STAGES.values()])
 def test_every_stage_runs_and_a_resumed_run_is_the_same(name, index, monkeypatch, tmp_path):
     stage = RECIPES[name].stages[index]
     names = [s.name for s in RECIPES[name].stages]
