@@ -10,6 +10,7 @@ Needles in natural language are hidden in the shipped corpus. Steps, in this ord
 - again: the search for heads repeated with other needles and haystacks.
 - random: the same prompts without random heads of the same layers.
 - bands: the same prompts without heads of other ranks.
+- when: the same prompts with the strongest heads ablated at some of the tokens alone.
 
 Results are kept in `runs` prompt by prompt. What is interrupted goes on from there and from what is
 shipped; only the step heads scores anew what is not kept. `--prompts 0 24` asks only these prompts,
@@ -64,6 +65,13 @@ PART = 6
 BANDS = {f"rank {a:.0%} to {b:.0%}": (a, b) for a, b in pairwise((0.05, 0.1, 0.2, 0.5, 1))}
 """Bands of rank below the strongest heads: the shares of the heads between which they lie."""
 BOTTOM = f"bottom {MAIN:.0%}"
+WHEN = {
+    "prefill": "in the prompt alone",
+    "decode": "at generated tokens alone",
+    "answer": "at generated tokens and the one before them",
+}
+"""Tokens at which the strongest heads are ablated, by the name that `ablate` has for them."""
+WHEN_FRACTIONS = (MAIN, 0.1)
 NEW_TOKENS = 24
 BATCH_TOKENS = 10_240
 """Room for all sets of a prompt, which share the layers below their first head."""
@@ -117,6 +125,11 @@ def top_name(fraction: float) -> str:
     return f"top {fraction:.0%}"
 
 
+def when_name(name: str, when: str) -> str:
+    """Name of heads that are ablated at some of the tokens."""
+    return f"{name}, {WHEN[when]}"
+
+
 def random_name(fraction: float) -> str:
     """Name of random sets of as many heads."""
     return f"random {fraction:.0%}, same layers"
@@ -145,9 +158,12 @@ def part_of(draw: int) -> range:
 
 
 def answered(
-    vlm: VLM, numbers: Iterable[int], sets: Callable[[int], answers.Ablations]
+    vlm: VLM,
+    numbers: Iterable[int],
+    sets: Callable[[int], answers.Ablations],
+    when: str = "both",
 ) -> pd.DataFrame:
-    """Returns the answers to prompts by number, each with sets of its own by name."""
+    """Returns the answers to prompts by number, each with sets of its own by name; see `ablate`."""
     examples, parts = prompts(vlm), []
     for number in numbers:
         start = time.process_time()
@@ -155,6 +171,7 @@ def answered(
             vlm,
             [examples[number]],
             sets(number),
+            when=when,
             max_new_tokens=NEW_TOKENS,
             metric=natural_needles.score,
             batch_tokens=BATCH_TOKENS,
@@ -208,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     from mmheads.models import load
 
-    steps = ("grid", "heads", "ablation", "again", "random", "bands")
+    steps = ("grid", "heads", "ablation", "again", "random", "bands", "when")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -239,6 +256,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "bands" in options.only:
             ranks = bands(scores)
             say_right(answered(vlm, numbers, lambda _: ranks))
+        if "when" in options.only:
+            strongest = {top_name(share): scores.top(share) for share in WHEN_FRACTIONS}
+            for when in WHEN:
+                say(f"ablated {WHEN[when]}")
+                say_right(answered(vlm, numbers, lambda _: strongest, when))
     except (ValueError, OSError) as error:
         print(f"cluster.real_model: {error}", file=sys.stderr)
         return 1

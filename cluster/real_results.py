@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,8 @@ def _known(task: str, scores: HeadScores, folder: str | Path) -> Iterator[Row]:
                 whole = len(heads) == scores.geometry.size  # all dense
                 how = {"heads": frozenset() if whole else heads}
                 how |= {"haystack": json.loads(row["haystack"])}
-                yield row | how | {"mode": json.loads(row["settings"])[0]}
+                mode, when, *_ = json.loads(row["settings"])
+                yield row | how | {"mode": mode, "when": when}
 
 
 def _names(scores: HeadScores) -> dict[frozenset[Any], tuple[str, int]]:
@@ -145,6 +147,8 @@ def shipped_answers(
         if row["heads"] and (row["mode"] == "stream") != dense:
             continue
         ablation, draw = names[row["heads"]]
+        if row["heads"] and row["when"] in plan.WHEN:
+            ablation = plan.when_name(ablation, row["when"])
         rows.append(
             {
                 "prompt": row["haystack"][2],
@@ -353,13 +357,15 @@ def answer_rows(table: pd.DataFrame) -> Iterator[Row]:
     right = table.pivot_table(index="prompt", columns="ablation", values="score")
     whole = right[answers.FULL_MODEL]
     tops = [answers.FULL_MODEL, *map(plan.top_name, plan.FRACTIONS)]
-    bands = [name for name in (*plan.BANDS, plan.BOTTOM) if name in right]
-    for name in (*tops, *bands):
+    quantities = dict.fromkeys(tops, "right answers")
+    quantities |= dict.fromkeys((*plan.BANDS, plan.BOTTOM), "right answers, other ranks")
+    for name, when in product(map(plan.top_name, plan.WHEN_FRACTIONS), plan.WHEN):
+        quantities[plan.when_name(name, when)] = "right answers, some tokens"
+    for name in (known for known in quantities if known in right):
         values = right[name].dropna()
         count, n = int(values.sum()), len(values)
         interval = scipy.stats.binomtest(count, n).proportion_ci(method="wilson")
-        quantity = "right answers, other ranks" if name in bands else "right answers"
-        row = {"quantity": quantity, "about": name, "value": count / n, "n": n}
+        row = {"quantity": quantities[name], "about": name, "value": count / n, "n": n}
         row |= {"low": interval.low, "high": interval.high}
         if name != answers.FULL_MODEL:
             row["p"] = exact_sign_test(values, whole[values.index])

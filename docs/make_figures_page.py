@@ -189,6 +189,17 @@ def overview() -> Iterator[Entry]:
                 "live": Cell("A_fig12_when_live", "score", chosen, True),
             },
         )
+    chosen, tokens = {"task": "text", "ablation": "zero, answer"}, "at generated tokens alone"
+    yield Entry(
+        "A, Fig. 12",
+        "accuracy (%), heads ablated in decoding only, text",
+        ("A_fig12_when",),
+        {
+            "paper": Cell("A_fig12_when_live", "paper", chosen),
+            "live": Cell("A_fig12_when_live", "score", chosen, True),
+            "real": Cell("A_fig12_when_real", "value", {"about": f"top 5%, {tokens}"}, True),
+        },
+    )
     tables = ("A_table2_mmdocir", "A_table3_domains")
     tables = (*tables, "A_table2_generated", "A_table2_real", "A_table2_heads")
     shares = {"selected": "strongest 5% of heads", "all": "strongest 100% of heads"}

@@ -56,6 +56,7 @@ def real() -> list[str]:
         f"({among['value']:.0f} by the rank test, on its least favourable six prompts: p = "
         f"{among['p']:.1g}). On plain prose, its loss rises by {added[0]} nats per token without "
         f"the strongest 5%, and by {added[1]} without random heads.",
+        moments(by_name["right answers, some tokens"], right),
         f"{share['value']:.1%} of its 336 heads hold half of the retrieval score, and "
         f"{halves['value']:.0f} of the {halves['n']:.0f} strongest are the same on both halves of "
         "the needles.",
@@ -63,6 +64,19 @@ def real() -> list[str]:
         documents(by_name),
         ranking(),
     ]
+
+
+def moments(some: pd.DataFrame, right: pd.DataFrame) -> str:
+    """Returns at which tokens its answers need the heads."""
+    prompt = some.loc["top 5%, in the prompt alone"]
+    written = some.loc["top 5%, at generated tokens alone"]
+    expect(written["high"] < prompt["low"], "the heads are needed at generated tokens")
+    return (
+        f"It needs them while it writes: with the strongest 5% ablated at generated tokens alone, "
+        f"{written['value']:.0%} [{written['low']:.0%}, {written['high']:.0%}] of the answers are "
+        f"right, and in the prompt alone {prompt['value']:.0%} [{prompt['low']:.0%}, "
+        f"{prompt['high']:.0%}] (everywhere: {right.loc['top 5%', 'value']:.0%})."
+    )
 
 
 def dense(right: pd.DataFrame, gained: pd.DataFrame) -> str:

@@ -92,7 +92,7 @@ def answers_section() -> Iterator[str]:
         name = "none" if row["about"] == WHOLE else row["about"]
         tested = p(row["p"]) if row["p"] == row["p"] else "-"
         yield f"| {name} | {percent(row)} | {row['n']:.0f} | {tested} |"
-    for row in rows("right answers, other ranks"):
+    for row in (*rows("right answers, other ranks"), *rows("right answers, some tokens")):
         yield f"| {row['about']} | {percent(row)} | {row['n']:.0f} | {p(row['p'])} |"
     for lost, beside, sets in zip(
         rows("points lost to the selected heads"),
@@ -255,7 +255,9 @@ Intervals are 95% bootstrap intervals over the haystacks; with four of them they
 
 {prompts} prompts of 512 tokens, each with a needle and a haystack of its own that the detection has
 not used, answered greedily with at most 24 tokens. An answer is right if it holds every word of the
-right one. Heads are ablated (set to zero) in prefill and decoding. Random sets have as many heads
+right one. Heads are ablated (set to zero) in prefill and decoding, unless the table names some of
+the tokens; the token before the generated ones is the last of the prompt, at which the first word
+of an answer is predicted. Random sets have as many heads
 in each layer as the strongest ones, and are drawn from all heads of the layer, the strongest among
 them. Each was asked with six prompts, one at each depth. Their interval is a bootstrap over the
 prompts, and their p is that of the exact sign test on the mean of each prompt. The rank test
@@ -334,7 +336,7 @@ The plan was cut to fit into that time:
 - 4 haystacks per cell in place of 10, and no prompts of 2,048 tokens;
 - {sets} random sets of 5%, each asked with six prompts, but of the other shares only
   {other_sets}, of 10%;
-- no sets that leave out the selected heads, no single heads, no decode-only ablation;
+- no sets that leave out the selected heads, and no single heads;
 - {asked_questions} questions on real documents in place of about 100, with few random sets, and no
   text blocks as candidates;
 - the longer documents were not ranked.
