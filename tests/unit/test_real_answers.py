@@ -1,7 +1,9 @@
 """A text model with few dense heads, and asked about documents: what is kept and read."""
 
 import dataclasses
+import itertools
 
+import pandas as pd
 import pytest
 import torch
 
@@ -58,6 +60,28 @@ def test_answers_with_dense_heads_are_read_beside_those_of_the_whole_model(vlm, 
     right = given[given["ablation"] == answers.FULL_MODEL]["prediction"]
     assert len(whole) == 4
     assert right.str.len().gt(0).all()
+
+
+def test_answers_without_heads_at_some_tokens_have_names_of_their_own(vlm, scores):
+    top = {"top 5%": scores.top(0.05)}
+    moments = ("both", *real_results.plan.WHEN)
+    asked = [prompt(4), prompt(5)]
+    for when in moments:
+        answers.answer(vlm, asked, top, when=when, max_new_tokens=24, progress=False)
+    table = real_results.shipped_answers(scores, folder="")
+    names = ["top 5%", *(f"top 5%, {tokens}" for tokens in real_results.plan.WHEN.values())]
+    assert sorted(table["ablation"]) == sorted(2 * [answers.FULL_MODEL, *names])
+    told = pd.DataFrame(real_results.answer_rows(with_all_tops(table))).set_index("about")
+    assert told.loc[names[1:], "quantity"].eq("right answers, some tokens").all()
+    assert told.loc[names[0], "quantity"] == "right answers"
+
+
+def with_all_tops(table: pd.DataFrame) -> pd.DataFrame:
+    """The same with answers without each of the strongest sets."""
+    tops = map(real_results.plan.top_name, real_results.plan.FRACTIONS)
+    known = itertools.product((4, 5), tops)
+    others = [{"prompt": n, "ablation": name, "score": 1.0, "draw": 0} for n, name in known]
+    return pd.concat([table, pd.DataFrame(others)], ignore_index=True)
 
 
 def test_questions_are_asked_with_all_sets_and_read_by_document(vlm, scores):
