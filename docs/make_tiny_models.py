@@ -158,7 +158,7 @@ def text() -> str:
         "",
         *losses(tables("ablation")),
         "",
-        f"Text shares more of these heads with rendered text than with images in {more} of the "
+        f"Text shares more of its top 5% with rendered text than with images in {more} of the "
         f"{len(seeing)} models, and as many in {equal}. The models start from one text model, so "
         "they are not independent of each other.",
         *again(structure),
