@@ -407,6 +407,7 @@ RECIPES = {
     "tiny-qwen3-m": Recipe(stages=(*_TEXT_STAGES, _PAGES, *_WORD_STAGES)),
     "tiny-qwen3-vl-m": Recipe(start="tiny-qwen3-m", stages=_VISION_STAGES),
     "tiny-qwen3-vl-m-seed1": Recipe(start="tiny-qwen3-m", stages=_VISION_STAGES, seed=1),
+    "tiny-qwen3-vl-m-seed2": Recipe(start="tiny-qwen3-m", stages=_VISION_STAGES, seed=2),
     "tiny-internvl-m": Recipe(start="tiny-qwen3-m", family="internvl", stages=_INTERNVL_STAGES),
     "tiny-llava-onevision-m": Recipe(
         start="tiny-qwen3-m", family="llava_onevision", stages=_LLAVA_STAGES
