@@ -371,7 +371,7 @@ def _first_line(error: BaseException) -> str:
 
 def _why(source: str, error: BaseException) -> str:
     """Why a model could not be loaded, in one sentence."""
-    shipped = ", ".join(sorted(path.name for path in paths.MODELS.iterdir()))
+    shipped = ", ".join(sorted(path.name for path in paths.MODELS.glob("*-[a-z]")))  # one seed
     expected = (
         f"expected a folder that `save_pretrained` wrote, a shipped model ({shipped}), or the name "
         "of a model on the hub whose class is a part of transformers"
