@@ -6,7 +6,7 @@
     python -m benchmarks prefill                       dense heads and windows against stock
     python -m benchmarks decode --dense 0.125
     python -m benchmarks batches                       examples and ablations of a tiny model
-    python -m benchmarks                               all of them briefly, in about five minutes
+    python -m benchmarks                               all of them briefly, in about eleven minutes
 
 Variants take turns, so that a noisy machine disturbs all of them alike. A table gives medians with
 the fastest and the slowest run, and the ratio of each variant to the first.
