@@ -10,7 +10,7 @@ Needles in natural language are hidden in the shipped corpus. Steps, in this ord
 - again: the search for heads repeated with other needles and haystacks.
 - random: the same prompts without random heads of the same layers.
 - bands: the same prompts without heads of other ranks.
-- when: the same prompts with the strongest heads ablated at some of the tokens alone.
+- when: the same prompts with the strongest heads ablated only at some of the tokens.
 
 Results are kept in `runs` prompt by prompt. What is interrupted goes on from there and from what is
 shipped; only the step heads scores anew what is not kept. `--prompts 0 24` asks only these prompts,
@@ -115,9 +115,9 @@ def prompts(vlm: VLM) -> list[Example]:
     ]
 
 
-def selections(scores: HeadScores) -> dict[str, HeadSet]:
+def selections(scores: HeadScores, fractions: Sequence[float] = FRACTIONS) -> dict[str, HeadSet]:
     """Returns the strongest heads by name."""
-    return {top_name(fraction): scores.top(fraction) for fraction in FRACTIONS}
+    return {top_name(fraction): scores.top(fraction) for fraction in fractions}
 
 
 def top_name(fraction: float) -> str:
@@ -257,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ranks = bands(scores)
             say_right(answered(vlm, numbers, lambda _: ranks))
         if "when" in options.only:
-            strongest = {top_name(share): scores.top(share) for share in WHEN_FRACTIONS}
+            strongest = selections(scores, WHEN_FRACTIONS)
             for when in WHEN:
                 say(f"ablated {WHEN[when]}")
                 say_right(answered(vlm, numbers, lambda _: strongest, when))

@@ -358,10 +358,11 @@ def answer_rows(table: pd.DataFrame) -> Iterator[Row]:
     whole = right[answers.FULL_MODEL]
     tops = [answers.FULL_MODEL, *map(plan.top_name, plan.FRACTIONS)]
     quantities = dict.fromkeys(tops, "right answers")
-    quantities |= dict.fromkeys((*plan.BANDS, plan.BOTTOM), "right answers, other ranks")
+    others = dict.fromkeys((*plan.BANDS, plan.BOTTOM), "right answers, other ranks")
     for name, when in product(map(plan.top_name, plan.WHEN_FRACTIONS), plan.WHEN):
-        quantities[plan.when_name(name, when)] = "right answers, some tokens"
-    for name in (known for known in quantities if known in right):
+        others[plan.when_name(name, when)] = "right answers, some tokens"
+    quantities |= {name: quantity for name, quantity in others.items() if name in right}
+    for name in quantities:
         values = right[name].dropna()
         count, n = int(values.sum()), len(values)
         interval = scipy.stats.binomtest(count, n).proportion_ci(method="wilson")

@@ -20,6 +20,14 @@ def data(name: str) -> pd.DataFrame:
     return pd.read_csv(path, encoding="utf-8", keep_default_na=False, na_values=[""])
 
 
+@cache
+def real_model() -> dict[str, pd.DataFrame]:
+    """Returns the numbers of the pretrained text model by quantity, each row under its `about`."""
+    path = paths.DATA / "results" / "real_model.csv"
+    table = pd.read_csv(path, encoding="utf-8", dtype={"about": str})
+    return {str(name): part.set_index("about") for name, part in table.groupby("quantity")}
+
+
 def settings(name: str) -> dict[str, Any]:
     """Returns the parameters with which a figure or table was made, from the manifest."""
     return _parameters()[f"{name}.csv"]

@@ -14,6 +14,7 @@ from figure_data import (
     expect,
     fixed_share,
     rank_p_values,
+    real_model,
     rows,
     settings,
     span,
@@ -28,9 +29,7 @@ START, END = "<!-- findings: written by docs/make_findings.py -->", "<!-- end of
 
 def real() -> list[str]:
     """Returns what the pretrained text model says that is run here."""
-    path = paths.DATA / "results" / "real_model.csv"
-    rows = pd.read_csv(path, encoding="utf-8", dtype={"about": str})
-    by_name = {name: part.set_index("about") for name, part in rows.groupby("quantity")}
+    by_name = real_model()
     right = by_name["right answers"]
     share = by_name["share of heads with half of the score"].loc["all"]
     halves = by_name["heads shared by the halves"].iloc[0]
@@ -72,9 +71,9 @@ def moments(some: pd.DataFrame, right: pd.DataFrame) -> str:
     written = some.loc["top 5%, at generated tokens alone"]
     expect(written["high"] < prompt["low"], "the heads are needed at generated tokens")
     return (
-        f"It needs them while it writes: with the strongest 5% ablated at generated tokens alone, "
+        f"It needs them while it writes: with the strongest 5% ablated only at generated tokens, "
         f"{written['value']:.0%} [{written['low']:.0%}, {written['high']:.0%}] of the answers are "
-        f"right, and in the prompt alone {prompt['value']:.0%} [{prompt['low']:.0%}, "
+        f"right, and only in the prompt {prompt['value']:.0%} [{prompt['low']:.0%}, "
         f"{prompt['high']:.0%}] (everywhere: {right.loc['top 5%', 'value']:.0%})."
     )
 

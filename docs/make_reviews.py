@@ -9,7 +9,6 @@ compare, `facts` checks that the data agree.
 from pathlib import Path
 
 import pages
-import pandas as pd
 from figure_data import (
     TASKS,
     by_task,
@@ -20,15 +19,16 @@ from figure_data import (
     fixed_share,
     of_tasks,
     rank_p_values,
+    real_model,
     row,
     rows,
 )
 
-from mmheads import paths
-
 PAGE = Path(__file__).with_name("reviews.md")
 WORDS = PAGE.with_name("reviews.md.in")
 SAME_LAYERS = "random, same layers"
+RANDOM = "random 5%, same layers"
+QUIET = ("attention to context", "low text entropy")
 
 
 def facts() -> dict[str, str]:
@@ -45,7 +45,7 @@ def tiny() -> dict[str, str]:
     expect(p.min() >= 0.05 and p.idxmax() == "text", "no rank is significant, least that of text")
     costs = data("X_retrieval_cost_live").set_index("variant")["time_ratio"]
     rankings, sets = "X_control_rankings_live", [f"heads of {name}" for name in TASKS.values()]
-    control = {row(rankings, task="successor", ablation=name)["score"] for name in sets}
+    control = [row(rankings, task="successor", ablation=name)["score"] for name in sets]
     alone = [row(rankings, task="text alone", ablation=name)["score"] for name in sets]
     expect(max(alone) <= chance_levels()["text"], "text without pages is answered as by chance")
     as_low = ranks.groupby("task")["as_low"].max()
@@ -64,22 +64,20 @@ def tiny() -> dict[str, str]:
 def loud() -> dict[str, str]:
     """Returns what heads cost that are chosen by how loud they are."""
     name, share = "X_loud_heads_live", fixed_share()
-    by = {
-        ablation: by_task(name, "score", fraction=share, ablation=ablation)
-        for ablation in ("calibrated score", "output norm", "attention to context")
-    }
-    by["entropy"] = by_task(name, "score", fraction=share, ablation="low text entropy")
-    selected = by.pop("calibrated score")
+    selected, *others = (
+        by_task(name, "score", fraction=share, ablation=ablation)
+        for ablation in ("calibrated score", "output norm", *QUIET)
+    )
     images = ["image", "identical_image"]
-    expect((by["output norm"] - selected)[images].max() < 0.15, "loud heads cost as much: images")
+    expect((others[0] - selected)[images].max() < 0.15, "loud heads cost as much: images")
     expect(
         row("X_control_rankings_live", task="text", ablation="output norm")["score"] < 0.25,
         "ranked over all tasks, loud heads cost most answers to text",
     )
-    (heads,) = {row(name, task="text", fraction=share, ablation="output norm")["heads"]}
+    heads = row(name, task="text", fraction=share, ablation="output norm")["heads"]
     return {
         "loud_heads": count(heads),
-        "loud": f"{1 - min(scores['text'] for scores in by.values()):.0%}",
+        "loud": f"{1 - min(scores['text'] for scores in others):.0%}",
         "loud_selected": f"{1 - selected['text']:.0%}",
     }
 
@@ -92,12 +90,10 @@ def real() -> dict[str, str]:
     left = row(fig6, quantity=right, ablation="top", percent=5)["value"]
     ranked = row(fig6, quantity="random sets that do as much harm", percent=5)
     random = row(fig6, quantity=right, ablation=SAME_LAYERS, percent=5)["value"]
-    results = pd.read_csv(paths.DATA / "results" / "real_model.csv", dtype={"about": str})
-    of_sets = "random sets that do as much harm on the same prompts"
-    same = results.set_index(["quantity", "about"]).loc[of_sets, "random 5%, same layers"]
+    same = real_model()["random sets that do as much harm on the same prompts"].loc[RANDOM]
     added = {
         about: row(prose, quantity="loss on prose, added", about=about)["value"]
-        for about in ("top 5%", "random 5%, same layers")
+        for about in ("top 5%", RANDOM)
     }
     expect(left < random, "the strongest heads cost more answers than random ones")
     expect(max(added.values()) < 0.1, "the model is not broken without its heads")
@@ -111,7 +107,7 @@ def real() -> dict[str, str]:
         "real_as_low": count(ranked["value"]),
         "real_p": f"{ranked['p']:.2f}",
         "prose": f"{added['top 5%']:.3f}",
-        "prose_random": f"{added['random 5%, same layers']:.3f}",
+        "prose_random": f"{added[RANDOM]:.3f}",
         "real_n": count(whole["n"]),
         "real_whole": count(whole["n"] * whole["value"]),
         "first_band": first["about"].removeprefix("rank "),
