@@ -26,6 +26,7 @@ from mmheads import store
 from mmheads.attention.hook import check_revision
 from mmheads.attention.interventions import ablate
 from mmheads.attention.sharing import ablate_rows, can_share
+from mmheads.checks import DAMAGED
 from mmheads.examples import Example
 from mmheads.heads import HeadSet
 from mmheads.metrics import Metric, same
@@ -238,11 +239,9 @@ def _answered(
                 for (name, draw), heads in sets.items():
                     prediction = str(results[key(fingerprint, heads)]["prediction"])
                     which = {"ablation": name, "draw": draw, "heads": len(heads), "example": index}
-                    outcome = {
-                        "prediction": prediction,
-                        "score": _score(metric, prediction, example),
-                    }
-                    table.append({**which, **example.labels(fingerprint), **outcome})
+                    score = _score(metric, prediction, example)
+                    told = {"prediction": prediction, "score": score}
+                    table.append({**which, **example.labels(fingerprint), **told})
     if not table:
         raise ValueError("there is no example to answer")
     return pd.DataFrame(table)
@@ -374,8 +373,5 @@ class _Finite(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if not scores.isfinite().all():
-            raise ValueError(
-                f"the logits of {self.vlm} are not finite; its weights are damaged, or float16 is "
-                "too narrow for it: load it in bfloat16 or float32"
-            )
+            raise ValueError(f"the logits of {self.vlm} are not finite; {DAMAGED}")
         return scores

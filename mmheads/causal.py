@@ -15,6 +15,7 @@ from mmheads import answers, store
 from mmheads.attention.hook import check_finite
 from mmheads.attention.interventions import ablate, gate
 from mmheads.attention.sharing import ablate_rows, can_share
+from mmheads.checks import DAMAGED
 from mmheads.examples import Example
 from mmheads.heads import HeadSet
 from mmheads.models import VLM
@@ -66,13 +67,14 @@ def gate_gradients(
         values: NDArray[np.float32] = slope[0].float().cpu().numpy()
         return values
 
-    return _measured(vlm, examples, "gradient", slopes, folder, fresh, progress)
+    return _measured(vlm, examples, ["gradient"], slopes, folder, fresh, progress)
 
 
 def single_head_effects(
     vlm: VLM,
     examples: Iterable[Example],
     *,
+    heads: HeadSet | None = None,
     batch_tokens: int = 0,
     folder: str | Path | None = None,
     fresh: bool = False,
@@ -81,41 +83,47 @@ def single_head_effects(
     """What the right answer loses when one head is ablated -> [example, layer, head], nats.
 
     The fall of the right answer's log-odds (see `log_odds`) under the mode "zero": as many forward
-    passes as heads, and one; they share the layers below the head. Arguments and errors are those
-    of `gate_gradients`; `batch_tokens` is that of `mmheads.answers.answer`.
+    passes as heads, and one; they share the layers below the head. Where only some `heads` are
+    ablated, the others have NaN. Other arguments and errors are those of `gate_gradients`;
+    `batch_tokens` is that of `mmheads.answers.answer`.
     """
+    chosen = heads or vlm.every_head
     none = HeadSet((), vlm.geometry, vlm.model_id)
-    sets = [none, *(dataclasses.replace(none, heads=(head,)) for head in vlm.every_head)]
+    sets = [none, *(dataclasses.replace(none, heads=(head,)) for head in chosen)]
 
     def falls(example: Example) -> NDArray[np.float32]:
         prompt = encode(vlm, example)
         rows = max(1, (batch_tokens or answers.default_batch_tokens(vlm)) // len(prompt))
         some = (sets[first : first + rows] for first in range(0, len(sets), rows))
         whole, *without = torch.cat([_ablated_odds(vlm, prompt, each).cpu() for each in some])
-        effects = np.zeros((vlm.geometry.layers, vlm.geometry.heads), np.float32)
-        effects[vlm.every_head.mask] = (whole - torch.stack(without)).numpy()
+        effects = np.full(chosen.mask.shape, np.nan if heads else 0, np.float32)
+        effects[tuple(zip(*chosen.heads, strict=True))] = (whole - torch.stack(without)).numpy()
         return effects
 
-    return _measured(vlm, examples, "effect", falls, folder, fresh, progress)
+    names = ["effect", *sorted(map(str, heads or ()))]
+    return _measured(vlm, examples, names, falls, folder, fresh, progress)
 
 
 def _measured(
     vlm: VLM,
     examples: Iterable[Example],
-    quantity: str,
+    names: list[str],
     measure: Callable[[Example], NDArray[np.float32]],
     folder: str | Path | None,
     fresh: bool,
     progress: bool,
 ) -> NDArray[np.float32]:
-    """[example, layer, head] of a quantity, from the results store where it has it."""
+    """[example, layer, head] of a quantity, from the results store where it has it.
+
+    `names`: the quantity and, if it is not of all heads, those that it is of.
+    """
     made = vlm.provenance("mmheads.causal", code=code_version(MODULES))
     keys = []
     with store.open("effects", made, version=VERSION, folder=folder, fresh=fresh) as results:
-        for example in tqdm(examples, desc=quantity, disable=not progress, leave=False):
-            key = hash_json([example.fingerprint(), example.answer, quantity])
+        for example in tqdm(examples, desc=names[0], disable=not progress, leave=False):
+            key = hash_json([example.fingerprint(), example.answer, *names])
             if key not in results:
-                how = {"quantity": quantity, "answer": example.answer, **example.labels()}
+                how = {"quantity": names[0], "answer": example.answer, **example.labels()}
                 results.add(key, {**how, "nats": measure(example)})
             keys.append(key)
         if not keys:
@@ -151,8 +159,5 @@ def log_odds(vlm: VLM, prompt: Prompt, rows: int = 1) -> torch.Tensor:
     others = torch.arange(logits.shape[1], device=logits.device) != ids[0]
     odds: torch.Tensor = logits[:, ids[0]] - logits[:, others].logsumexp(-1)
     if not odds.isfinite().all():
-        raise ValueError(
-            f"the log-odds of the answer {expected!r} are not finite in {vlm}; its weights are "
-            "damaged, or float16 is too narrow for it: load it in bfloat16 or float32"
-        )
+        raise ValueError(f"the log-odds of {expected!r} are not finite in {vlm}; {DAMAGED}")
     return odds

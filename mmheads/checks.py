@@ -14,6 +14,9 @@ T = TypeVar("T")
 ONLY_KNOWN_FIELDS = ConfigDict(extra="forbid")
 """For `__pydantic_config__` of a dataclass: `parse` refuses fields that it does not have."""
 
+DAMAGED = "its weights are damaged, or float16 is too narrow for it: load it in bfloat16 or float32"
+"""What may be wrong with a model that gives values that are not finite."""
+
 
 def expect(holds: object, name: str, value: object, expected: str) -> None:
     """Raise ValueError with the name and value of a setting unless something holds."""

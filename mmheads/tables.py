@@ -56,12 +56,13 @@ def write_table(
     content["sha256"] = _digest(content, scalars, stored)
     table = scalars
     for name, array in stored.items():
-        flat = pa.array(array.ravel())
-        column = pa.FixedSizeListArray.from_arrays(flat, int(np.prod(shapes[name])))
+        column = pa.FixedSizeListArray.from_arrays(array.ravel(), int(np.prod(shapes[name])))
         table = table.append_column(name, column)
     table = table.replace_schema_metadata({_ABOUT: canonical(content)})
+    split = {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in stored}  # a third less
+    how: dict[str, Any] = {"use_dictionary": scalars.column_names, "column_encoding": split}
     with paths.write_whole(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True, **how)
 
 
 def read_table(path: Path) -> tuple[dict[str, Any], pa.Table, dict[str, NDArray[np.float32]]]:

@@ -31,3 +31,17 @@ def test_gradients_estimate_what_single_heads_do():
     assert float(whole) == pytest.approx(float((p / (1 - p)).log()), abs=1e-4)
     assert true[0, 2, 5] == pytest.approx(float(whole - without), abs=1e-5)
     assert not any(p.grad is not None for p in vlm.model.parameters())
+
+
+def test_some_heads_have_the_effects_that_they_have_among_all(tmp_path, monkeypatch):
+    vlm = example_prompts.vlm("qwen3_vl")
+    given = [dataclasses.replace(example_prompts.example("qwen3_vl"), answer="rain")]
+    some = HeadSet((Head(2, 5), Head(0, 1)), vlm.geometry, vlm.model_id)
+    how = {"folder": tmp_path, "progress": False}
+    (every,) = single_head_effects(vlm, given, **how)
+    (few,) = single_head_effects(vlm, given, heads=some, **how)
+    assert (np.isnan(few) == ~some.mask).all()
+    np.testing.assert_allclose(few[some.mask], every[some.mask], atol=1e-5)
+    monkeypatch.setattr(causal, "log_odds", None)  # both are kept, one beside the other
+    np.testing.assert_array_equal(single_head_effects(vlm, given, heads=some, **how)[0], few)
+    np.testing.assert_array_equal(single_head_effects(vlm, given, **how)[0], every)
