@@ -182,11 +182,14 @@ _TEXT_STAGES = (*_FROM_NOTHING, _RECORDS, _LARGER_BASE, *_LONGER)
 """Finding a record in text. Everything below is learned by a model that can do this."""
 _GEMMA_TEXT_STAGES = (
     *_FROM_NOTHING,
-    replace(_RECORDS, grow=(0, 3)),
-    replace(_LARGER_BASE, name="256 tokens, larger RoPE base and window", window=128),
-    *_LONGER,
+    replace(_RECORDS, grow=(0, 3), restart=True),
+    replace(_LARGER_BASE, name="256 tokens, larger RoPE base and window", window=128, restart=True),
+    *(replace(stage, restart=stage.widen) for stage in _LONGER),
 )
-"""Until a window is longer than the first texts, only global layers can find a record."""
+"""Until a window is longer than the first texts, only global layers can find a record.
+
+Stages that change the model restart, so that the checkpoint before them can be gone on from.
+"""
 
 _MIX = {
     "text": 1.0,

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 from mmheads import paths
-from tiny_models import architectures
+from tiny_models import architectures, windows
 from tiny_models.architectures import TinyModel
 from tiny_models.losses import loss_and_accuracy
 from tiny_models.processors import VOCABULARY, save_processor
@@ -140,6 +140,8 @@ def _run_stage(state: State, name: str, folder: Path) -> None:
     stage = recipe.stages[state.stage]
     if state.step == 0:
         _begin(state, stage, recipe.seed)
+    if recipe.family == "gemma3":
+        windows.use(state.model)
     shares = np.array([source.share for source in stage.sources])
     shares = shares / shares.sum()
     before, begin = state.seconds, time.monotonic()

@@ -23,7 +23,7 @@ from mmheads.prompts import encode
 from mmheads.tasks import line_pages
 from mmheads.tasks.grids import DEPTHS, TASKS
 from mmheads.tasks.needles import CONTROL, LENGTHS, Needles
-from tiny_models import architectures, card, losses, measure, processors, samples, train
+from tiny_models import architectures, card, losses, measure, processors, samples, train, windows
 from tiny_models.__main__ import main
 from tiny_models.recipes import NOT_SHIPPED, RECIPES, Recipe, Source, Stage
 
@@ -222,6 +222,31 @@ def test_the_layers_of_gemma_3_have_its_own_pattern():
         model = architectures.grow(model, stage.grow) if stage.grow else model
     stock = transformers.Gemma3TextConfig(num_hidden_layers=model.config.num_hidden_layers)
     assert model.config.layer_types == stock.layer_types
+
+
+@pytest.mark.parametrize(("show", "window"), [("words", 16), ("places", 24), ("pixels", 24)])
+def test_blocks_of_windows_are_the_stock_attention_with_its_gradients(show, window):
+    """For texts, and where the tokens of an image see each other across the end of a window."""
+    text = architectures.widen(architectures.stretch(small_one("gemma3", 4), 10_000.0, window))
+    model = text if show == "words" else architectures.adapt(text, "gemma3")
+    given = some_samples(2, units=8, family="gemma3")
+    shown = samples.batch(given, np.random.default_rng(0), show, "gemma3")
+    assert shown.words.shape[1] % window
+    assert shown.words.shape[1] > 4 * window
+
+    def once():
+        model.zero_grad()
+        loss, _ = losses.loss_and_accuracy(model, shown)
+        loss.backward()
+        return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+    stock, expected = once()
+    windows.use(model)
+    assert "blocks" in model.config.get_text_config()._attn_implementation
+    loss, gradients = once()
+    torch.testing.assert_close(loss, stock)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
 
 
 def test_icons_like_codes_changes_only_the_embeddings_of_icons():
