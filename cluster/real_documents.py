@@ -1,12 +1,12 @@
 """Rank the pages of real documents with a pretrained text model: what every head attends to.
 
-python -m cluster.real_documents [MODEL.gguf] [--pages N]
+python -m cluster.real_documents [MODEL.gguf] [--pages N] [--whole]
 
 The documents are those of MMDocIR that are at hand (`MMHEADS_REAL_DOCS`), the shortest first. A
-page is the beginning of its text layer. The attention of every head from each question to each page
-is kept in `runs`, so that sets of heads are compared without the model; what is interrupted goes on
-from there. Ship it by `python -m cluster.ship`, and write the rankings by
-`python -m cluster.real_ranking`.
+page is the beginning of its text layer, or with `--whole` all of it. The attention of every head
+from each question to each page is kept in `runs`, so that sets of heads are compared without the
+model; what is interrupted goes on from there. Ship it by `python -m cluster.ship`, and write the
+rankings by `python -m cluster.real_ranking`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import argparse
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cluster.real_model import parsed
 from mmheads import paths, store
@@ -41,6 +41,9 @@ CHARACTERS = 1500
 """Of each page: the first ones of its text layer."""
 WINDOW = 8
 """Largest number of pages that share a forward pass."""
+SETTINGS = {"characters": CHARACTERS, "window": WINDOW}
+WHOLE = {"characters": 0, "window": 4}
+"""With all characters of a page; fewer of these fit into a forward pass."""
 EMPTY = "(no text)"
 
 
@@ -58,26 +61,26 @@ def documents() -> list[AnnotatedDocument]:
     return sorted(written, key=lambda each: (len(each.pages), each.name))
 
 
-def beginnings(document: Document) -> Document:
-    """Returns a document whose pages have only the beginnings of their texts."""
+def beginnings(document: Document, characters: int = CHARACTERS) -> Document:
+    """Returns a document whose pages have only the first characters of their texts; 0: all."""
     pages = [
-        dataclasses.replace(page, read_text=partial(_beginning, page)) for page in document.pages
+        dataclasses.replace(page, read_text=partial(_beginning, page, characters))
+        for page in document.pages
     ]
     return dataclasses.replace(document, pages=pages)
 
 
-def _beginning(page: Page) -> str:
-    return page.text.strip()[:CHARACTERS]
+def _beginning(page: Page, characters: int) -> str:
+    return page.text.strip()[: characters or None]
 
 
-def texts_of(document: Document) -> list[str]:
-    """Returns the pages as the model reads them."""
-    return [f"{page.text or EMPTY}\n" for page in beginnings(document).pages]
+def texts_of(document: Document, characters: int = CHARACTERS) -> list[str]:
+    """Returns the pages as the model reads them; see `beginnings`."""
+    return [f"{page.text or EMPTY}\n" for page in beginnings(document, characters).pages]
 
 
-def results(vlm: VLM) -> store.Results:
-    """Returns what is kept and shipped of a model."""
-    settings = {"characters": CHARACTERS, "window": WINDOW}
+def results(vlm: VLM, settings: Mapping[str, Any] = SETTINGS) -> store.Results:
+    """Returns what is kept and shipped of a model, with other candidates by other settings."""
     made = vlm.provenance(
         "cluster.real_documents", NULL_QUESTION, code=code_version(MODULES), **settings
     )
@@ -92,7 +95,8 @@ def keys(texts: Sequence[str], question: str) -> list[str]:
 
 def measure(vlm: VLM, kept: store.Results, document: AnnotatedDocument) -> None:
     """Keep the attention from each question of a document, and from the null question (-1)."""
-    texts = texts_of(document)
+    settings = kept.provenance.settings
+    texts = texts_of(document, settings["characters"])
     asked = dict.fromkeys([NULL_QUESTION, *(question.text for question in document.questions)])
     named = {text: keys(texts, text) for text in asked}
     numbers = {text: number for number, text in enumerate(asked, -1)}
@@ -100,7 +104,7 @@ def measure(vlm: VLM, kept: store.Results, document: AnnotatedDocument) -> None:
     if not missing:
         return
     start = time.process_time()
-    index = DocumentIndex(vlm, None, texts, window=WINDOW)
+    index = DocumentIndex(vlm, None, texts, window=settings["window"])
     seconds = time.process_time() - start
     shape = (vlm.geometry.layers, vlm.geometry.heads)
     for text in missing:
@@ -127,11 +131,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--pages", type=int, default=10_000, help="only documents of at most so many"
     )
+    parser.add_argument("--whole", action="store_true", help="read whole pages")
     options = parsed(parser, arguments)
     try:
         found = [each for each in documents() if len(each.pages) <= options.pages]
         vlm = load(options.model)
-        with results(vlm) as kept:
+        with results(vlm, WHOLE if options.whole else SETTINGS) as kept:
             for document in found:
                 measure(vlm, kept, document)
     except (ValueError, OSError) as error:

@@ -4,7 +4,7 @@ python -m cluster.real_model [MODEL.gguf] [--only STEP ...]
 
 Needles in natural language are hidden in the shipped corpus. Steps, in this order:
 
-- grid: scores of the detection needles at each length and depth.
+- grid: scores of needles in more haystacks, and at one more length, than the search uses.
 - heads: the head list, found as `mmheads detect` finds it, in `data/heads`.
 - ablation: test prompts, answered by the whole model and without the strongest heads.
 - again: the search for heads repeated with other needles and haystacks.
@@ -22,6 +22,7 @@ The tests of the model and its page in the documentation take their prompts and 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -48,6 +49,10 @@ if TYPE_CHECKING:
 TASK = "text"
 LENGTHS = (256, 512, 1024)
 HAYSTACKS = 4
+"""Lengths and haystacks of the prompts that the heads are found on."""
+GRID_LENGTHS = (*LENGTHS, 2048)
+GRID_HAYSTACKS = 10
+"""Those on which the scores are described: the first haystacks are the same."""
 SEED_AGAIN = 1
 """Seed of the needles and haystacks with which the search is repeated."""
 LENGTH_AGAIN = 512
@@ -58,7 +63,9 @@ PROMPTS = 48
 FRACTIONS = (0.01, 0.02, 0.05, 0.1)
 MAIN = 0.05
 """The fraction of the head list, and of the comparison that counts."""
-RANDOM_SETS = {MAIN: 200, 0.1: 24}
+IN_DETAIL = (MAIN, 0.1)
+"""The fractions of which more is asked: some of the tokens, prose, few dense heads."""
+RANDOM_SETS = {0.01: 24, 0.02: 24, MAIN: 200, 0.1: 24}
 """Random sets by the fraction that they are compared with."""
 PART = 6
 """Prompts of a part, one at each depth; each random set is asked with one part."""
@@ -66,20 +73,31 @@ BANDS = {f"rank {a:.0%} to {b:.0%}": (a, b) for a, b in pairwise((0.05, 0.1, 0.2
 """Bands of rank below the strongest heads: the shares of the heads between which they lie."""
 BOTTOM = f"bottom {MAIN:.0%}"
 WHEN = {
-    "prefill": "in the prompt alone",
-    "decode": "at generated tokens alone",
-    "answer": "at generated tokens and the one before them",
+    "prefill": "only in the prompt",
+    "decode": "only at generated tokens",
+    "answer": "only at generated tokens and the one before them",
 }
 """Tokens at which the strongest heads are ablated, by the name that `ablate` has for them."""
-WHEN_FRACTIONS = (MAIN, 0.1)
 NEW_TOKENS = 24
 BATCH_TOKENS = 10_240
 """Room for all sets of a prompt, which share the layers below their first head."""
 
 
 def grid(vlm: VLM) -> HeadScores:
-    """Returns the scores of the detection needles."""
+    """Returns the scores of the detection needles in all haystacks and at all lengths."""
+    return _scored(vlm, natural_needles.for_model(vlm), GRID_LENGTHS, GRID_HAYSTACKS)
+
+
+def searched(vlm: VLM) -> HeadScores:
+    """Returns the scores of the prompts that the heads are found on."""
     return _scored(vlm, natural_needles.for_model(vlm), LENGTHS)
+
+
+def of_search(scores: HeadScores) -> HeadScores:
+    """Returns the part of the scores of `grid` that `searched` returns."""
+    of = scores.metadata
+    first = of["haystack"].map(lambda text: json.loads(text)[2] < HAYSTACKS)
+    return scores.take((first & of["length"].isin(LENGTHS)).to_numpy())
 
 
 def found(vlm: VLM) -> Detection:
@@ -92,9 +110,11 @@ def again(vlm: VLM) -> Detection:
     return _search(vlm, SEED_AGAIN, (LENGTH_AGAIN,))
 
 
-def _scored(vlm: VLM, source: Grid, lengths: Sequence[int]) -> HeadScores:
+def _scored(
+    vlm: VLM, source: Grid, lengths: Sequence[int], haystacks: int = HAYSTACKS
+) -> HeadScores:
     return score_needles(
-        vlm, tasks=[TASK], lengths=lengths, haystacks=HAYSTACKS, progress=False, source=source
+        vlm, tasks=[TASK], lengths=lengths, haystacks=haystacks, progress=False, source=source
     )
 
 
@@ -238,8 +258,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         vlm = load(options.model)
         say(f"{vlm} is loaded")
-        scores = grid(vlm)
+        scores = searched(vlm)
         say(f"{len(scores.values)} prompts are scored")
+        if "grid" in options.only:
+            say(f"{len(grid(vlm).values)} prompts are scored in all")
         if "heads" in options.only:
             detection = found(vlm)
             say(f"heads {detection.heads}\n{detection.table.T}")
@@ -257,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ranks = bands(scores)
             say_right(answered(vlm, numbers, lambda _: ranks))
         if "when" in options.only:
-            strongest = selections(scores, WHEN_FRACTIONS)
+            strongest = selections(scores, IN_DETAIL)
             for when in WHEN:
                 say(f"ablated {WHEN[when]}")
                 say_right(answered(vlm, numbers, lambda _: strongest, when))

@@ -43,9 +43,9 @@ TABLE = store.SHIPPED / "real_prose.csv"
 def sets_of(scores: HeadScores) -> dict[tuple[str, int], HeadSet | None]:
     """Returns what is ablated by name and draw; None for the whole model."""
     named: dict[str, HeadSet | None] = {FULL_MODEL: None}
-    named |= {plan.top_name(share): scores.top(share) for share in plan.RANDOM_SETS}
+    named |= {plan.top_name(share): scores.top(share) for share in plan.IN_DETAIL}
     sets = {(name, 0): heads for name, heads in (named | plan.bands(scores)).items()}
-    for share in plan.RANDOM_SETS:
+    for share in plan.IN_DETAIL:
         for draw, heads in enumerate(plan.random_sets(scores.top(share))[:RANDOM_SETS]):
             sets[plan.random_name(share), draw] = heads
     return sets
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = plan.parsed(parser, arguments)
     try:
         vlm = load(options.model)
-        table = losses(vlm, passages(vlm), sets_of(plan.grid(vlm)))
+        table = losses(vlm, passages(vlm), sets_of(plan.searched(vlm)))
         with paths.write_whole(TABLE) as path:
             table.round(6).to_csv(path, index=False, lineterminator="\n")
     except (ValueError, OSError) as error:

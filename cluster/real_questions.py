@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         asked = examples()[: options.questions]
         vlm = load(options.model)
-        for table in answered(vlm, plan.grid(vlm), asked):
+        for table in answered(vlm, plan.searched(vlm), asked):
             plan.say_right(table)
     except (ValueError, OSError) as error:
         print(f"cluster.real_questions: {error}", file=sys.stderr)

@@ -22,9 +22,11 @@ import pandas as pd
 import scipy.stats
 from numpy.typing import NDArray
 
+from cluster import real_documents as documents
 from cluster import real_model as plan
 from cluster import real_prose as prose
 from cluster import real_questions as questions
+from cluster import real_single as single
 from cluster import real_streaming as streaming
 from mmheads import answers, figures, paths, scoring, store
 from mmheads.detection import strong_heads
@@ -268,18 +270,21 @@ def _right(row: pd.Series[Any], where: str) -> Row:
 def numbers() -> Iterator[Row]:
     """Yields the rows of the table: quantity, about, value, low, high, n, p."""
     by_needles = shipped_scores()
-    scores = min(by_needles.items(), key=lambda item: len(item[0]))[1]
+    every = min(by_needles.items(), key=lambda item: len(item[0]))[1]
+    scores = plan.of_search(every)
     listed = HeadSet.load(MODEL)
-    yield from _about_scores(scores, listed)
+    yield from _about_scores(every, listed)
     for name, others in by_needles.items():
-        if others is not scores:
+        if others is not every:
             yield from _found_again(name, strong_heads(others), listed, others)
     table = shipped_answers(scores)
     yield from answer_rows(table)
     yield from dense_rows(dense_answers(scores))
     yield from question_rows(question_answers(scores))
+    yield from single.rows(scores, NOWHERE)
     yield from prose.rows(pd.read_csv(prose.TABLE, encoding="utf-8"))
-    for kind in ("scores", "answers", "masses"):
+    yield from _cost_of_ranking()
+    for kind in ("scores", "answers", "effects", "masses"):
         yield {"quantity": "CPU minutes", "about": kind, "value": _seconds(kind) / 60}
 
 
@@ -306,6 +311,11 @@ def _about_scores(scores: HeadScores, listed: HeadSet) -> Iterator[Row]:
             "value": len(short & long),
             "n": len(short),
         }
+    yield {
+        "quantity": "heads of the list among the strongest",
+        "about": f"{len(scores.values)} prompts",
+        **_overlap(strong_heads(scores), listed, size),
+    }
     numbers = scores.metadata["haystack"].map(lambda text: json.loads(text)[2]).to_numpy()
     even, odd = (strong_heads(scores.take(numbers % 2 == half)) for half in (0, 1))
     yield {
@@ -359,7 +369,7 @@ def answer_rows(table: pd.DataFrame) -> Iterator[Row]:
     tops = [answers.FULL_MODEL, *map(plan.top_name, plan.FRACTIONS)]
     quantities = dict.fromkeys(tops, "right answers")
     others = dict.fromkeys((*plan.BANDS, plan.BOTTOM), "right answers, other ranks")
-    for name, when in product(map(plan.top_name, plan.WHEN_FRACTIONS), plan.WHEN):
+    for name, when in product(map(plan.top_name, plan.IN_DETAIL), plan.WHEN):
         others[plan.when_name(name, when)] = "right answers, some tokens"
     quantities |= {name: quantity for name, quantity in others.items() if name in right}
     for name in quantities:
@@ -424,6 +434,22 @@ def _about_random_sets(
         "n": len(by_set),
     }
     yield {"quantity": "answers without random sets", "about": name, "value": len(drawn)}
+
+
+def _cost_of_ranking() -> Iterator[Row]:
+    """Median CPU seconds of an index and of a question to it, and both by page."""
+    for path in sorted((store.SHIPPED / documents.KIND).glob(f"{MODEL}-*.parquet")):
+        about, scalars, _ = read_table(path)
+        if about["provenance"]["settings"].get("characters") != documents.CHARACTERS:
+            continue
+        spent = scalars.to_pandas().groupby(["document", "question"])["cpu_seconds"]
+        spent = spent.agg(["sum", "size"]).reset_index("question")
+        index, asked = spent[spent["question"] < 0], spent[spent["question"] >= 0]
+        for name, rows in (("index", index), ("question", asked)):
+            by_page = rows["sum"].sum() / rows["size"].sum()
+            for per, value in (("document", rows["sum"].median()), ("page", by_page)):
+                of = {"quantity": f"CPU seconds of a ranking, {name}", "about": f"per {per}"}
+                yield of | {"value": value, "n": len(rows)}
 
 
 def _seconds(kind: str) -> float:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 SINKS, WINDOW = 4, 60
 """First and last tokens that all other heads see: an eighth of a prompt, as in notebook 07."""
-SHARES = tuple(plan.RANDOM_SETS)
+SHARES = plan.IN_DETAIL
 """Shares of heads that are dense."""
 LENGTHS = (512, 2048)
 """Tokens of the prompts whose prefill is timed."""
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = plan.parsed(parser, arguments)
     try:
         vlm = load(options.model)
-        scores, examples = plan.grid(vlm), plan.prompts(vlm)[:PROMPTS]
+        scores, examples = plan.searched(vlm), plan.prompts(vlm)[:PROMPTS]
         if "top" in options.only:
             sets = {plan.top_name(share): scores.top(share) for share in SHARES}
             for first in range(0, len(examples), 6):

@@ -20,6 +20,7 @@ from figure_data import (
     span,
 )
 
+from cluster import real_model as plan
 from mmheads import paths
 from mmheads.heads import head_count
 
@@ -56,6 +57,7 @@ def real() -> list[str]:
         f"{among['p']:.1g}). On plain prose, its loss rises by {added[0]} nats per token without "
         f"the strongest 5%, and by {added[1]} without random heads.",
         moments(by_name["right answers, some tokens"], right),
+        single(by_name),
         f"{share['value']:.1%} of its 336 heads hold half of the retrieval score, and "
         f"{halves['value']:.0f} of the {halves['n']:.0f} strongest are the same on both halves of "
         "the needles.",
@@ -67,14 +69,34 @@ def real() -> list[str]:
 
 def moments(some: pd.DataFrame, right: pd.DataFrame) -> str:
     """Returns at which tokens its answers need the heads."""
-    prompt = some.loc["top 5%, in the prompt alone"]
-    written = some.loc["top 5%, at generated tokens alone"]
+    prompt, written = (
+        some.loc[plan.when_name(plan.top_name(plan.MAIN), when)] for when in ("prefill", "decode")
+    )
     expect(written["high"] < prompt["low"], "the heads are needed at generated tokens")
     return (
         f"It needs them while it writes: with the strongest 5% ablated only at generated tokens, "
         f"{written['value']:.0%} [{written['low']:.0%}, {written['high']:.0%}] of the answers are "
         f"right, and only in the prompt {prompt['value']:.0%} [{prompt['low']:.0%}, "
         f"{prompt['high']:.0%}] (everywhere: {right.loc['top 5%', 'value']:.0%})."
+    )
+
+
+def single(by_name: dict[str, pd.DataFrame]) -> str:
+    """Returns what its strongest heads do one by one."""
+    lost = by_name["nats lost without one head"]
+    foretold = by_name["rank correlation with the nats lost"]
+    most, costly = lost["value"].idxmax(), ((lost["p"] < 0.05) & (lost["value"] > 0)).sum()
+    expect(foretold.loc["score", "high"] < foretold.loc["gradient", "low"], "gradients tell more")
+    score, gradient = (
+        f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+        for row in (foretold.loc[name] for name in ("score", "gradient"))
+    )
+    return (
+        f"Ablated one by one, {count(costly)} of its {len(lost)} strongest heads are shown to cost "
+        f"anything (corrected p below 0.05). {most} costs most ({lost.loc[most, 'value']:.1f} nats "
+        f"of log-odds) and is number {lost.index.get_loc(most) + 1} by score. Among these heads, "
+        f"the score says little about the loss (Spearman's correlation {score}), and the gradient "
+        f"of a gate on the head much ({gradient})."
     )
 
 

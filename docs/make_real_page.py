@@ -11,15 +11,18 @@ import pages
 import pandas as pd
 from figure_data import data
 
-from cluster import real_prose, real_streaming
+from cluster import real_model, real_prose, real_single, real_streaming
 from mmheads import paths
 
 PAGE = Path(__file__).with_name("real_model.md")
 NUMBERS = paths.DATA / "results" / "real_model.csv"
 RANKED = paths.DATA / "results" / "real_ranking.csv"
+BLOCKS = paths.DATA / "results" / "real_blocks.csv"
 TIMES = paths.DATA / "results" / "real_times.csv"
 HEADS_SHOWN = 5
+SINGLE_SHOWN = 8
 WHOLE = "full model"
+MEASURED = ("scores", "answers", "effects")
 
 Row = dict[str, Any]
 
@@ -66,6 +69,11 @@ def heads_section() -> Iterator[str]:
         f"The {count} heads of the list are the strongest 5% of 336. The first {HEADS_SHOWN}, with "
         f"their calibrated scores: {', '.join(strongest)}."
     )
+    among = only("heads of the list among the strongest")
+    yield (
+        f"On all {among['about']}, {among['value']:.0f} of the {among['n']:.0f} are among the "
+        "strongest 5%."
+    )
     halves, lengths = only("heads shared by the halves"), rows("heads shared by two lengths")
     yield (
         f"Two halves of the haystacks share {halves['value']:.0f} of their {halves['n']:.0f} top "
@@ -109,6 +117,30 @@ def answers_section() -> Iterator[str]:
             f"harm as the strongest heads; by the rank test, {sets['value']:.0f} did (p = "
             f"{p(sets['p'])})."
         )
+
+
+def single_section() -> Iterator[str]:
+    """Yields the lines about heads that were ablated one by one."""
+    found = rows("nats lost without one head")
+    places = {row["about"]: place for place, row in enumerate(found, 1)}  # by score
+    shown = sorted(found, key=lambda row: -abs(row["value"]))[:SINGLE_SHOWN]
+    yield "| head | place by score | nats lost | p (Holm) |"
+    yield "|---|---|---|---|"
+    for row in shown:
+        low, high = (f"{row[name]:+.2f}" for name in ("low", "high"))
+        cells = [row["about"], str(places[row["about"]]), f"{row['value']:+.2f} [{low}, {high}]"]
+        yield f"| {' | '.join([*cells, p(row['p'])])} |"
+    yield ""
+    foretold = {row["about"]: row for row in rows("rank correlation with the nats lost")}
+    told = [
+        f"{name} {row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+        for name, row in (("the score", foretold["score"]), ("the gradient", foretold["gradient"]))
+    ]
+    shown_lost = sum(row["p"] < 0.05 and row["value"] > 0 for row in found)
+    yield (
+        f"Of the {len(found)} heads, {shown_lost} are shown to cost anything (corrected p below "
+        f"0.05). Spearman's correlation with the loss is, for {' and for '.join(told)}."
+    )
 
 
 def prose_section() -> Iterator[str]:
@@ -193,21 +225,82 @@ def ranking_section() -> Iterator[str]:
     """Yields the lines about rankings of real documents."""
     yield "| method | Recall@1 (%) | Recall@3 | Recall@5 |"
     yield "|---|---|---|---|"
-    for _, row in data("A_table2_heads_real").iterrows():
+    yield from recall_rows("A_table2_heads_real")
+    yield ""
+    yield "| heads of the list, beside | points of Recall@1 | p (Holm) | least that is shown |"
+    yield "|---|---|---|---|"
+    yield from paired_rows("X_ranking_paired_real")
+
+
+def recall_rows(name: str) -> Iterator[str]:
+    """Yields the rows of a table of recalls."""
+    for _, row in data(name).iterrows():
         low, high = 100 * row["low"], 100 * row["high"]
         yield (
             f"| {row['method']} | {100 * row['R@1']:.1f} [{low:.1f}, {high:.1f}] | "
             f"{100 * row['R@3']:.1f} | {100 * row['R@5']:.1f} |"
         )
-    yield ""
-    yield "| heads of the list, beside | points of Recall@1 | p (Holm) | least that is shown |"
-    yield "|---|---|---|---|"
-    for _, row in data("X_ranking_paired_real").iterrows():
-        value, low, high = (100 * row[name] for name in ("value", "low", "high"))
+
+
+def paired_rows(name: str) -> Iterator[str]:
+    """Yields the rows of a table of paired differences."""
+    for _, row in data(name).iterrows():
+        value, low, high = (100 * row[column] for column in ("value", "low", "high"))
         yield (
             f"| {row['against']} | {value:+.1f} [{low:+.1f}, {high:+.1f}] | "
             f"{p(row['p_holm'])} | {100 * row['least']:.1f} |"
         )
+
+
+def blocks_section() -> Iterator[str]:
+    """Yields the lines about rankings of text blocks."""
+    yield "| method | recall at 1 (%) | at 3 | at 5 | area of the first (% of the page) |"
+    yield "|---|---|---|---|---|"
+    for _, row in data("X_blocks_real").iterrows():
+        low, high = 100 * row["low"], 100 * row["high"]
+        yield (
+            f"| {row['method']} | {100 * row['R@1']:.1f} [{low:.1f}, {high:.1f}] | "
+            f"{100 * row['R@3']:.1f} | {100 * row['R@5']:.1f} | {100 * row['area']:.1f} |"
+        )
+    yield ""
+    yield "| heads of the list, beside | points of recall at 1 | p (Holm) | least that is shown |"
+    yield "|---|---|---|---|"
+    yield from paired_rows("X_blocks_paired_real")
+
+
+def whole_section() -> Iterator[str]:
+    """Yields the lines about whole pages."""
+    yield "| method | Recall@1 (%) | Recall@3 | Recall@5 |"
+    yield "|---|---|---|---|"
+    yield from recall_rows("X_whole_pages_real")
+
+
+def about_whole() -> Row:
+    """Returns how many documents were read whole, and how many questions they have."""
+    table = pd.read_csv(RANKED, encoding="utf-8").query("method == 'heads, whole pages'")
+    return {"whole_documents": table["document"].nunique(), "whole_questions": len(table)}
+
+
+def cost_of_ranking() -> Row:
+    """Returns the seconds of an index and of a question."""
+    named = {}
+    for name in ("index", "question"):
+        for about, row in (
+            (row["about"], row) for row in rows(f"CPU seconds of a ranking, {name}")
+        ):
+            named[f"{name}_{'page' if about == 'per page' else 'seconds'}"] = row["value"]
+    return named
+
+
+def about_blocks() -> Row:
+    """Returns how many questions, pages and documents the ranking of blocks has."""
+    table = pd.read_csv(BLOCKS, encoding="utf-8").query("method == 'BM25'")
+    return {
+        "block_questions": len(table),
+        "block_pages": len(table.drop_duplicates(["document", "page"])),
+        "block_documents": table["document"].nunique(),
+        "blocks_of_a_page": f"{table.drop_duplicates(['document', 'page'])['blocks'].median():.0f}",
+    }
 
 
 def about_documents() -> Row:
@@ -246,8 +339,9 @@ small model with one kind of needle, and says little about others.
 
 ## Which heads look at the needle
 
-Calibrated retrieval scores of four haystacks at each length, each with the needle at six depths.
-Intervals are 95% bootstrap intervals over the haystacks; with four of them they are rough.
+Calibrated retrieval scores of {haystacks} haystacks at each length, each with the needle at six
+depths. Intervals are 95% bootstrap intervals over the haystacks. The list was found before on the
+first {search_haystacks} haystacks, at up to {search_length:,} tokens, and all that follows uses it.
 
 {heads}
 
@@ -269,6 +363,17 @@ all others are exploratory. Intervals are Wilson's, and p is that of McNemar's e
 correction for the number of rows.
 
 {answers}
+
+## What single heads do
+
+The {single} strongest heads were ablated one by one. The loss is the fall of the log-odds of the
+right answer's first token, as a mean over {single_prompts} prompts. They are the first of those
+that the whole model answers with the value itself and not with a sentence; on the {gradients}
+others, gradients of the log-odds with respect to a factor on each head's output were taken. The
+table has the {single_shown} heads that cost or gain most. Intervals are bootstrap intervals over
+prompts; p is that of sign flips, corrected over the {single} heads.
+
+{singles}
 
 ## What prose loses without them
 
@@ -299,7 +404,7 @@ since the machine had other work; it is not the time that a user waits on a quie
 {asked_questions} questions of MMDocIR, from {asked_documents} documents, asked with the beginnings
 (1,500 characters of the text layer) of the gold page and of the pages before and after it. Of all
 questions about one page, those were taken whose answer, of at least three characters, stands in the
-text of that page. Their order is random, and the first ones were asked, until the time was used up.
+text of that page; all of them were asked.
 The instruction is that of MMLongBench without its offer to say 'Not answerable': asked with it, the
 whole model gave this answer to the first two questions. Answers have at most {new_tokens} tokens
 and are scored by MMLongBench's rule; the kind of the right answer (number, list, text), which the
@@ -327,19 +432,37 @@ The differences are paired by question, with documents as the units of interval 
 flips). The last column is the least difference that a study of this size shows with a probability
 of 80%.
 
+The median document takes {index_seconds:.0f} seconds of one core to index ({index_page:.1f} per
+page), and a question to an indexed document {question_seconds:.1f} seconds ({question_page:.2f} per
+page); without an index, a question takes both.
+
+Whole pages were read of {whole_documents} of these documents (4 pages to a window), with
+{whole_questions} questions:
+
+{whole}
+
+## How its heads rank the text blocks of a page
+
+Where on the right page is the answer? {block_questions} questions about {block_pages} pages of
+{block_documents} documents: those about one page, of whose gold boxes text blocks can cover at
+least half of the area. The candidates are the text blocks of this page (the median page has
+{blocks_of_a_page}). The model reads them one after the other, without their places. Recall is the
+share of the gold boxes' area that the first blocks cover. It has no penalty for large blocks, so
+the area of the first one is given beside it, and the ranking that takes the largest blocks first.
+The settings are those of the pages above.
+
+{blocks}
+
 ## How it was run, and what was not
 
 On 2 CPU cores that were shared with other work, with one thread: {minutes:.0f} minutes of CPU time
-for all scores and answers, and {ranking_minutes:.0f} for the attention to the pages of documents.
+for all scores and answers, and {ranking_minutes:.0f} for the attention to pages and text blocks.
 The plan was cut to fit into that time:
 
-- 4 haystacks per cell in place of 10, and no prompts of 2,048 tokens;
-- {sets} random sets of 5%, each asked with six prompts, but of the other shares only
-  {other_sets}, of 10%;
-- no sets that leave out the selected heads, and no single heads;
-- {asked_questions} questions on real documents in place of about 100, with few random sets, and no
-  text blocks as candidates;
-- the longer documents were not ranked.
+- {sets} random sets of 5%, each asked with six prompts, but {other_sets} of every other share;
+- {asked_questions} questions on real documents in place of about 100: no others have their answer
+  in the text;
+- whole pages of {whole_documents} documents only, and no documents of more than {most_pages} pages.
 
 The results are shipped in `data/results`, and the numbers of this page
 are [one table](../data/results/real_model.csv). To run all of it again, which continues where it
@@ -351,9 +474,12 @@ python -m cluster.real_model
 python -m cluster.real_streaming
 python -m cluster.real_questions
 python -m cluster.real_prose
+python -m cluster.real_single
+python -m cluster.real_documents
+python -m cluster.real_documents --whole --pages 17
+python -m cluster.real_blocks
 python -m cluster.ship {model} --machine "2 CPU cores"
 python -m cluster.real_results
-python -m cluster.real_documents
 python -m cluster.real_ranking
 python docs/make_real_page.py
 ```
@@ -371,10 +497,10 @@ def page() -> str:
         heads="\n".join(heads_section()),
         answers="\n".join(answers_section()),
         prompts=f"{only('right answers', WHOLE)['n']:.0f}",
-        minutes=sum(only("CPU minutes", kind)["value"] for kind in ("scores", "answers")),
+        minutes=sum(only("CPU minutes", kind)["value"] for kind in MEASURED),
         ranking_minutes=only("CPU minutes", "masses")["value"],
-        sets=f"{drawn[0]:.0f}",
-        other_sets=f"{drawn[1]:.0f}",
+        sets=f"{max(drawn):.0f}",
+        other_sets=f"{min(drawn):.0f}",
         prose="\n".join(prose_section()),
         passages=f"{only('loss on prose')['n']:.0f}",
         prose_tokens=real_prose.TOKENS,
@@ -387,7 +513,20 @@ def page() -> str:
         asked_questions=f"{only('score on real questions', WHOLE)['n']:.0f}",
         asked_documents=f"{only('documents of real questions')['value']:.0f}",
         new_tokens=f"{only('tokens of an answer')['value']:.0f}",
+        singles="\n".join(single_section()),
+        single=real_single.STRONGEST,
+        single_prompts=real_single.PROMPTS,
+        gradients=f"{only('prompts with gradients')['value']:.0f}",
+        single_shown=SINGLE_SHOWN,
+        haystacks=f"{only('share of heads with half of the score', 'all')['n']:.0f}",
+        search_haystacks=real_model.HAYSTACKS,
+        search_length=max(real_model.LENGTHS),
+        blocks="\n".join(blocks_section()),
         **about_documents(),
+        **about_blocks(),
+        **cost_of_ranking(),
+        whole="\n".join(whole_section()),
+        **about_whole(),
     )
 
 

@@ -174,7 +174,7 @@ def set_style() -> None:
             "axes.spines.top": False,
             "axes.titlesize": 9,
             "figure.constrained_layout.use": True,
-            "figure.dpi": 85,
+            "figure.dpi": 110,
             "font.size": 8.5,
             "legend.fontsize": 8,
             "legend.frameon": False,

@@ -19,13 +19,15 @@ from cluster import (
     real_questions,
     real_ranking,
     real_results,
+    real_single,
     real_streaming,
 )
-from mmheads import answers, cli, paths, scoring, store
+from mmheads import answers, causal, cli, paths, scoring, store
 from mmheads.heads import HeadSet
 from mmheads.models import VLM, load
 from mmheads.pdfs import Page
 from mmheads.prompts import encode
+from mmheads.provenance import hash_json
 from mmheads.retrieval import windows
 from mmheads.tables import read_table
 from mmheads.tasks import corpus, natural_needles
@@ -51,13 +53,22 @@ def vlm() -> VLM:
 
 @pytest.fixture(scope="module")
 def scores():
-    return min(real_results.shipped_scores().items(), key=lambda item: len(item[0]))[1]
+    every = min(real_results.shipped_scores().items(), key=lambda item: len(item[0]))[1]
+    return real_model.of_search(every)
 
 
 def shipped(kind: str):
     """The shipped file of a kind."""
     (path,) = (real_results.store.SHIPPED / kind).glob(f"{real_results.MODEL}-*.parquet")
     return path
+
+
+def test_the_heads_are_found_on_the_first_haystacks_and_not_on_the_longest_prompts(scores):
+    of = scores.metadata
+    assert sorted(set(of["length"])) == list(real_model.LENGTHS)
+    numbers = of["haystack"].map(lambda text: json.loads(text)[2])
+    assert sorted(set(numbers)) == list(range(real_model.HAYSTACKS))
+    assert len(of) == 6 * len(real_model.LENGTHS) * real_model.HAYSTACKS
 
 
 def test_the_shipped_heads_are_those_of_the_shipped_scores(scores):
@@ -266,12 +277,28 @@ def test_an_answer_changes_without_the_strongest_tenth_of_the_heads(vlm, scores)
 
 
 @slow
+def test_the_effect_of_a_single_head_is_measured_again(vlm, scores):
+    about, scalars, arrays = read_table(shipped("effects"))
+    keys, effects = scalars["key"].to_pylist(), arrays["nats"]
+    assert about["provenance"]["revision"] == vlm.revision
+    example = real_single.examples(vlm, scores)[0]
+    strongest = scores.top(count=real_single.STRONGEST)
+    key = hash_json([example.fingerprint(), example.answer, "effect", *sorted(map(str, strongest))])
+    before = effects[keys.index(key)]
+    assert (np.isnan(before) == ~strongest.mask).all()
+    one = scores.top(count=1)
+    (again,) = causal.single_head_effects(vlm, [example], heads=one, progress=False)
+    np.testing.assert_allclose(again[one.mask], before[one.mask], atol=1e-3)
+
+
+@slow
 @pytest.mark.skipif(paths.real_docs("") is None, reason="the real documents are not here")
 def test_the_committed_rankings_are_those_of_the_shipped_attention():
-    committed = pd.read_csv(real_ranking.TABLE, encoding="utf-8")
-    again = real_ranking.table(real_documents.documents(), None)
-    without = committed["method"] != "all-MiniLM-L6-v2"
-    pd.testing.assert_frame_equal(again, committed[without].reset_index(drop=True), rtol=1e-9)
+    again = real_ranking.tables(real_documents.documents(), None)
+    for path, table in zip((real_ranking.TABLE, real_ranking.BLOCKS), again, strict=True):
+        committed = pd.read_csv(path, encoding="utf-8")
+        without = committed["method"] != "all-MiniLM-L6-v2"
+        pd.testing.assert_frame_equal(table, committed[without].reset_index(drop=True), rtol=1e-9)
 
 
 @slow
@@ -279,11 +306,13 @@ def test_the_committed_rankings_are_those_of_the_shipped_attention():
 def test_the_attention_to_the_pages_of_a_shipped_document_is_recorded_again(vlm, tmp_path):
     name = "0e94b4197b10096b1f4c699701570fbf.pdf"  # 15 pages with little text
     (document,) = (each for each in real_documents.documents() if each.name == name)
+    texts = real_documents.texts_of(document)
+    asked = [question.text for question in document.questions]
     with real_documents.results(vlm) as shipped_rows:
-        before = real_ranking.measured(document, shipped_rows)
+        before = real_ranking.measured(texts, asked, shipped_rows)
     with store.Results("masses", shipped_rows.provenance, {}, tmp_path, []) as kept:
         real_documents.measure(vlm, kept, document)
-        again = real_ranking.measured(document, kept)
+        again = real_ranking.measured(texts, asked, kept)
     assert len(before) == len(document.questions)
     for (_, old), (_, new) in zip(before, again, strict=True):
         np.testing.assert_allclose(new, old, atol=1e-4)

@@ -1,11 +1,16 @@
 """The one script, on small notebooks made here."""
 
+import base64
+import io
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import nbformat
+import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from PIL import Image
 
 import reproduce
 from benchmarks.random_models import SIZES
@@ -501,6 +506,24 @@ def test_in_place_commits_outputs_without_traces_of_the_run(run, notebooks):
     assert [cell.execution_count for cell in done.cells[1:]] == [1, 2]
     assert "papermill" not in done.metadata
     assert not any({"papermill", "execution"} & cell.metadata.keys() for cell in done.cells)
+
+
+def test_pictures_in_few_colours_look_the_same_and_are_smaller():
+    figure, axis = plt.subplots(figsize=(3, 2))
+    axis.imshow(np.random.default_rng(0).random((9, 16)))
+    axis.plot([1, 5], [2, 7], color="red")
+    axis.set_title("a title")
+    written = io.BytesIO()
+    figure.savefig(written, format="png")
+    plt.close(figure)
+    few = base64.b64decode(reproduce.in_few_colours(base64.b64encode(written.getvalue()).decode()))
+    assert len(few) < len(written.getvalue()) / 2
+    before, after = (
+        np.asarray(Image.open(io.BytesIO(png)).convert("RGB"), dtype=int)
+        for png in (written.getvalue(), few)
+    )
+    assert np.abs(after - before).max() <= 24
+    assert (after[0, 0] == 255).all()
 
 
 def test_in_place_keeps_the_outputs_of_a_notebook_that_had_to_skip_something(run, notebooks):
