@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 LEAST_COVERED = 0.5
 """Share of the gold boxes' area that the text blocks of a page must cover."""
 SETTINGS = {"candidates": "blocks"}
-"""What tells the kept attention to blocks from that to pages."""
+"""Settings by which attention to blocks is told from attention to pages."""
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--pages", type=int, default=10_000, help="only documents of at most so many"
+        "--pages", type=int, default=10_000, help="rank only documents of at most so many pages"
     )
     parser.add_argument("--whole", action="store_true", help="read whole pages")
     options = parsed(parser, arguments)

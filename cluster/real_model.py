@@ -52,7 +52,7 @@ HAYSTACKS = 4
 """Lengths and haystacks of the prompts that the heads are found on."""
 GRID_LENGTHS = (*LENGTHS, 2048)
 GRID_HAYSTACKS = 10
-"""Those on which the scores are described: the first haystacks are the same."""
+"""Those of the scores that are reported; the first haystacks are those of the search."""
 SEED_AGAIN = 1
 """Seed of the needles and haystacks with which the search is repeated."""
 LENGTH_AGAIN = 512

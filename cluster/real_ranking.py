@@ -219,8 +219,8 @@ def _attention(settings: Mapping[str, Any]) -> store.Results:
     if len(known) != 1:
         raise ValueError(
             f"{len(known)} sets of attention of {MODEL} with {dict(settings)} are shipped or kept, "
-            "expected one; run `python -m cluster.real_documents` and `python -m "
-            "cluster.real_blocks`, or delete those that are not wanted"
+            "expected one; run `python -m cluster.real_documents`, the same with `--whole --pages "
+            "17`, and `python -m cluster.real_blocks`, or delete those that are not wanted"
         )
     return known[0]
 

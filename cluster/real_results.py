@@ -437,7 +437,7 @@ def _about_random_sets(
 
 
 def _cost_of_ranking() -> Iterator[Row]:
-    """Median CPU seconds of an index and of a question to it, and both by page."""
+    """CPU seconds of an index and of a question: of the median document, and all by all pages."""
     for path in sorted((store.SHIPPED / documents.KIND).glob(f"{MODEL}-*.parquet")):
         about, scalars, _ = read_table(path)
         if about["provenance"]["settings"].get("characters") != documents.CHARACTERS:

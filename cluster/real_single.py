@@ -73,6 +73,9 @@ def measured(
     Args:
         scores: Scores of the prompts that the heads are found on.
         folder: Where effects are kept, which are returned too; empty: `runs/effects`.
+
+    Raises:
+        ValueError: There are effects of other heads, or on another number of prompts.
     """
     now = Provenance(code=code_version(causal.MODULES), versions=library_versions())
     model = Path(scores.provenance.model).name
@@ -83,6 +86,11 @@ def measured(
         np.array([row["nats"][which] for row in rows if row["quantity"] == quantity])
         for quantity in ("effect", "gradient")
     )
+    if len(effects) not in (0, PROMPTS) or np.isnan(effects).any():
+        raise ValueError(
+            f"{len(effects)} prompts with effects of single heads are shipped or kept, expected "
+            f"{PROMPTS} with all of the strongest heads; delete those that are not wanted"
+        )
     return effects, gradients
 
 
@@ -105,7 +113,7 @@ def rows(scores: HeadScores, folder: str | Path) -> Iterator[dict[str, Any]]:
     for name, units in {"score": [effects], "gradient": [effects, gradients]}.items():
         value = stratified_interval(units, partial(_correlation, own), seed=0)
         about = {"quantity": "rank correlation with the nats lost", "about": name}
-        yield about | value._asdict() | {"n": len(strongest)}
+        yield about | value._asdict() | {"n": len(effects)}
     yield {"quantity": "prompts with gradients", "about": "all", "value": len(gradients)}
 
 

@@ -94,9 +94,10 @@ def single(by_name: dict[str, pd.DataFrame]) -> str:
     return (
         f"Ablated one by one, {count(costly)} of its {len(lost)} strongest heads are shown to cost "
         f"anything (corrected p below 0.05). {most} costs most ({lost.loc[most, 'value']:.1f} nats "
-        f"of log-odds) and is number {lost.index.get_loc(most) + 1} by score. Among these heads, "
-        f"the score says little about the loss (Spearman's correlation {score}), and the gradient "
-        f"of a gate on the head much ({gradient})."
+        f"of log-odds, {lost.loc[most, 'n']:.0f} prompts) and is number "
+        f"{lost.index.get_loc(most) + 1} by score. Among these heads, the score says little about "
+        f"the loss (Spearman's correlation {score}, an interval over prompts), while the gate "
+        f"gradient, an estimate from one backward pass, says much ({gradient})."
     )
 
 
@@ -129,7 +130,7 @@ def documents(by_name: dict[str, pd.DataFrame]) -> str:
         f"strongest 5% of its heads (points lost: {100 * top['value']:.0f} "
         f"[{100 * top['low']:.0f}, {100 * top['high']:.0f}], {_p(top['p'])}; "
         f"{100 * beside['value']:.0f} more than without random heads of the same layers, "
-        f"{_p(beside['p'])}, n = {beside['n']:.0f})."
+        f"{_p(beside['p'])}, not corrected, n = {beside['n']:.0f})."
     )
 
 

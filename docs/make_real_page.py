@@ -110,9 +110,9 @@ def answers_section() -> Iterator[str]:
     ):
         yield ""
         yield (
-            f"On {lost['n']:.0f} prompts, {sets['n']:.0f} random sets of {fraction_of(lost)} give "
-            f"{100 * lost['value']:.0f} points [{100 * lost['low']:.0f}, {100 * lost['high']:.0f}] "
-            f"more right answers than as many of the strongest heads (exact p = {p(lost['p'])}). "
+            f"On {lost['n']:.0f} prompts, the strongest {fraction_of(lost)} of the heads cost "
+            f"{points(lost)} points more than {sets['n']:.0f} random sets of as many (exact p = "
+            f"{p(lost['p'])}). "
             f"On the same prompts, {beside['value']:.0f} of the {sets['n']:.0f} sets did as much "
             f"harm as the strongest heads; by the rank test, {sets['value']:.0f} did (p = "
             f"{p(sets['p'])})."
@@ -134,12 +134,16 @@ def single_section() -> Iterator[str]:
     foretold = {row["about"]: row for row in rows("rank correlation with the nats lost")}
     told = [
         f"{name} {row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
-        for name, row in (("the score", foretold["score"]), ("the gradient", foretold["gradient"]))
+        for name, row in (
+            ("the score", foretold["score"]),
+            ("the gate gradient", foretold["gradient"]),
+        )
     ]
     shown_lost = sum(row["p"] < 0.05 and row["value"] > 0 for row in found)
     yield (
         f"Of the {len(found)} heads, {shown_lost} are shown to cost anything (corrected p below "
-        f"0.05). Spearman's correlation with the loss is, for {' and for '.join(told)}."
+        "0.05). Spearman's correlation of the loss over these heads is, with "
+        f"{' and with '.join(told)} (intervals over prompts)."
     )
 
 
@@ -340,8 +344,9 @@ small model with one kind of needle, and says little about others.
 ## Which heads look at the needle
 
 Calibrated retrieval scores of {haystacks} haystacks at each length, each with the needle at six
-depths. Intervals are 95% bootstrap intervals over the haystacks. The list was found before on the
-first {search_haystacks} haystacks, at up to {search_length:,} tokens, and all that follows uses it.
+depths. Intervals are 95% bootstrap intervals over the haystacks. The list had been found on the
+first {search_haystacks} haystacks, at up to {search_length:,} tokens. The sections below this one
+use that list and the ranking that it comes from.
 
 {heads}
 
@@ -366,12 +371,12 @@ correction for the number of rows.
 
 ## What single heads do
 
-The {single} strongest heads were ablated one by one. The loss is the fall of the log-odds of the
-right answer's first token, as a mean over {single_prompts} prompts. They are the first of those
-that the whole model answers with the value itself and not with a sentence; on the {gradients}
-others, gradients of the log-odds with respect to a factor on each head's output were taken. The
-table has the {single_shown} heads that cost or gain most. Intervals are bootstrap intervals over
-prompts; p is that of sign flips, corrected over the {single} heads.
+Of these prompts, the whole model answers {at_once} with the value itself and not with a sentence.
+On the first {single_prompts} of them, the {single} strongest heads were ablated one by one; the
+loss is the mean fall of the log-odds of the answer's first token. On the other {gradients}, the
+gradient of the log-odds with respect to a factor on each head's output was taken (the gate
+gradient). The table has the {single_shown} heads that cost or gain most. Intervals are bootstrap intervals over
+prompts; p is that of sign flips, corrected over the {single} heads, and cannot be below 0.02.
 
 {singles}
 
@@ -429,12 +434,12 @@ are bootstrap intervals over documents.
 {ranking}
 
 The differences are paired by question, with documents as the units of interval and test (sign
-flips). The last column is the least difference that a study of this size shows with a probability
-of 80%.
+flips). The last column is the least difference that a study of this size would show with a
+probability of 80%, by a test at 5% without a correction.
 
-The median document takes {index_seconds:.0f} seconds of one core to index ({index_page:.1f} per
-page), and a question to an indexed document {question_seconds:.1f} seconds ({question_page:.2f} per
-page); without an index, a question takes both.
+The median document takes {index_seconds:.0f} seconds of one core to index, and the median question
+to an indexed document {question_seconds:.1f}; without an index, a question takes both. Over all
+documents, that is {index_page:.1f} and {question_page:.2f} seconds per page.
 
 Whole pages were read of {whole_documents} of these documents (4 pages to a window), with
 {whole_questions} questions:
@@ -460,9 +465,11 @@ for all scores and answers, and {ranking_minutes:.0f} for the attention to pages
 The plan was cut to fit into that time:
 
 - {sets} random sets of 5%, each asked with six prompts, but {other_sets} of every other share;
-- {asked_questions} questions on real documents in place of about 100: no others have their answer
-  in the text;
+- no random sets that leave out the selected heads;
 - whole pages of {whole_documents} documents only, and no documents of more than {most_pages} pages.
+
+The plan had about 100 questions on real documents; only {asked_questions} have their answer in the
+text.
 
 The results are shipped in `data/results`, and the numbers of this page
 are [one table](../data/results/real_model.csv). To run all of it again, which continues where it
@@ -470,6 +477,8 @@ was interrupted:
 
 ```sh
 export MMHEADS_REAL_LM={model}.gguf
+export MMHEADS_REAL_EMBEDDER=all-MiniLM-L6-v2  # folder or name of the dense retriever
+export MMHEADS_REAL_DOCS=FOLDER  # MMDocIR's annotations and pdfs/
 python -m cluster.real_model
 python -m cluster.real_streaming
 python -m cluster.real_questions
@@ -516,6 +525,7 @@ def page() -> str:
         singles="\n".join(single_section()),
         single=real_single.STRONGEST,
         single_prompts=real_single.PROMPTS,
+        at_once=f"{real_single.PROMPTS + only('prompts with gradients')['value']:.0f}",
         gradients=f"{only('prompts with gradients')['value']:.0f}",
         single_shown=SINGLE_SHOWN,
         haystacks=f"{only('share of heads with half of the score', 'all')['n']:.0f}",

@@ -83,9 +83,9 @@ def single_head_effects(
     """What the right answer loses when one head is ablated -> [example, layer, head], nats.
 
     The fall of the right answer's log-odds (see `log_odds`) under the mode "zero": as many forward
-    passes as heads, and one; they share the layers below the head. Where only some `heads` are
-    ablated, the others have NaN. Other arguments and errors are those of `gate_gradients`;
-    `batch_tokens` is that of `mmheads.answers.answer`.
+    passes as heads, and one; they share the layers below the head. `heads` are those to ablate one
+    by one, by default all; those left out have NaN. Other arguments and errors are those of
+    `gate_gradients`; `batch_tokens` is that of `mmheads.answers.answer`.
     """
     chosen = heads or vlm.every_head
     none = HeadSet((), vlm.geometry, vlm.model_id)
@@ -115,7 +115,7 @@ def _measured(
 ) -> NDArray[np.float32]:
     """[example, layer, head] of a quantity, from the results store where it has it.
 
-    `names`: the quantity and, if it is not of all heads, those that it is of.
+    `names`: the quantity, then the heads if only some are measured; all are part of the key.
     """
     made = vlm.provenance("mmheads.causal", code=code_version(MODULES))
     keys = []

@@ -1,4 +1,4 @@
-"""Attention of sliding layers in blocks, for training: a block sees its neighbours, not all."""
+"""Attention of sliding layers for training: a block of tokens sees itself and its neighbours."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ NAME = "blocks of windows"
 
 
 def use(model: Any) -> None:
-    """Let the sliding layers of a model run in blocks; what it computes stays the same."""
+    """Let the sliding layers of a model run in blocks; what it computes stays the same.
+
+    That holds without dropout, and where no image has more tokens than the window.
+    """
     text = "text_config" in model.config.sub_configs
     model.set_attn_implementation({"text_config": NAME} if text else NAME)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cluster import real_blocks, real_documents, real_ranking
+from cluster import real_blocks, real_documents, real_ranking, real_single
 from mmheads import store
 from mmheads.blocks import Block
 from mmheads.models import load
@@ -176,3 +176,12 @@ def test_a_document_is_ranked_with_what_is_best_on_the_others():
     chosen = table[table["method"] != "heads"].set_index("document")
     assert chosen["share"].to_dict() == {"a": 0.05, "b": 0.01, "c": 0.01}
     assert chosen["k1"].to_dict() == {"a": 0.0, "b": 0.0, "c": 0.0}
+
+
+def test_correlations_of_single_heads_are_those_of_means_over_prompts():
+    effects = np.array([[0.0, 2, 1], [4, 2, 1]])
+    scores = np.array([3.0, 2, 1])
+    assert real_single._correlation(scores, [effects[1:]]) == pytest.approx(1)
+    assert real_single._correlation(scores, [effects[:1]]) == pytest.approx(-0.5)
+    gradients = np.array([[1.0, 5, 3], [-1, -1, 3]])  # means 0, 2, 3
+    assert real_single._correlation(scores, [effects[:1], gradients]) == pytest.approx(0.5)
