@@ -375,8 +375,9 @@ Of these prompts, the whole model answers {at_once} with the value itself and no
 On the first {single_prompts} of them, the {single} strongest heads were ablated one by one; the
 loss is the mean fall of the log-odds of the answer's first token. On the other {gradients}, the
 gradient of the log-odds with respect to a factor on each head's output was taken (the gate
-gradient). The table has the {single_shown} heads that cost or gain most. Intervals are bootstrap intervals over
-prompts; p is that of sign flips, corrected over the {single} heads, and cannot be below 0.02.
+gradient). The table has the {single_shown} heads that cost or gain most. Intervals are bootstrap
+intervals over prompts; p is that of sign flips, corrected over the {single} heads, and cannot be
+below 0.02.
 
 {singles}
 
