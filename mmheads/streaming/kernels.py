@@ -23,6 +23,9 @@ BLOCK = 128
 TILE = 32
 """Rows of a window head that share a view of keys on a CPU."""
 
+CALLED_ROWS = 8192
+"""Rows of window heads, together, in a call on a CPU: short prompts attend with several heads."""
+
 # The only private name of torch in this file.
 _FLASH: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 """Kernel of the stock attention on a CPU; it also returns the sums by which parts are joined."""
@@ -97,19 +100,11 @@ def banded(
         near = torch.arange(window + TILE)
         mask = query.new_zeros(TILE, len(near))
         mask.masked_fill_(~visible(near[window:], near, 0, window), float("-inf"))
-    for example, (group, key_group), head in product(
-        range(len(query)), pairs if begin < end else (), range(query.shape[2])
-    ):  # one head at a time, so that its tiles stay in the processor's cache
-        _attend_in_tiles(
-            query[example, group, head, None],
-            key[example, key_group, None],
-            value[example, key_group, None],
-            output[example, group, head, None],
-            slice(begin, end),
-            sinks,
-            mask,
-            scale,
-        )
+    runs = _runs(pairs, max(1, CALLED_ROWS // rows)) if begin < end else ()
+    for example, (run, of_keys), head in product(range(len(query)), runs, range(query.shape[2])):
+        # few heads at a time, so that their tiles stay in the processor's cache
+        states = query[example, run, head], key[example, of_keys], value[example, of_keys]
+        _attend_in_tiles(*states, output[example, run, head], slice(begin, end), sinks, mask, scale)
     if end < rows:
         output[:, query_groups, :, end:] = _attend_in_chunks(
             select_groups(query[:, :, :, end:], query_groups),
@@ -125,11 +120,12 @@ def banded(
         )
 
 
-def _runs(pairs: Sequence[tuple[int, int]]) -> Iterator[tuple[slice, slice]]:
-    """Consecutive groups of `banded`, so that no states are copied."""
+def _runs(pairs: Sequence[tuple[int, int]], most: int = 0) -> Iterator[tuple[slice, slice]]:
+    """Consecutive groups of `banded`, at most so many, so that no states are copied."""
     first = 0
     for last, (group, key_group) in enumerate(pairs, start=1):
-        if last == len(pairs) or pairs[last] != (group + 1, key_group + 1):
+        full = last == len(pairs) or last - first == most
+        if full or pairs[last] != (group + 1, key_group + 1):
             before = last - first - 1
             yield slice(group - before, group + 1), slice(key_group - before, key_group + 1)
             first = last
@@ -215,7 +211,7 @@ def _attend_in_tiles(
     mask: torch.Tensor,
     scale: float,
 ) -> None:
-    """Fill rows of one head's output on a CPU; all tensors are [1, row, channel].
+    """Fill rows of the output on a CPU; all tensors are [head, row, channel].
 
     A tile of rows, and the window before it with its own keys, are views: one call attends in all
     tiles under one mask [row, key], and another one to the sinks, which lie before all windows.
@@ -230,8 +226,9 @@ def _attend_in_tiles(
         filled.copy_(attended)
         return
     early = (t[None, :, :sinks] for t in (key, value))
-    first, weights = _flash(query[None, :, rows], *early, scale=scale)
-    _join((attended, sums), (first.reshape(attended.shape), weights.reshape(sums.shape)), filled)
+    parts = _flash(query[None, :, rows], *early, scale=scale)
+    first, weights = (part[0].unflatten(1, (count, TILE)).transpose(0, 1) for part in parts)
+    _join((attended, sums), (first, weights), filled)
 
 
 def causal(
