@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -81,24 +80,15 @@ def block_pages(document: AnnotatedDocument) -> Iterator[BlockPage]:
 def measure(vlm: VLM, kept: store.Results, page: BlockPage) -> None:
     """Keep the attention from each question about a page, and from the null question (-1)."""
     asked = {-1: NULL_QUESTION} | {n: each.text for n, each in page.questions.items()}
-    named = {number: pages.keys(page.texts, text) for number, text in asked.items()}
-    missing = [number for number in asked if named[number][-1] not in kept]
-    if not missing:
-        return
-    start = time.process_time()
-    index = DocumentIndex(vlm, None, [page.texts])
-    regions = [PagePart(0, part) for part in range(len(page.texts))]
-    shape = (vlm.geometry.layers, vlm.geometry.heads)
-    for number in missing:
-        masses = index.masses(asked[number], regions, calibrated=False)  # [head, block]
-        for block, (key, mass) in enumerate(zip(named[number], masses.T.clip(0, 1), strict=True)):
-            about = {"document": page.document.name, "question": number, "page": page.page}
-            kept.add(key, about | {"block": block, "mass": mass.reshape(shape)})
-    kept.save()
-    print(
-        f"{time.strftime('%H:%M:%S')} {page.document.name}, page {page.page}: {len(page.texts)} "
-        f"blocks, {len(missing) - 1} questions, {time.process_time() - start:.0f} s",
-        flush=True,
+    pages.keep(
+        kept,
+        page.texts,
+        asked,
+        lambda: DocumentIndex(vlm, None, [page.texts]),
+        [PagePart(0, part) for part in range(len(page.texts))],
+        "block",
+        document=page.document.name,
+        page=page.page,
     )
 
 

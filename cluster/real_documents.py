@@ -15,7 +15,7 @@ import argparse
 import dataclasses
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from cluster.real_model import parsed
 from mmheads import paths, store
 from mmheads.pdfs import Document, Page
 from mmheads.provenance import code_version, hash_json
-from mmheads.retrieval import NULL_QUESTION, DocumentIndex
+from mmheads.retrieval import NULL_QUESTION, DocumentIndex, PagePart
 from mmheads.tasks.mmdocir import AnnotatedDocument, read_mmdocir
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def documents() -> list[AnnotatedDocument]:
 
 
 def beginnings(document: Document, characters: int = CHARACTERS) -> Document:
-    """Returns a document whose pages have only the first characters of their texts; 0: all."""
+    """Returns a document whose pages have only the first characters of their texts; 0 takes all."""
     pages = [
         dataclasses.replace(page, read_text=partial(_beginning, page, characters))
         for page in document.pages
@@ -98,25 +98,54 @@ def measure(vlm: VLM, kept: store.Results, document: AnnotatedDocument) -> None:
     settings = kept.provenance.settings
     texts = texts_of(document, settings["characters"])
     asked = dict.fromkeys([NULL_QUESTION, *(question.text for question in document.questions)])
-    named = {text: keys(texts, text) for text in asked}
-    numbers = {text: number for number, text in enumerate(asked, -1)}
-    missing = [text for text in asked if named[text][-1] not in kept]
+    keep(
+        kept,
+        texts,
+        dict(enumerate(asked, -1)),
+        lambda: DocumentIndex(vlm, None, texts, window=settings["window"]),
+        document=document.name,
+    )
+
+
+def keep(
+    kept: store.Results,
+    texts: Sequence[str],
+    asked: Mapping[int, str],
+    make_index: Callable[[], DocumentIndex],
+    regions: Sequence[PagePart] | None = None,
+    candidate: str = "page",
+    **about: str | int,
+) -> None:
+    """Keep the attention from questions to candidates, where it is not kept.
+
+    Args:
+        kept: Where it is kept.
+        texts: The candidates, by which the rows are found again.
+        asked: Questions by number.
+        make_index: Returns the index that is asked, if one must be.
+        regions: The candidates as parts of what is indexed; by default all of it.
+        candidate: What a candidate is: the column of its number.
+        about: The document, and what else a row says.
+    """
+    named = {number: keys(texts, text) for number, text in asked.items()}
+    missing = [number for number in asked if named[number][-1] not in kept]
     if not missing:
         return
     start = time.process_time()
-    index = DocumentIndex(vlm, None, texts, window=settings["window"])
+    index = make_index()
     seconds = time.process_time() - start
-    shape = (vlm.geometry.layers, vlm.geometry.heads)
-    for text in missing:
-        masses = index.masses(text, calibrated=False)  # [head, page]
-        for page, (key, mass) in enumerate(zip(named[text], masses.T.clip(0, 1), strict=True)):
-            about = {"document": document.name, "question": numbers[text], "page": page}
-            kept.add(key, about | {"mass": mass.reshape(shape)})
+    shape = (index.vlm.geometry.layers, index.vlm.geometry.heads)
+    for number in missing:
+        masses = index.masses(asked[number], regions, calibrated=False)  # [head, candidate]
+        for place, (key, mass) in enumerate(zip(named[number], masses.T.clip(0, 1), strict=True)):
+            which = {"document": about["document"], "question": number, **about, candidate: place}
+            kept.add(key, which | {"mass": mass.reshape(shape)})
     kept.save()
     asking, windows = time.process_time() - start - seconds, len(index.document.windows)
     print(
-        f"{time.strftime('%H:%M:%S')} {document.name}: {len(texts)} pages in {windows} windows, "
-        f"{seconds:.0f} s; {len(missing)} questions, {asking:.0f} s",
+        f"{time.strftime('%H:%M:%S')} {', '.join(map(str, about.values()))}: {len(texts)} "
+        f"{candidate}s in {windows} windows, {seconds:.0f} s; {len(missing)} questions, "
+        f"{asking:.0f} s",
         flush=True,
     )
 

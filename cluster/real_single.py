@@ -22,7 +22,7 @@ import scipy.stats
 from numpy.typing import NDArray
 
 from cluster import real_model as plan
-from mmheads import answers, causal, store
+from mmheads import causal, store
 from mmheads.examples import Example
 from mmheads.provenance import Provenance, code_version, library_versions
 from mmheads.scores import HeadScores
@@ -37,15 +37,10 @@ PROMPTS = 12
 """Prompts on which this is done; the gradients of all heads are taken on those that are left."""
 
 
-def examples(vlm: VLM, scores: HeadScores) -> list[Example]:
-    """Returns the prompts that the whole model answers with the value itself.
-
-    Args:
-        vlm: The model; its answers are read where they are kept or shipped.
-        scores: Scores of the prompts that the heads are found on.
-    """
-    table = plan.answered(vlm, range(plan.PROMPTS), lambda _: plan.selections(scores))
-    whole = table[table["ablation"] == answers.FULL_MODEL].set_index("example")["prediction"]
+def examples(vlm: VLM) -> list[Example]:
+    """Returns the prompts that the whole model answers with the value itself."""
+    table = plan.answered(vlm, range(plan.PROMPTS), lambda _: {})
+    whole = table.set_index("example")["prediction"]
     return [
         example
         for number, example in enumerate(plan.prompts(vlm))
@@ -55,7 +50,7 @@ def examples(vlm: VLM, scores: HeadScores) -> list[Example]:
 
 def measure(vlm: VLM, scores: HeadScores) -> None:
     """Keep the effects of the strongest heads, and the gradients of all."""
-    asked, strongest = examples(vlm, scores), scores.top(count=STRONGEST)
+    asked, strongest = examples(vlm), scores.top(count=STRONGEST)
     kept: dict[str, Any] = {"folder": "", "progress": False}
     causal.gate_gradients(vlm, asked[PROMPTS:], **kept)
     kept |= {"heads": strongest, "batch_tokens": plan.BATCH_TOKENS}

@@ -130,6 +130,12 @@ def span(values: Iterable[float], form: str = ".0%") -> str:
     return high if low == high else f"{low.removesuffix('%')} to {high}"
 
 
+def with_interval(row: pd.Series | dict[str, Any]) -> str:
+    """Returns a number with its interval, two decimals each: "0.13 [0.00, 0.22]"."""
+    value, low, high = (f"{row[name]:.2f}" for name in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
 def listed(parts: Iterable[str]) -> str:
     """Returns an enumeration: "a, b and c"."""
     *first, last = parts

@@ -18,6 +18,7 @@ from figure_data import (
     rows,
     settings,
     span,
+    with_interval,
 )
 
 from cluster import real_model as plan
@@ -87,10 +88,7 @@ def single(by_name: dict[str, pd.DataFrame]) -> str:
     foretold = by_name["rank correlation with the nats lost"]
     most, costly = lost["value"].idxmax(), ((lost["p"] < 0.05) & (lost["value"] > 0)).sum()
     expect(foretold.loc["score", "high"] < foretold.loc["gradient", "low"], "gradients tell more")
-    score, gradient = (
-        f"{row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
-        for row in (foretold.loc[name] for name in ("score", "gradient"))
-    )
+    score, gradient = (with_interval(foretold.loc[name]) for name in ("score", "gradient"))
     return (
         f"Ablated one by one, {count(costly)} of its {len(lost)} strongest heads are shown to cost "
         f"anything (corrected p below 0.05). {most} costs most ({lost.loc[most, 'value']:.1f} nats "

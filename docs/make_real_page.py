@@ -9,7 +9,7 @@ from typing import Any
 
 import pages
 import pandas as pd
-from figure_data import data
+from figure_data import data, with_interval
 
 from cluster import real_model, real_prose, real_single, real_streaming
 from mmheads import paths
@@ -60,10 +60,7 @@ def heads_section() -> Iterator[str]:
     for row in rows("share of heads with half of the score"):
         yield f"| {row['about']} | {percent(row, 1)} | {row['n']:.0f} |"
     yield ""
-    strongest = [
-        f"{row['about']} ({row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}])"
-        for row in rows("score")[:HEADS_SHOWN]
-    ]
+    strongest = [f"{row['about']} ({with_interval(row)})" for row in rows("score")[:HEADS_SHOWN]]
     count = len(rows("score"))
     yield (
         f"The {count} heads of the list are the strongest 5% of 336. The first {HEADS_SHOWN}, with "
@@ -133,7 +130,7 @@ def single_section() -> Iterator[str]:
     yield ""
     foretold = {row["about"]: row for row in rows("rank correlation with the nats lost")}
     told = [
-        f"{name} {row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+        f"{name} {with_interval(row)}"
         for name, row in (
             ("the score", foretold["score"]),
             ("the gate gradient", foretold["gradient"]),
@@ -236,14 +233,13 @@ def ranking_section() -> Iterator[str]:
     yield from paired_rows("X_ranking_paired_real")
 
 
-def recall_rows(name: str) -> Iterator[str]:
-    """Yields the rows of a table of recalls."""
+def recall_rows(name: str, *others: str) -> Iterator[str]:
+    """Yields the rows of a table of recalls, with other columns in percent."""
     for _, row in data(name).iterrows():
         low, high = 100 * row["low"], 100 * row["high"]
-        yield (
-            f"| {row['method']} | {100 * row['R@1']:.1f} [{low:.1f}, {high:.1f}] | "
-            f"{100 * row['R@3']:.1f} | {100 * row['R@5']:.1f} |"
-        )
+        cells = [row["method"], f"{100 * row['R@1']:.1f} [{low:.1f}, {high:.1f}]"]
+        cells += [f"{100 * row[column]:.1f}" for column in ("R@3", "R@5", *others)]
+        yield f"| {' | '.join(cells)} |"
 
 
 def paired_rows(name: str) -> Iterator[str]:
@@ -260,12 +256,7 @@ def blocks_section() -> Iterator[str]:
     """Yields the lines about rankings of text blocks."""
     yield "| method | recall at 1 (%) | at 3 | at 5 | area of the first (% of the page) |"
     yield "|---|---|---|---|---|"
-    for _, row in data("X_blocks_real").iterrows():
-        low, high = 100 * row["low"], 100 * row["high"]
-        yield (
-            f"| {row['method']} | {100 * row['R@1']:.1f} [{low:.1f}, {high:.1f}] | "
-            f"{100 * row['R@3']:.1f} | {100 * row['R@5']:.1f} | {100 * row['area']:.1f} |"
-        )
+    yield from recall_rows("X_blocks_real", "area")
     yield ""
     yield "| heads of the list, beside | points of recall at 1 | p (Holm) | least that is shown |"
     yield "|---|---|---|---|"
@@ -287,13 +278,11 @@ def about_whole() -> Row:
 
 def cost_of_ranking() -> Row:
     """Returns the seconds of an index and of a question."""
-    named = {}
-    for name in ("index", "question"):
-        for about, row in (
-            (row["about"], row) for row in rows(f"CPU seconds of a ranking, {name}")
-        ):
-            named[f"{name}_{'page' if about == 'per page' else 'seconds'}"] = row["value"]
-    return named
+    return {
+        f"{name}_{'page' if row['about'] == 'per page' else 'seconds'}": row["value"]
+        for name in ("index", "question")
+        for row in rows(f"CPU seconds of a ranking, {name}")
+    }
 
 
 def about_blocks() -> Row:

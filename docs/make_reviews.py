@@ -22,6 +22,7 @@ from figure_data import (
     real_model,
     row,
     rows,
+    with_interval,
 )
 
 PAGE = Path(__file__).with_name("reviews.md")
@@ -82,12 +83,6 @@ def loud() -> dict[str, str]:
     }
 
 
-def _correlation(name: str) -> str:
-    """Rank correlation of what is named with the loss without single heads."""
-    found = real_model()["rank correlation with the nats lost"].loc[name]
-    return f"{found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
-
-
 def real() -> dict[str, str]:
     """Returns what the pretrained text model says."""
     fig6, prose, bands = "B_fig6_ablation_real", "X_prose_real", data("B_fig6_bands_real")
@@ -103,9 +98,10 @@ def real() -> dict[str, str]:
     }
     expect(left < random, "the strongest heads cost more answers than random ones")
     expect(max(added.values()) < 0.1, "the model is not broken without its heads")
+    foretold = real_model()["rank correlation with the nats lost"]
     first, second = (band for _, band in bands.iloc[:2].iterrows())
     return {
-        **{f"single_{name}": _correlation(name) for name in ("score", "gradient")},
+        **{f"single_{name}": with_interval(found) for name, found in foretold.iterrows()},
         "real_share": "5%",
         "real_left": f"{left:.0%}",
         "real_random": f"{random:.0%}",

@@ -281,7 +281,7 @@ def test_the_effect_of_a_single_head_is_measured_again(vlm, scores):
     about, scalars, arrays = read_table(shipped("effects"))
     keys, effects = scalars["key"].to_pylist(), arrays["nats"]
     assert about["provenance"]["revision"] == vlm.revision
-    example = real_single.examples(vlm, scores)[0]
+    example = real_single.examples(vlm)[0]
     strongest = scores.top(count=real_single.STRONGEST)
     key = hash_json([example.fingerprint(), example.answer, "effect", *sorted(map(str, strongest))])
     before = effects[keys.index(key)]
