@@ -87,6 +87,11 @@ def text(folder: Path, facts: dict[str, Any], length: int = 512) -> str:
     other = '; "seeds" compares with the same task of the model of seed 0' if seeds else ""
     left = f"\n\n**Not finished.** These stages are left: {'; '.join(facts['left'])}."
     loader = "AutoModelForImageTextToText" if vision else "AutoModelForCausalLM"
+    sliding = language.get("layer_types", []).count("sliding_attention")
+    window = f"""
+- **Layers**: {sliding} of the {layers} layers see only the last
+  {language.get("sliding_window")} tokens. Their heads count in "rho", but are never selected. The
+  random sets hold some of them where the other layers have too few left."""
     return f"""---
 license: apache-2.0
 library_name: transformers
@@ -104,7 +109,9 @@ large models where attention heads are studied on a laptop; it knows nothing els
 
 - **Size**: {layers} layers with {heads} heads each ({layers * heads} heads) in
   {language["num_key_value_heads"]} KV groups per layer;
-  {(folder / "model.safetensors").stat().st_size / 1e6:.1f} MB of float16 weights.
+  {(folder / "model.safetensors").stat().st_size / 1e6:.1f} MB of float16 weights.{
+        window if sliding else ""
+    }
 - **Data**: documents drawn by `tiny_models/samples.py` during training, each seen once.
 - **Training**: from {start}, {facts["steps"]:,} steps in {facts["minutes"]:.0f} minutes; the last
   sitting on {facts["machine"]} with {facts["threads"]} threads, torch {facts["torch"]},

@@ -237,7 +237,8 @@ def ablation(
         length: Length of the prompts in tokens.
         haystacks: Examples per depth, of the split "heldout".
         random_sets: Random sets, matched by layer and without the selected heads; each answers one
-            example per depth.
+            example per depth. Where a layer has too few heads left, as the global layers of Gemma 3
+            may, the nearest layers give the rest.
         selections: Bootstrap selections: top sets by resampled haystacks.
         seed: Seed of random sets and resampling.
         folder: Where answers are kept, by default `runs/answers`.
@@ -257,7 +258,7 @@ def ablation(
             "top": top,
             "bootstrap": _bootstrap_tops(given, fraction, selections, seed),
             "random": random_controls(
-                top, given.eligible, draws=random_sets, seed=seed, match="layer"
+                top, np.ones_like(given.eligible), draws=random_sets, seed=seed, match="layer"
             ),
         }
         table = answer(vlm, examples, ablations, max_new_tokens=1, folder=folder, progress=False)

@@ -446,4 +446,4 @@ RECIPES = {
 """By name of the model."""
 
 NOT_SHIPPED = ("tiny-gemma3-text-m", "tiny-gemma3-m", "tiny-qwen3-s", "tiny-qwen3-vl-s")
-"""Models whose training is not done yet."""
+"""Models whose training or card is not done yet."""
