@@ -154,7 +154,8 @@ def text() -> str:
         "",
         "Right answers in percent without the strongest heads of the task, and without as many "
         "random heads of the same layers, at 512 tokens (30 prompts per task; for random heads, "
-        "the mean of 20 sets, each with one prompt per depth):",
+        "the mean of 20 sets, each with one prompt per depth; where the global layers of Gemma 3 "
+        "have too few heads left, the nearest layers give the rest):",
         "",
         *losses(tables("ablation")),
         "",

@@ -445,5 +445,5 @@ RECIPES = {
 }
 """By name of the model."""
 
-NOT_SHIPPED = ("tiny-gemma3-text-m", "tiny-gemma3-m", "tiny-qwen3-s", "tiny-qwen3-vl-s")
+NOT_SHIPPED = ("tiny-gemma3-m", "tiny-qwen3-s", "tiny-qwen3-vl-s")
 """Models whose training or card is not done yet."""
