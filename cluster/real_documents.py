@@ -34,8 +34,8 @@ VERSION = 1
 """Raised when what is computed changes: shipped results of another version are left out."""
 MODULES = ("prefix", "prompts", "attention", "retrieval", "pdfs", "gguf")
 """Modules whose code the kept results depend on."""
-SHORT = ("mass",)
-"""Arrays that are shipped in 16 bits."""
+SHORT = {"mass": "uint16"}
+"""Arrays that are shipped in 16 bits; see `mmheads.tables.write_table`."""
 
 CHARACTERS = 1500
 """Of each page: the first ones of its text layer."""
@@ -90,7 +90,7 @@ def results(vlm: VLM, settings: Mapping[str, Any] = SETTINGS) -> store.Results:
 def keys(texts: Sequence[str], question: str) -> list[str]:
     """Returns the keys of the rows of a question: its attention to each page, given all of them."""
     pages = hash_json(list(texts))
-    return [hash_json([pages, question, page]) for page in range(len(texts))]
+    return [hash_json([pages, question, page], 16) for page in range(len(texts))]
 
 
 def measure(vlm: VLM, kept: store.Results, document: AnnotatedDocument) -> None:

@@ -326,7 +326,8 @@ def main() -> int:
         written = dict(zip((TABLE, BLOCKS), tables(plan.documents(), retriever), strict=True))
         for path, table in written.items():
             with paths.write_whole(path) as temporary:
-                table.to_csv(temporary, index=False, lineterminator="\n", encoding="utf-8")
+                how = {"index": False, "lineterminator": "\n", "encoding": "utf-8"}
+                table.to_csv(temporary, float_format="%.6g", **how)
     except (ValueError, OSError) as error:
         print(f"cluster.real_ranking: {error}", file=sys.stderr)
         return 1

@@ -15,17 +15,27 @@ from cluster import real_documents
 from mmheads import answers, causal, paths, scoring, store
 from mmheads.provenance import Provenance, code_version, library_versions
 from mmheads.retrieval import kept
-from mmheads.tables import read_table
+from mmheads.tables import LEFT_OUT, read_table
 
 KINDS = {"scores": scoring, "answers": answers, "effects": causal, "rankings": kept}
 KINDS[real_documents.KIND] = real_documents
 """The module that computes each kind of results."""
-SHORT = {"scores": scoring.MASSES, real_documents.KIND: real_documents.SHORT}
+SHORT = {"scores": scoring.SHORT, real_documents.KIND: real_documents.SHORT}
 """Arrays of a kind that are shipped in 16 bits."""
+BRIEF = {name: scoring.SHORT[name] for name in ("raw", "null")}
+BRIEF |= {name: LEFT_OUT for name in scoring.QUANTITIES if name not in BRIEF}
+"""Scores of heads, without what is measured beside them."""
 
 
-def ship(models: Sequence[str], machine: str, date: str) -> None:
+def ship(models: Sequence[str], machine: str, date: str, *, brief: bool = False) -> None:
     """Write the shipped files of models and their list, `data/results/README.md`.
+
+    Args:
+        models: Their names.
+        machine: Where the results were computed.
+        date: The day.
+        brief: Of scores, ship only what the calibrated score is made of: `load_needle_scores`
+            reads it, and `score_needles` computes everything again.
 
     Raises:
         ValueError: There are no kept and no shipped results of a model.
@@ -34,7 +44,7 @@ def ship(models: Sequence[str], machine: str, date: str) -> None:
         written = []
         for kind, module in KINDS.items():
             now = Provenance(code=code_version(module.MODULES), versions=library_versions())
-            short = SHORT.get(kind, ())
+            short = BRIEF if brief and kind == "scores" else SHORT.get(kind, {})
             about = {"version": module.VERSION, "machine": machine, "date": date}
             written += store.ship(kind, model, now=now, short=short, **about)
         if not written:
@@ -79,9 +89,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--machine", required=True, help='where they were computed: "1 x H100"')
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     parser.add_argument("--date", default=today, help="default: today")
+    about = "of scores, ship only what the calibrated score is made of (a fifth of the size)"
+    parser.add_argument("--brief", action="store_true", help=about)
     options = parser.parse_args(arguments)
     try:
-        ship(options.models, options.machine, options.date)
+        ship(options.models, options.machine, options.date, brief=options.brief)
     except (ValueError, OSError) as error:
         print(f"cluster.ship: {error}", file=sys.stderr)
         return 1

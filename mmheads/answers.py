@@ -206,8 +206,8 @@ def _answered(
 
     def key(fingerprint: str, heads: HeadSet) -> str:
         if heads is full:
-            return hash_json([fingerprint, [], max_new_tokens])
-        return hash_json([fingerprint, sorted(heads), settings])
+            return hash_json([fingerprint, [], max_new_tokens], 16)
+        return hash_json([fingerprint, sorted(heads), settings], 16)
 
     table: list[dict[str, object]] = []
     remaining = iter(examples)

@@ -17,13 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mmheads.examples import Example, Part, Video
-from mmheads.families import (
-    GRIDS,
-    TOKEN_TYPES,
-    Boxes,
-    token_types,
-    tokens_depend_on_neighbours,
-)
+from mmheads.families import GRIDS, TOKEN_TYPES, Boxes, token_types, tokens_depend_on_neighbours
 from mmheads.locating import Finder
 from mmheads.locating import Span as Span
 from mmheads.models import VLM

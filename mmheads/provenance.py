@@ -98,9 +98,9 @@ def canonical(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
 
 
-def hash_json(value: object) -> str:
-    """Hash of a value that JSON can hold, 32 hexadecimal digits."""
-    return hashlib.sha256(canonical(value).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+def hash_json(value: object, digits: int = 32) -> str:
+    """Hash of a value that JSON can hold, so many hexadecimal digits."""
+    return hashlib.sha256(canonical(value).encode("utf-8", "surrogatepass")).hexdigest()[:digits]
 
 
 def library_versions() -> dict[str, str]:

@@ -24,13 +24,7 @@ from mmheads.examples import Example
 from mmheads.heads import HeadGeometry, format_heads
 from mmheads.models import VLM
 from mmheads.prefix import Attention
-from mmheads.prompts import (
-    NULL_QUESTION,
-    Prompt,
-    encode,
-    null_question,
-    shuffled_question,
-)
+from mmheads.prompts import NULL_QUESTION, Prompt, encode, null_question, shuffled_question
 from mmheads.provenance import code_version
 from mmheads.scores import HeadScores, concatenate
 from mmheads.tasks.grids import HAYSTACKS, Grid
@@ -69,7 +63,10 @@ VERSION = 1
 """To be raised by hand when the same example gets other scores: shipped ones are then left out."""
 
 MASSES = ("raw", "null", "share", "context", "shuffled")
-"""The quantities that lie in [0, 1]; shipped files hold them in 16 bits."""
+"""The quantities that lie in [0, 1]."""
+
+SHORT = dict.fromkeys(MASSES, "uint16") | {"norm": "float16", "entropy": "float16"}
+"""How shipped files hold the quantities; see `write_table`."""
 
 MODULES = (
     *("families", "compat", "models", "rendering", "processing", "locating", "prompts"),
@@ -206,6 +203,7 @@ def open_results(
         version=VERSION,
         folder=folder,
         fresh=fresh,
+        arrays=QUANTITIES,
         about={"geometry": dataclasses.asdict(vlm.geometry)},
     )
 
@@ -311,11 +309,8 @@ def _check_finite(row: Mapping[str, Any]) -> None:
 def collect(results: store.Results, rows: Sequence[Mapping[str, Any]]) -> HeadScores:
     """Scores of some rows of the store, each with task, length, depth, haystack and `key`."""
     stored = [results[row["key"]] for row in rows]
-    quantities = {
-        name: np.stack([values[name] for values in stored])
-        for name in QUANTITIES
-        if all(name in values for values in stored)
-    }
+    known = [name for name in QUANTITIES if all(name in values for values in stored)]
+    quantities = {name: np.stack([values[name] for values in stored]) for name in known}
     labels = ("task", "length", "depth", "haystack")
     metadata = [
         {

@@ -14,7 +14,7 @@ import tempfile
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -108,7 +108,7 @@ class Results:
         Its `cpu_seconds` are those of this process since the row before, or since the opening.
         """
         before, self._clock = self._clock, time.process_time()
-        self._rows[key] = {**row, "cpu_seconds": self._clock - before}
+        self._rows[key] = {**row, "cpu_seconds": float(f"{self._clock - before:.2g}")}
         self._new.append(key)
         if time.monotonic() - self._saved > SAVE_EVERY:
             self.save()
@@ -125,7 +125,7 @@ class Results:
         with paths.write_whole(self._folder / _ABOUT) as temporary:
             temporary.write_text(canonical({"format": FORMAT, **self.about}), encoding="utf-8")
         path = self._folder / f"{uuid.uuid4().hex}.parquet"
-        _write_rows(path, [{"key": key, **self[key]} for key in keys], self.about)
+        _write_rows(path, [{"key": key, **self[key]} for key in keys], self.about, {})
         self._written.append(path)
         self._place |= dict.fromkeys(keys, path)
 
@@ -162,7 +162,7 @@ class Results:
             for note in notes
         ]
 
-    def write_shipped(self, path: Path, about: Mapping[str, Any], short: Sequence[str]) -> None:
+    def write_shipped(self, path: Path, about: Mapping[str, Any], short: Mapping[str, str]) -> None:
         """Write all rows as one shipped file; see `ship`."""
         kept = Results(self.about["kind"], self.provenance, {}, self._folder, [])
         conditions: list[dict[str, Any]] = []
@@ -224,7 +224,7 @@ def _content(
 
 
 def _write_rows(
-    path: Path, rows: Sequence[Row], about: Mapping[str, Any], short: Sequence[str] = ()
+    path: Path, rows: Sequence[Row], about: Mapping[str, Any], short: Mapping[str, str]
 ) -> None:
     """Write rows of one kind, each with its `key`, as a table."""
     arrays = [name for name, value in rows[0].items() if isinstance(value, np.ndarray)]
@@ -242,6 +242,7 @@ def open(
     version: int,
     folder: str | Path | None = "",
     fresh: bool = False,
+    arrays: Collection[str] = (),
     about: Mapping[str, Any] | None = None,
 ) -> Results:
     """The results of one kind and provenance; new ones are added to a folder.
@@ -255,6 +256,7 @@ def open(
             are left out.
         folder: Where results are kept; empty: `runs/<kind>`; None: nothing is read or kept.
         fresh: Leave out shipped results.
+        arrays: Leave out shipped results without these arrays.
         about: What else is written beside the provenance, by name.
 
     Raises:
@@ -272,6 +274,8 @@ def open(
     shipped, unfit = [], []
     for path, made, number in [] if fresh else _shipped(kind, provenance.model):
         different = made.differences(provenance, ignore=("code", "versions"))
+        if missing := set(arrays) - set(read_about(path)["arrays"]):
+            different = f"it has no {', '.join(sorted(missing))}"
         if number != version:
             different = f"version {number!r}, now {version!r}"
         if different:
@@ -328,7 +332,7 @@ def ship(
     now: Provenance,
     machine: str,
     date: str,
-    short: Sequence[str] = (),
+    short: Mapping[str, str],
     folder: str | Path = "",
 ) -> list[Path]:
     """Write all known results of a model as shipped files, one for each provenance.
@@ -342,11 +346,11 @@ def ship(
         now: Current code and libraries.
         machine: Where they were computed: "2 CPU cores" or "1 x H100".
         date: The day: "2026-11-25".
-        short: Names of arrays with values in [0, 1] that are written in 16 bits.
+        short: See `write_table`.
         folder: Folder of the kept results.
 
     Raises:
-        ValueError: A value to be written in 16 bits lies outside [0, 1].
+        ValueError: See `write_table`.
     """
     old = {path for path, _, _ in _shipped(kind, model)}
     written = []

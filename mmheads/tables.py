@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,13 @@ FORMAT = 3
 """Version of the layout; files of another version are refused."""
 
 STEPS = 65535
-"""Steps between 0 and 1 of an array that is written in 16 bits: 1.6e-5 each."""
+"""Steps between 0 and 1 of an array that is written as "uint16": 1.6e-5 each."""
+
+LIMITS = {"uint16": (0, 1), "float16": (-65504, 65504)}
+"""What values an array may have that is written in 16 bits of this type."""
+
+LEFT_OUT = "left out"
+"""Type of an array that is not written."""
 
 _ABOUT = b"mmheads"
 
@@ -32,25 +38,29 @@ def write_table(
     arrays: Mapping[str, NDArray[Any]],
     about: Mapping[str, Any],
     *,
-    short: Iterable[str] = (),
+    short: Mapping[str, str] | None = None,
 ) -> None:
     """Write rows as a parquet file, whole or not at all.
 
     Args:
         path: The file.
         scalars: One row per result: texts and numbers.
-        arrays: [row, ...] by name, written as float32.
+        arrays: [row, ...] by name.
         about: What the file says about itself, as JSON.
-        short: Names of arrays with values in [0, 1] that are written in 16 bits.
+        short: Types of `LIMITS`, or `LEFT_OUT`, by name of array; others are written as float32.
 
     Raises:
-        ValueError: A value to be written in 16 bits lies outside [0, 1].
+        ValueError: A value to be written in 16 bits lies outside the limits of the type.
     """
-    stored = {name: np.asarray(array, dtype=np.float32) for name, array in arrays.items()}
-    for name in short:
-        if not ((stored[name] >= 0) & (stored[name] <= 1)).all():
-            raise ValueError(f"{name} cannot be written in 16 bits: expected values in [0, 1]")
-        stored[name] = np.rint(stored[name].astype(np.float64) * STEPS).astype(np.uint16)
+    stored: dict[str, NDArray[Any]] = {}
+    for name, array in arrays.items():
+        kind = (short or {}).get(name, "float32")
+        if kind in LIMITS and not ((array >= LIMITS[kind][0]) & (array <= LIMITS[kind][1])).all():
+            expected = f"expected values in {list(LIMITS[kind])}"
+            raise ValueError(f"{name} cannot be written in 16 bits: {expected}")
+        if kind != LEFT_OUT:
+            rounded = np.rint(array.astype(float) * STEPS) if kind == "uint16" else array
+            stored[name] = rounded.astype(kind)
     shapes = {name: list(array.shape[1:]) for name, array in stored.items()}
     content = {**about, "format": FORMAT, "arrays": shapes}
     content["sha256"] = _digest(content, scalars, stored)
@@ -60,7 +70,8 @@ def write_table(
         table = table.append_column(name, column)
     table = table.replace_schema_metadata({_ABOUT: canonical(content)})
     split = {f"{name}.list.element": "BYTE_STREAM_SPLIT" for name in stored}  # a third less
-    how: dict[str, Any] = {"use_dictionary": scalars.column_names, "column_encoding": split}
+    repeated = [name for name in scalars.column_names if name != "key"]
+    how: dict[str, Any] = {"use_dictionary": repeated, "column_encoding": split}
     with paths.write_whole(path) as temporary:
         pq.write_table(table, temporary, compression="zstd", write_page_checksum=True, **how)
 
@@ -83,7 +94,7 @@ def read_table(path: Path) -> tuple[dict[str, Any], pa.Table, dict[str, NDArray[
         if _digest(about, scalars, stored) != about.pop("sha256"):
             raise ValueError("its content does not have the checksum that was written")
     arrays: dict[str, NDArray[np.float32]] = {
-        name: array.astype(np.float32) / np.float32(STEPS) if array.dtype == np.uint16 else array
+        name: array.astype(np.float32) / np.float32(STEPS if array.dtype == np.uint16 else 1)
         for name, array in stored.items()
     }
     return about, scalars, arrays

@@ -81,7 +81,7 @@ def rank_documents(
             of = {n: list(map(dataclasses.asdict, each)) for n, each in example.candidates.items()}
             document = hash_json([example.fingerprint(), of])
             asked = [
-                (hash_json([document, sorted(heads), how]), way, how, (name, draw), heads)
+                (hash_json([document, sorted(heads), how], 16), way, how, (name, draw), heads)
                 for way, settings in ways.items()
                 for how in [{"window": window, "best": best, **settings}]
                 for name, draws in several.items()

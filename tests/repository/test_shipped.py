@@ -100,7 +100,7 @@ def test_scores_are_computed_again_within_a_ten_thousandth(path, loaded):
     chosen = sample(path, rows)
     null_images = settings["null_images"]
     again = scoring.score_heads(vlm, map(remade, chosen), null_images=null_images, progress=False)
-    for name in scoring.MASSES:
+    for name in [name for name in scoring.MASSES if name in arrays]:
         before = arrays[name][[row["place"] for row in chosen]]
         np.testing.assert_allclose(again[name].values, before, atol=1e-4, err_msg=name)
     assert again.metadata["example"].tolist() == [row["key"] for row in chosen]

@@ -9,6 +9,7 @@ import pytest
 import random_models
 import torch
 
+from cluster import ship
 from mmheads import kept_scores, models, paths, prompts, scoring, store
 from mmheads.examples import Example, Region
 from mmheads.models import VLM, load
@@ -359,7 +360,7 @@ def test_shipped_scores_are_used_unless_fresh(tiny, tmp_path, monkeypatch, score
         "scores",
         "tiny-qwen3-vl-m",
         now=scores.provenance,
-        short=scoring.MASSES,
+        short=scoring.SHORT,
         folder=tmp_path / "made",
         **about,
     )
@@ -368,7 +369,9 @@ def test_shipped_scores_are_used_unless_fresh(tiny, tmp_path, monkeypatch, score
     assert len(scored) == count
     np.testing.assert_allclose(shipped.values, scores.values, atol=2e-5)
     assert set(shipped.quantities) == set(scores.quantities)
-    np.testing.assert_array_equal(shipped["norm"].values, scores["norm"].values)
+    np.testing.assert_array_equal(
+        shipped["norm"].values, scores["norm"].values.astype(np.float16).astype(np.float32)
+    )
     stored = kept_scores.load_needle_scores(
         "tiny-qwen3-vl-m", tasks=["text"], folder=tmp_path / "kept"
     )
@@ -376,6 +379,27 @@ def test_shipped_scores_are_used_unless_fresh(tiny, tmp_path, monkeypatch, score
     fresh = scoring.score_needles(tiny, fresh=True, **settings)
     assert len(scored) == 2 * count
     np.testing.assert_array_equal(fresh.values, scores.values)
+
+
+def test_brief_scores_can_be_loaded_and_are_not_taken_for_whole_ones(
+    tiny, tmp_path, monkeypatch, scored
+):
+    settings = {"tasks": ["text"], "lengths": [64], "haystacks": 1, "progress": False}
+    scores = scoring.score_needles(tiny, folder=tmp_path / "made", **settings)
+    count = len(scored)
+    monkeypatch.setattr(store, "SHIPPED", tmp_path / "data")
+    about = {"version": scoring.VERSION, "machine": "2 CPU cores", "date": "2026-12-01"}
+    about |= {"now": scores.provenance, "short": ship.BRIEF, "folder": tmp_path / "made"}
+    store.ship("scores", "tiny-qwen3-vl-m", **about)
+    kept = {"folder": tmp_path / "kept"}
+    brief = kept_scores.load_needle_scores("tiny-qwen3-vl-m", tasks=["text"], **kept)
+    assert set(brief.quantities) == {"raw", "null"}
+    assert len(scored) == count
+    np.testing.assert_allclose(brief.values, scores.values, atol=2e-5)
+    with pytest.warns(UserWarning, match="is not used: it has no context, entropy, norm"):
+        whole = scoring.score_needles(tiny, **kept, **settings)
+    assert len(scored) == 2 * count
+    assert set(whole.quantities) == set(scoring.QUANTITIES)
 
 
 def test_some_scores_computed_again_show_the_largest_difference(tiny, tmp_path):

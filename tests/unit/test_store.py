@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -187,7 +188,7 @@ def ship(folder: Path, made: Provenance = MADE, version: int = 1, value: float =
         results.add("a", row(value))
         labels = {"task": "text", "length": 128, "haystack": "h"}
         results.note({"task": "text"}, [{"key": "a", "depth": at, **labels} for at in (0.5, 0.0)])
-    settings = {"machine": "2 CPU cores", "date": "2026-11-25", "short": ["raw"]}
+    settings = {"machine": "2 CPU cores", "date": "2026-11-25", "short": {"raw": "uint16"}}
     (path,) = store.ship("scores", "toy", version=version, now=made, folder=folder, **settings)
     return path
 
@@ -218,8 +219,32 @@ def test_a_shipped_file_holds_masses_in_sixteen_bits_and_says_how_it_was_made(tm
     assert pq.read_schema(path).field("raw").type.value_type == "uint16"
     np.testing.assert_allclose(arrays["raw"], 0.123456, atol=0.5 / tables.STEPS + 1e-7)
     assert scalars["cpu_seconds"].to_pylist()[0] >= 0
-    with pytest.raises(ValueError, match="raw cannot be written in 16 bits"):
+    with pytest.raises(ValueError, match=r"raw cannot be written in 16 bits: .* \[0, 1\]"):
         ship(tmp_path / "wrong", value=1.5)
+
+
+def test_arrays_are_written_in_half_precision_or_left_out(tmp_path):
+    path, scalars = tmp_path / "rows.parquet", pa.table({"key": ["a"]})
+    arrays = {"norm": np.array([[1234.567, 0.1]]), "share": np.array([[0.5]])}
+    short = {"norm": "float16", "share": tables.LEFT_OUT}
+    tables.write_table(path, scalars, arrays, {}, short=short)
+    read = tables.read_table(path)[2]
+    assert list(read) == ["norm"]
+    assert read["norm"].dtype == np.float32
+    np.testing.assert_array_equal(read["norm"], np.float32([[1235, 0.099975586]]))
+    with pytest.raises(ValueError, match=r"norm cannot be written in 16 bits: .*65504\]"):
+        tables.write_table(path, scalars, {"norm": np.array([[1e5]])}, {}, short=short)
+
+
+def test_shipped_rows_that_lack_an_array_are_left_out(tmp_path, shipped):
+    path = ship(tmp_path / "made")
+    with opened(tmp_path / "kept", arrays=["raw"]) as results:
+        assert "a" in results
+    with (
+        pytest.warns(UserWarning, match=f"{path.name} is not used: it has no norm"),
+        opened(tmp_path / "kept", arrays=["raw", "norm"]) as results,
+    ):
+        assert "a" not in results
 
 
 def test_rows_computed_later_join_and_replace_those_that_are_shipped(tmp_path, shipped):
@@ -227,7 +252,13 @@ def test_rows_computed_later_join_and_replace_those_that_are_shipped(tmp_path, s
     newer = dataclasses.replace(MADE, code="d")
     with opened(tmp_path / "second", newer, fresh=True) as results:
         results.add("b", row(0.75))
-    settings = {"machine": "1 x H100", "date": "2026-11-26", "version": 1, "now": newer}
+    settings = {
+        "machine": "1 x H100",
+        "date": "2026-11-26",
+        "version": 1,
+        "now": newer,
+        "short": {},
+    }
     (second,) = store.ship("scores", "toy", folder=tmp_path / "second", **settings)
     assert second == first
     _, scalars, arrays = tables.read_table(second)
