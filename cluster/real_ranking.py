@@ -326,8 +326,8 @@ def main() -> int:
         written = dict(zip((TABLE, BLOCKS), tables(plan.documents(), retriever), strict=True))
         for path, table in written.items():
             with paths.write_whole(path) as temporary:
-                how = {"index": False, "lineterminator": "\n", "encoding": "utf-8"}
-                table.to_csv(temporary, float_format="%.6g", **how)
+                text = table.to_csv(index=False, lineterminator="\n", float_format="%.6g")
+                temporary.write_text(text, encoding="utf-8", newline="\n")
     except (ValueError, OSError) as error:
         print(f"cluster.real_ranking: {error}", file=sys.stderr)
         return 1
