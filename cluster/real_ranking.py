@@ -4,8 +4,8 @@ python -m cluster.real_ranking
 
 It reads the shipped attention (`cluster.real_documents`, `cluster.real_blocks`) and the documents,
 and needs no model but, for one row, a sentence-transformers model (`MMHEADS_REAL_EMBEDDER`). The
-recall of each question by each method goes to `data/results/real_ranking.csv` for pages and
-`real_blocks.csv` for blocks, from which notebook 06 draws its tables.
+recall of each question by each method goes to `data/results/real_ranking.parquet` for pages and
+`real_blocks.parquet` for blocks, from which notebook 06 draws its tables.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from mmheads.retrieval import rank
 from mmheads.scores import HeadScores
 from mmheads.tasks.mmdocir import AnnotatedDocument
 
-TABLE = store.SHIPPED / "real_ranking.csv"
-BLOCKS = store.SHIPPED / "real_blocks.csv"
+TABLE = store.SHIPPED / "real_ranking.parquet"
+BLOCKS = store.SHIPPED / "real_blocks.parquet"
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 1.0)
 """Of all heads, the strongest on needles."""
 DRAWS = 20
@@ -326,8 +326,7 @@ def main() -> int:
         written = dict(zip((TABLE, BLOCKS), tables(plan.documents(), retriever), strict=True))
         for path, table in written.items():
             with paths.write_whole(path) as temporary:
-                text = table.to_csv(index=False, lineterminator="\n", float_format="%.6g")
-                temporary.write_text(text, encoding="utf-8", newline="\n")
+                table.to_parquet(temporary, index=False, compression="zstd")
     except (ValueError, OSError) as error:
         print(f"cluster.real_ranking: {error}", file=sys.stderr)
         return 1

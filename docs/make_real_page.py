@@ -16,8 +16,8 @@ from mmheads import paths
 
 PAGE = Path(__file__).with_name("real_model.md")
 NUMBERS = paths.DATA / "results" / "real_model.csv"
-RANKED = paths.DATA / "results" / "real_ranking.csv"
-BLOCKS = paths.DATA / "results" / "real_blocks.csv"
+RANKED = paths.DATA / "results" / "real_ranking.parquet"
+BLOCKS = paths.DATA / "results" / "real_blocks.parquet"
 TIMES = paths.DATA / "results" / "real_times.csv"
 HEADS_SHOWN = 5
 SINGLE_SHOWN = 8
@@ -272,7 +272,7 @@ def whole_section() -> Iterator[str]:
 
 def about_whole() -> Row:
     """Returns how many documents were read whole, and how many questions they have."""
-    table = pd.read_csv(RANKED, encoding="utf-8").query("method == 'heads, whole pages'")
+    table = pd.read_parquet(RANKED).query("method == 'heads, whole pages'")
     return {"whole_documents": table["document"].nunique(), "whole_questions": len(table)}
 
 
@@ -287,7 +287,7 @@ def cost_of_ranking() -> Row:
 
 def about_blocks() -> Row:
     """Returns how many questions, pages and documents the ranking of blocks has."""
-    table = pd.read_csv(BLOCKS, encoding="utf-8").query("method == 'BM25'")
+    table = pd.read_parquet(BLOCKS).query("method == 'BM25'")
     return {
         "block_questions": len(table),
         "block_pages": len(table.drop_duplicates(["document", "page"])),
@@ -298,7 +298,7 @@ def about_blocks() -> Row:
 
 def about_documents() -> Row:
     """Returns how many documents and questions were ranked, and the sizes of the documents."""
-    table = pd.read_csv(RANKED, encoding="utf-8").query("method == 'BM25'")
+    table = pd.read_parquet(RANKED).query("method == 'BM25'")
     sizes = table.drop_duplicates("document")["pages"]
     return {
         "documents": len(sizes),
