@@ -4,6 +4,7 @@ python docs/make_tiny_models.py
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
@@ -12,6 +13,7 @@ import pages
 import pandas as pd
 
 from mmheads import figures, paths
+from tiny_models.recipes import RECIPES
 
 PAGE = Path(__file__).with_name("tiny_models.md")
 START = "<!-- comparison: written by docs/make_tiny_models.py -->"
@@ -80,15 +82,12 @@ def sharing(structure: Tables) -> Iterator[str]:
 def ablated(ablation: Tables, fraction: float) -> pd.DataFrame:
     """Returns right answers by model and task, as shares, without heads that make up a fraction.
 
-    Of the random sets of the same layers, the columns "random" and "worst random" have the mean and
-    the least.
+    The column "random" is the mean over the random sets of the same layers.
     """
     rows = pd.concat([table.assign(model=model) for model, table in ablation.items()])
-    rows["share"] = rows["right"] / rows["n"]
-    rows = rows[rows["fraction"] == fraction]
+    rows = rows.assign(share=rows["right"] / rows["n"])[rows["fraction"] == fraction]
     by = rows.groupby(["model", "task", "ablation"], sort=False)["share"]
-    shares = by.mean().unstack("ablation")
-    return shares.assign(**{"worst random": by.min().unstack("ablation")["random"]})
+    return by.mean().unstack("ablation")
 
 
 def losses(ablation: Tables) -> Iterator[str]:
@@ -134,9 +133,10 @@ def text() -> str:
     }
     more = sum(a > b for a, b in zip(shared["rendered_text"], shared["image"], strict=True))
     equal = sum(a == b for a, b in zip(shared["rendered_text"], shared["image"], strict=True))
-    (chance,) = {
-        round(compared(table, "overlap", "text", "image")["chance"], 2) for table in seeing.values()
-    }
+    chance = {n: compared(t, "overlap", "text", "image")["chance"] for n, t in seeing.items()}
+    usual = min(chance.values())
+    others = [f", and {each:.2f} for `{n}`" for n, each in chance.items() if each > usual + 0.01]
+    (start, count), *_ = Counter(RECIPES[name].start for name in seeing).most_common(1)
     lines = [
         "Right answers in percent, by length of the prompt in tokens (the cards have intervals):",
         "",
@@ -148,7 +148,7 @@ def text() -> str:
         "",
         "Share of the strongest 5% of the heads that two tasks have in common, or that a task has "
         "in common with text in the text model; in brackets, what random halves of the "
-        f"haystacks have in common, a rough ceiling. Chance is {chance:.2f}.",
+        f"haystacks have in common, a rough ceiling. Chance is {usual:.2f}{''.join(others)}.",
         "",
         *sharing(seeing),
         "",
@@ -160,8 +160,9 @@ def text() -> str:
         *losses(tables("ablation")),
         "",
         f"Text shares more of its top 5% with rendered text than with images in {more} of the "
-        f"{len(seeing)} models, and as many in {equal}. The models start from one text model, so "
-        "they are not independent of each other.",
+        f"{len(seeing)} models, and as many in {equal}. Of these models, {count} "
+        f"start from `{start}`, so "
+        "these are not independent of each other.",
         *again(structure),
     ]
     return "\n".join(lines)

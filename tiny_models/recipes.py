@@ -447,5 +447,3 @@ RECIPES = {
 
 NOT_TRAINED = ("tiny-qwen3-s", "tiny-qwen3-vl-s")
 """Models without a checkpoint."""
-NOT_MEASURED = ("tiny-gemma3-m",)
-"""Models with a checkpoint and without a card."""

@@ -25,9 +25,9 @@ from mmheads.tasks.grids import DEPTHS, TASKS
 from mmheads.tasks.needles import CONTROL, LENGTHS, Needles
 from tiny_models import architectures, card, losses, measure, processors, samples, train, windows
 from tiny_models.__main__ import main
-from tiny_models.recipes import NOT_MEASURED, NOT_TRAINED, RECIPES, Recipe, Source, Stage
+from tiny_models.recipes import NOT_TRAINED, RECIPES, Recipe, Source, Stage
 
-SHIPPED = [name for name in RECIPES if name not in (*NOT_TRAINED, *NOT_MEASURED)]
+SHIPPED = [name for name in RECIPES if name not in NOT_TRAINED]
 NAMES = {index: word for word, index in processors.VOCABULARY.items()}
 MIX = dict.fromkeys((*TASKS, "icon", CONTROL, "nothing"), 1.0)
 FAMILIES = ("qwen3_vl", "internvl", "llava_onevision", "gemma3")
@@ -614,6 +614,7 @@ def test_a_shipped_model_answers_from_the_needle(shipped):
 
 
 MISSED: dict[str, list[str]] = {
+    "tiny-gemma3-m": ["image, needle present, 256 tokens"],
     "tiny-gemma3-text-m": [],
     "tiny-qwen3-m": [
         "text, needle present, 1024 tokens",
