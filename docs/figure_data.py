@@ -101,6 +101,26 @@ def rank_p_values() -> pd.Series:
     return pd.Series(holm(largest), largest.index)[[*TASKS]]
 
 
+def other_models(name: str) -> pd.DataFrame:
+    """Returns the rows of the models that a table shows beside the notebook's own."""
+    table = data(name)
+    return table[table["model"] != settings(name)["model"]]
+
+
+def repeated() -> str:
+    """Returns in how many other models and tasks the primary comparison comes out the same."""
+    table = other_models("X_models_live")
+    fewer = (table["change"] < 0) & (table["p_holm_change"] < 0.05)
+    ranked = (table["p_holm"] < 0.05).sum()
+    many = "all" if fewer.all() else f"{fewer.sum()} of the"
+    return (
+        f"in {many} {len(table)} combinations of a task and one of "
+        f"{count(table['model'].nunique())} other tiny models, significantly fewer answers are "
+        "right without the heads that the model's own scores name than without other heads of the "
+        f"same layers; the rank of these heads among random sets is significant in {count(ranked)}"
+    )
+
+
 def chance_levels() -> pd.Series:
     """Returns the accuracy of guessing among the possible answers of each task."""
     cards = pd.concat(map(pd.read_csv, sorted(paths.MODELS.glob("*/accuracy.csv"))))

@@ -25,7 +25,9 @@ from figure_data import (
     listed,
     lost_to_chance,
     of_tasks,
+    other_models,
     rank_p_values,
+    repeated,
     row,
     rows,
     settings,
@@ -94,6 +96,8 @@ def score() -> Facts:
         expect(
             kept[task, "pixels"] < kept[task, "placeholders"], f"images shown cost heads: {task}"
         )
+    others = other_models("X_score_models_live")
+    of_model = others.groupby("model")["deepest"].max()
     left = row(nulls, task="image", null_images="pixels")
     expect(left["left_high"] < 0, "with the question's images the score falls below zero")
     return {
@@ -113,6 +117,10 @@ def score() -> Facts:
         "identical_pixels": count(kept["identical_image", "pixels"]),
         "image_placeholders": count(kept["image", "placeholders"]),
         "identical_placeholders": count(kept["identical_image", "placeholders"]),
+        "models": count(len(of_model)),
+        "others_held": span(others["held"]),
+        "others_kept": count(others["kept"].min()),
+        "shallow": count((of_model <= deepest).sum()),
         "left": f"{left['left']:.3f} [{left['left_low']:.3f}, {left['left_high']:.3f}]",
     }
 
@@ -269,6 +277,7 @@ def ablations() -> Facts:
         "at_paper": of_tasks(
             f"{v:.0%}" for v in by_task(fig6, "score", fraction=paper, ablation="selected")
         ),
+        "repeated": repeated(),
         "sets": count(len(TASKS)),
         "shared": span(shared, ".0f"),
         "within": f"{100 * within:.0f}",
