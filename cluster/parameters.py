@@ -113,7 +113,7 @@ def check(value: Any, default: Any, name: str) -> Any:
 
 
 def _check_list(values: list[Any], default: list[Any], name: str) -> list[Any]:
-    if not default:  # a list of names, as all lists that are empty by default
+    if all(isinstance(each, str) for each in default):  # a list of names, which may be empty
         if not all(isinstance(value, str) and value for value in values):
             raise UsageError(f"parameter {name} is {values!r}, expected a list of names")
         return values

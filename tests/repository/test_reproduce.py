@@ -194,7 +194,8 @@ def test_a_bad_parameter_file_is_refused(run, notebooks, tmp_path, capsys, text,
         ([0.0], [0.1], "fractions", "0.0, expected a share above 0"),
         ("none", "placeholders", "null_images", "expected one of pixels, placeholders"),
         ("huge", "wide", "shape", "expected one of wide, small, qwen3-vl-8b"),
-        ([1], [], "beside", "expected a list of names"),
+        ([1], [], "benchmark_tasks", "expected a list of names"),
+        ([""], ["tiny-internvl-m"], "beside", "expected a list of names"),
         (0, 3, "haystacks", "at least 1"),
         (float("inf"), 0.5, "depth", "from 0 to 1"),
     ],
@@ -209,7 +210,7 @@ def test_values_in_their_range_are_taken():
     assert parameters.check([0, 1], [0.1], "image_shares") == [0.0, 1.0]
     assert parameters.check([[0, 64]], [[4, 60]], "sweep") == [[0, 64]]
     assert parameters.check(0, 3, "seed") == 0
-    assert parameters.check([], [], "beside") == []
+    assert parameters.check([], ["tiny-internvl-m"], "beside") == []
 
 
 def test_choices_are_those_of_the_code_that_reads_them():
