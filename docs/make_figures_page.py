@@ -120,9 +120,20 @@ def overview() -> Iterator[Entry]:
                 **({"real": half} if task == "text" else {}),
             },
         )
-    yield Entry(
-        "A, Figs. 4, 13", "heads kept from the text-only predecessor", ("A_fig4_preserved",)
-    )
+    for figure, key, kept in (
+        (
+            "A, Fig. 4",
+            "preserved_qwen3_vl_8b",
+            "share of Qwen3-VL-8B's heads that Qwen3-8B has too",
+        ),
+        (
+            "A, Fig. 13",
+            "preserved_gemma3_12b_it",
+            "share of Gemma 3 12B's heads that its pretrained version has too",
+        ),
+    ):
+        paper = {"paper": Cell("papers/A_statements", "paper", {"key": key})}
+        yield Entry(figure, kept, ("A_fig4_preserved",), paper)
     for task, name in TASKS.items():
         kept = Cell("A_fig5_overlap_real", "value", {"pair": "256&2048"}, True)
         released = "A_fig5_overlap_released"
@@ -178,7 +189,18 @@ def overview() -> Iterator[Entry]:
                 "live": Cell("A_fig10_modalities_live", "value", {"pair": pair}),
             },
         )
-    yield Entry("A, Fig. 11", "head sets as the share of images grows", ("A_fig11_image_share",))
+    key = {"key": "fig11_text_overlap_at_share_0.4"}
+    yield Entry(
+        "A, Fig. 11",
+        "overlap of the text heads as the share of images grows to 0.4",
+        ("A_fig11_image_share",),
+        {
+            "paper": Cell(
+                "papers/A_statements", "paper", {"key": "fig11_text_overlap_at_share_0.4"}
+            ),
+            "live": Cell("A_fig11_image_share_live", "overlap", {"image_share": 0.4}),
+        },
+    )
     for task in ("text", "image"):
         chosen = {"task": task, "ablation": "zero, prefill and decoding"}
         yield Entry(
