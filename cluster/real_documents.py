@@ -62,7 +62,7 @@ def documents() -> list[AnnotatedDocument]:
 
 
 def beginnings(document: Document, characters: int = CHARACTERS) -> Document:
-    """Returns a document whose pages keep the first characters of their texts; 0 keeps all."""
+    """Returns a document with only the first characters of each page, or with all of them for 0."""
     pages = [
         dataclasses.replace(page, read_text=partial(_beginning, page, characters))
         for page in document.pages
