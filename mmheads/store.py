@@ -278,9 +278,10 @@ def open(
     with tempfile.TemporaryFile(dir=place):  # a folder that cannot be written is an error now
         pass
     shipped, unfit = [], []
-    for path, made, number in [] if fresh else _shipped(kind, provenance.model):
+    for path, made, said in [] if fresh else _shipped(kind, provenance.model):
         different = made.differences(provenance, ignore=("code", "versions"))
-        if missing := set(arrays) - set(read_about(path)["arrays"]):
+        number = said.get("version")
+        if missing := set(arrays) - set(said["arrays"]):
             different = f"it has no {', '.join(sorted(missing))}"
         if number != version:
             different = f"version {number!r}, now {version!r}"
@@ -320,10 +321,10 @@ def known(
         if Path(made.model).name == model and current and about.get("format") == FORMAT:
             stable = dataclasses.replace(made, code="", versions={})
             results[stable.key] = (about, made, path.parent, [])
-    for path, made, number in [] if fresh else _shipped(kind, model):
-        if number == version:
+    for path, made, about in [] if fresh else _shipped(kind, model):
+        if about.get("version") == version:
             stable = dataclasses.replace(made, code="", versions={})
-            results.setdefault(stable.key, (read_about(path), made, None, []))[3].append(path)
+            results.setdefault(stable.key, (about, made, None, []))[3].append(path)
     return [
         Results(kind, made, {"geometry": about.get("geometry")}, place, shipped)
         for about, made, place, shipped in results.values()
@@ -375,14 +376,14 @@ def kept_folder(kind: str, folder: str | Path = "") -> Path:
     return Path(folder) if folder else paths.RUNS / kind
 
 
-def _shipped(kind: str, model: str) -> Iterator[tuple[Path, Provenance, object]]:
-    """Shipped files of a model: path, provenance and version."""
+def _shipped(kind: str, model: str) -> Iterator[tuple[Path, Provenance, dict[str, Any]]]:
+    """Shipped files of a model: path, provenance and what else they say about themselves."""
     for path in sorted((SHIPPED / kind).glob("*.parquet")):
         about = read_about(path)
         if about.get("kind") == kind:
             made = _parsed(Provenance, about.get("provenance"), path)
             if Path(made.model).name == Path(model).name:
-                yield path, made, about.get("version")
+                yield path, made, about
 
 
 def _parsed(kind: type[_T], content: object, path: Path) -> _T:
